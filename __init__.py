@@ -1,0 +1,1 @@
+"""tilewright: a graph-IR compiler and auto-optimizer for PyTorch."""

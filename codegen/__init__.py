@@ -1,0 +1,1 @@
+"""Level 2: kernel IR, schedules, printers, host program and runtime."""

@@ -1,0 +1,1 @@
+"""The C++ printer and its vector header."""

@@ -1,0 +1,1 @@
+"""The doors: torch.compile backend, command line, artifact, receipt."""

@@ -1,0 +1,1 @@
+"""Analyses over graphs: structural hash, blocks."""

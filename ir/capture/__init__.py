@@ -1,0 +1,1 @@
+"""Capture: torch.fx graphs of ATen ops become our graphs."""

@@ -1,0 +1,195 @@
+"""Dimensions: `int | sympy.Expr` over size symbols, with the few integer functions that shapes and indices need.
+
+A symbol is a non-negative integer; what is known of it (`SymbolRange`) travels with the graph. Nothing here ever evaluates
+text, so dimensions can be read from untrusted files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Union
+
+import sympy
+
+Dim = Union[int, sympy.Expr]
+
+
+@dataclass(frozen=True)
+class SymbolRange:
+    """What is known of a size symbol: lo <= s <= hi (hi None: unbounded) and s % divisor == 0."""
+
+    lo: int = 0
+    hi: int | None = None
+    divisor: int = 1
+
+
+class FloorDiv(sympy.Function):
+    """floor(a / b) on integers, b > 0; simplifies constants, unit divisors and exact integer multiples."""
+
+    nargs = 2
+    is_integer = True
+
+    @classmethod
+    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        if b == 1 or a.is_zero:
+            return a
+        if a == b:
+            return sympy.Integer(1)
+        if a.is_Integer and b.is_Integer:
+            return sympy.Integer(int(a) // int(b))
+        return None
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return all(arg.is_nonnegative for arg in self.args) or None
+
+
+class Mod(sympy.Function):
+    """a mod b on integers with the sign of b (Python's rule), b > 0."""
+
+    nargs = 2
+    is_integer = True
+
+    @classmethod
+    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        if b == 1 or a.is_zero or a == b:
+            return sympy.Integer(0)
+        if a.is_Integer and b.is_Integer:
+            return sympy.Integer(int(a) % int(b))
+        return None
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {"FloorDiv": FloorDiv, "Mod": Mod, "Max": sympy.Max, "Min": sympy.Min}
+
+
+def symbol(name: str) -> sympy.Symbol:
+    """The size symbol of that name (a non-negative integer)."""
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+def dim(value: Any) -> Dim:
+    """Normal form: Python int when constant, else an expanded sympy expression."""
+    if isinstance(value, int):
+        return int(value)
+    expr = sympy.expand(value) if value.is_Add or value.is_Mul else value
+    return int(expr) if expr.is_Integer else expr
+
+
+def floordiv(a: Dim, b: Dim) -> Dim:
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b
+    return dim(FloorDiv(sympy.sympify(a), sympy.sympify(b)))
+
+
+def product(dims: Iterable[Dim]) -> Dim:
+    return dim(math.prod(dims, start=1))
+
+
+def same(a: Dim, b: Dim) -> bool:
+    """True when a and b are provably equal."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return a == b or dim(sympy.sympify(a) - sympy.sympify(b)) == 0
+
+
+def free_symbols(dims: Iterable[Dim]) -> set[sympy.Symbol]:
+    found: set[sympy.Symbol] = set()
+    for d in dims:
+        if isinstance(d, sympy.Expr):
+            found |= d.free_symbols  # type: ignore[arg-type]
+    return found
+
+
+def evaluate(value: Dim, env: Mapping[str, int]) -> int:
+    """The value of a dim under name -> int; raises KeyError for an unbound symbol."""
+    if isinstance(value, int):
+        return value
+    if value.is_Symbol:
+        return env[value.name]  # type: ignore[attr-defined]
+    if value.is_Integer:
+        return int(value)
+    args = [evaluate(a, env) for a in value.args]  # type: ignore[arg-type]
+    return int(_EVALUATORS[type(value)](args)) if type(value) in _EVALUATORS else _unknown(value)
+
+
+def _unknown(value: sympy.Expr) -> int:
+    raise TypeError(f"{type(value).__name__} is not an integer function of sizes: {value}")
+
+
+_EVALUATORS: dict[type, Callable[[list[int]], int]] = {
+    sympy.Add: sum,
+    sympy.Mul: math.prod,
+    sympy.Pow: lambda a: a[0] ** a[1],
+    FloorDiv: lambda a: a[0] // a[1],
+    Mod: lambda a: a[0] % a[1],
+    sympy.Max: max,
+    sympy.Min: min,
+}
+
+
+def hint(value: Dim, ranges: Mapping[str, SymbolRange], default: int = 64) -> int:
+    """A plausible concrete size for cost models: every symbol takes `default`, clamped into its range."""
+    if isinstance(value, int):
+        return value
+
+    def guess(name: str) -> int:
+        r = ranges.get(name, SymbolRange())
+        n = max(default, r.lo)
+        return n if r.hi is None else min(n, r.hi)
+
+    return evaluate(value, {s.name: guess(s.name) for s in value.free_symbols})  # type: ignore[attr-defined]
+
+
+_PRECEDENCE = {sympy.Add: 1, sympy.Mul: 2, sympy.Pow: 3}
+
+
+def to_source(value: Dim, functions: Mapping[type, Callable[..., str]] | None = None) -> str:
+    """The expression as source text, minimal parentheses; `functions` overrides the spelling of a node type.
+
+    By default the result is valid Python and valid dim syntax of the text form (`//` and `%` for FloorDiv and Mod).
+    """
+    return _source(value, functions or {}, 0)
+
+
+def _source(value: Dim, functions: Mapping[type, Callable[..., str]], outer: int) -> str:
+    if isinstance(value, int) or value.is_Integer:
+        return str(int(value)) if int(value) >= 0 or outer < 2 else f"({int(value)})"
+    if value.is_Symbol:
+        return value.name  # type: ignore[attr-defined]
+    kind = type(value)
+    if kind in functions:
+        return functions[kind](*(_source(a, functions, 0) for a in value.args))  # type: ignore[arg-type]
+    if kind in (FloorDiv, Mod):
+        sign = "//" if kind is FloorDiv else "%"
+        a, b = (_source(arg, functions, 3) for arg in value.args)  # type: ignore[arg-type]
+        return _wrap(f"{a} {sign} {b}", 2, outer)
+    if kind is sympy.Add:
+        return _wrap(_sum_source(value, functions), 1, outer)
+    if kind is sympy.Mul:
+        parts = [_source(a, functions, 3) for a in value.args]  # type: ignore[arg-type]
+        return _wrap("*".join(p if p != "-1" else "(-1)" for p in parts), 2, outer)
+    if kind is sympy.Pow and value.args[1].is_Integer and int(value.args[1]) > 0:  # type: ignore[arg-type]
+        base = _source(value.args[0], functions, 3)  # type: ignore[arg-type]
+        return _wrap("*".join([base] * int(value.args[1])), 2, outer)  # type: ignore[arg-type]
+    name = {sympy.Max: "max", sympy.Min: "min"}.get(kind)
+    if name is None:
+        _unknown(value)
+    return f"{name}({', '.join(_source(a, functions, 0) for a in value.args)})"  # type: ignore[arg-type]
+
+
+def _sum_source(value: sympy.Expr, functions: Mapping[type, Callable[..., str]]) -> str:
+    terms = sorted(value.args, key=lambda t: (t.is_Integer, str(t)))
+    text = ""
+    for t in terms:
+        negative = t.could_extract_minus_sign()
+        body = _source(dim(-t if negative else t), functions, 2 if negative else 1)  # type: ignore[operator]
+        text += (" - " if negative else " + ") + body if text else ("-" + body if negative else body)
+    return text
+
+
+def _wrap(text: str, precedence: int, outer: int) -> str:
+    return f"({text})" if precedence < outer else text

@@ -1,0 +1,36 @@
+"""The op catalogue: `OPS` maps every name to its one definition; `ops.add`, `ops.linear`, ... are the same objects."""
+
+from __future__ import annotations
+
+from ..errors import UnknownOpError
+from ..graph import INPUT, SCALAR
+from ..op import Op
+from .composites import COMPOSITES
+from .constants import CONSTANTS, tensor_type
+from .contractions import CONTRACTIONS
+from .gather import GATHERS
+from .pointwise import POINTWISE, Promotion, operand_dtype
+from .reductions import REDUCTIONS
+from .structure import STRUCTURE, Ref
+from .views import VIEWS
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (INPUT, SCALAR, *CONSTANTS, *POINTWISE, *REDUCTIONS, *VIEWS, *GATHERS, *CONTRACTIONS, *COMPOSITES, *STRUCTURE)
+}
+
+
+def op(name: str) -> Op:
+    """The op of that name; raises UnknownOpError."""
+    if name not in OPS:
+        raise UnknownOpError(name=name)
+    return OPS[name]
+
+
+def __getattr__(name: str) -> Op:
+    if name in OPS:
+        return OPS[name]
+    raise AttributeError(f"there is no op named {name!r}")
+
+
+__all__ = ["OPS", "Op", "Promotion", "Ref", "op", "operand_dtype", "tensor_type"]

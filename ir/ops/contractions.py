@@ -1,0 +1,130 @@
+"""Contractions and windows: matmul, linear, convolution, pooling. In this order of dims: batch, channels, then space (NCHW)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..dims import Dim, dim, floordiv, product, same
+from ..op import Category, Cost, Op, streaming_cost
+from ..types import TensorType, Type, broadcast
+
+
+def _infer_matmul(a: TensorType, b: TensorType) -> Type:
+    """torch.matmul for ranks >= 2: [..., m, k] x [..., k, n], leading dims broadcast; also [k] x [k] and [.., m, k] x [k]."""
+    _same_dtype(a, b)
+    if a.rank == 0 or b.rank == 0:
+        raise ValueError("it takes tensors with dimensions")
+    inner = b.shape[-2] if b.rank > 1 else b.shape[0]
+    if not same(a.shape[-1], inner):
+        raise ValueError(f"inner sizes {a.shape[-1]} and {inner} differ")
+    lead = broadcast(a.shape[:-2], b.shape[:-2])
+    rows = a.shape[-2:-1] if a.rank > 1 else ()
+    columns = b.shape[-1:] if b.rank > 1 else ()
+    return a.with_shape((*lead, *rows, *columns))
+
+
+def _same_dtype(*types: TensorType) -> None:
+    if len({t.dtype for t in types}) > 1:
+        raise ValueError("operands must have one dtype; cast them first")
+
+
+def _infer_linear(x: TensorType, w: TensorType, b: TensorType | None = None) -> Type:
+    """x [..., k], w [n, k], b [n] -> [..., n]: x @ w.T + b."""
+    _same_dtype(x, w, *([b] if b else []))
+    if w.rank != 2 or x.rank < 1 or not same(x.shape[-1], w.shape[1]):
+        raise ValueError("x must end in the columns of w")
+    return x.with_shape((*x.shape[:-1], w.shape[0]))
+
+
+def _cost_product(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
+    inner = types[0].shape[-1]
+    return Cost(dim(2 * inner * out.numel), streaming_cost(types, out).bytes)  # type: ignore[union-attr]
+
+
+def _infer_conv(
+    x: TensorType, w: TensorType, b: TensorType | None = None, *, stride: tuple[int, ...], padding: tuple[int, ...],
+    dilation: tuple[int, ...], groups: int = 1, transposed: bool = False, output_padding: tuple[int, ...] = (),
+) -> Type:  # fmt: skip
+    """x [n, c, *space], w [out, c / groups, *kernel] (transposed: [c, out / groups, *kernel]) -> [n, out, *space']; 1 to 3 spatial dims."""
+    _same_dtype(x, w, *([b] if b else []))
+    space = x.rank - 2
+    if not 1 <= space <= 3 or w.rank != x.rank:
+        raise ValueError("x and w must have one batch, one channel and 1 to 3 spatial dimensions")
+    if transposed:
+        channels = dim(w.shape[1] * groups)
+        extra = output_padding or (0,) * space
+        out = [(i - 1) * s - 2 * p + d * (k - 1) + e + 1
+               for i, k, s, p, d, e in zip(x.shape[2:], w.shape[2:], stride, padding, dilation, extra)]  # fmt: skip
+    else:
+        channels = w.shape[0]
+        out = [window_count(i, k, s, p, p, d) for i, k, s, p, d in zip(x.shape[2:], w.shape[2:], stride, padding, dilation)]
+    return x.with_shape((x.shape[0], channels, *(dim(o) for o in out)))
+
+
+def window_count(size: Dim, kernel: Dim, stride: int, low: int, high: int, dilation: int, ceil: bool = False) -> Dim:
+    """How many windows fit along one axis."""
+    span = dim(size + low + high - dilation * (kernel - 1) - 1)
+    if not ceil:
+        return dim(floordiv(span, stride) + 1)
+    count = dim(floordiv(dim(span + stride - 1), stride) + 1)
+    if isinstance(count, int) and isinstance(size, int):
+        return count - 1 if (count - 1) * stride >= size + low else count
+    return count
+
+
+def _conv(x: Any, w: Any, b: Any = None, *, stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool, output_padding: Any) -> Any:
+    extra = output_padding or (0,) * (x.dim() - 2)
+    return torch.ops.aten.convolution(x, w, b, stride, padding, dilation, transposed, extra, groups)
+
+
+def _cost_conv(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
+    x, w = types[:2]
+    steps = x.numel * product(w.shape[1:]) if attrs["transposed"] else out.numel * product(w.shape[1:])  # type: ignore[union-attr]
+    return Cost(dim(2 * steps), streaming_cost(types, out).bytes)
+
+
+def _infer_pool(
+    x: TensorType, *, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
+    dilation: tuple[int, ...] = (), ceil: bool = False,
+) -> Type:  # fmt: skip
+    """x [..., *space] with len(kernel) spatial dims at the end."""
+    space = len(kernel)
+    dilations = dilation or (1,) * space
+    out = (window_count(i, k, s, p, p, d, ceil) for i, k, s, p, d in zip(x.shape[-space:], kernel, stride, padding, dilations))
+    return x.with_shape((*x.shape[:-space], *out))
+
+
+def _infer_avg_pool(
+    x: TensorType, *, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
+    ceil: bool = False, count_padding: bool = True, divisor: int | None = None,
+) -> Type:  # fmt: skip
+    return _infer_pool(x, kernel=kernel, stride=stride, padding=padding, ceil=ceil)
+
+
+_MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+_AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+
+
+def _max_pool(x: Any, *, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool) -> Any:
+    return _MAX_POOL[len(kernel) - 1](x, kernel, stride, padding, dilation or 1, ceil)
+
+
+def _avg_pool(x: Any, *, kernel: Any, stride: Any, padding: Any, ceil: bool, count_padding: bool, divisor: int | None) -> Any:
+    extra = {} if len(kernel) == 1 else {"divisor_override": divisor}
+    return _AVG_POOL[len(kernel) - 1](x, kernel, stride, padding, ceil, count_padding, **extra)
+
+
+def _cost_pool(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
+    return Cost(dim(product(attrs["kernel"]) * out.numel), streaming_cost(types, out).bytes)  # type: ignore[union-attr]
+
+
+CONTRACTIONS: tuple[Op, ...] = (
+    Op("matmul", Category.CONTRACTION, _infer_matmul, torch.matmul, _cost_product),
+    Op("linear", Category.CONTRACTION, _infer_linear, F.linear, _cost_product),
+    Op("conv", Category.CONTRACTION, _infer_conv, _conv, _cost_conv),
+    Op("max_pool", Category.CONTRACTION, _infer_pool, _max_pool, _cost_pool),
+    Op("avg_pool", Category.CONTRACTION, _infer_avg_pool, _avg_pool, _cost_pool),
+)

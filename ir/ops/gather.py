@@ -1,0 +1,138 @@
+"""Reads and writes at computed positions: cat, pad, gather, index, embedding, scatter, and the KV cache update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..dims import Dim, dim, same
+from ..op import Category, Op
+from ..types import TensorType, Type, broadcast, normalize_dim, promote
+from .views import slice_length
+
+
+def _infer_cat(*xs: TensorType, dim: int = 0) -> Type:
+    if not xs:
+        raise ValueError("it takes at least one tensor")
+    d = normalize_dim(dim, xs[0].rank)
+    for x in xs[1:]:
+        if x.rank != xs[0].rank or not all(same(a, b) for i, (a, b) in enumerate(zip(x.shape, xs[0].shape)) if i != d):
+            raise ValueError(f"{x} does not continue {xs[0]} along dimension {d}")
+    shape = list(xs[0].shape)
+    shape[d] = _sum(x.shape[d] for x in xs)
+    return TensorType(promote(*xs), tuple(shape), xs[0].device)
+
+
+def _sum(dims: Any) -> Dim:
+    total: Any = 0
+    for d in dims:
+        total = total + d
+    return dim(total)
+
+
+def _infer_pad(x: TensorType, *, low: tuple[Dim, ...], high: tuple[Dim, ...], value: float = 0) -> Type:
+    """low and high give the elements added before and after, one per dimension; negative ones crop."""
+    if not len(low) == len(high) == x.rank:
+        raise ValueError(f"low and high need one entry for each of the {x.rank} dimensions")
+    return x.with_shape(tuple(dim(lo + d + hi) for lo, d, hi in zip(low, x.shape, high)))
+
+
+def _pad(x: torch.Tensor, *, low: Any, high: Any, value: Any) -> torch.Tensor:
+    pairs = [p for lo, hi in reversed(list(zip(low, high))) for p in (lo, hi)]
+    return torch.nn.functional.pad(x, pairs, value=value)
+
+
+def _infer_gather(x: TensorType, index: TensorType, *, dim: int) -> Type:
+    """out[i][j][k] = x[i][index[i][j][k]][k] for dim 1."""
+    normalize_dim(dim, x.rank)
+    return x.with_shape(index.shape)
+
+
+def _infer_index(x: TensorType, *indices: TensorType, dims: tuple[int, ...]) -> Type:
+    """Advanced indexing: indices broadcast together; `dims` are the indexed dimensions, ascending. Negative indices wrap.
+
+    The index dimensions stand where the first indexed dimension was if `dims` are adjacent, else in front (NumPy's rule).
+    """
+    if len(indices) != len(dims) or list(dims) != sorted(set(dims)):
+        raise ValueError("one integer index per entry of dims, dims ascending")
+    block = broadcast(*(i.shape for i in indices))
+    rest = [(i, d) for i, d in enumerate(x.shape) if i not in dims]
+    front = dims[0] if dims[-1] - dims[0] == len(dims) - 1 else 0
+    before = tuple(d for i, d in rest if i < front)
+    after = tuple(d for i, d in rest if i >= front)
+    return x.with_shape((*before, *block, *after))
+
+
+def _full_index(rank: int, indices: Any, dims: tuple[int, ...]) -> tuple[Any, ...]:
+    index: list[Any] = [slice(None)] * rank
+    for d, i in zip(dims, indices):
+        index[d] = i
+    return tuple(index)
+
+
+def _infer_embedding(weight: TensorType, ids: TensorType) -> Type:
+    """weight [rows, d], ids [...] integer in [0, rows) -> [..., d]."""
+    return weight.with_shape((*ids.shape, *weight.shape[1:]))
+
+
+def _infer_scatter(x: TensorType, index: TensorType, src: Any, *, dim: int, reduce: str = "set", include_self: bool = True) -> Type:
+    """x with src written at index along dim. reduce: set, sum, prod, amax, amin, mean. src is a tensor or a number."""
+    normalize_dim(dim, x.rank)
+    if reduce not in ("set", "sum", "prod", "amax", "amin", "mean"):
+        raise ValueError(f"unknown reduce {reduce!r}")
+    return x
+
+
+def _scatter(x: torch.Tensor, index: torch.Tensor, src: Any, *, dim: int, reduce: str, include_self: bool) -> torch.Tensor:
+    if reduce == "set":
+        return torch.scatter(x, dim, index, src)
+    if not isinstance(src, torch.Tensor):
+        src = torch.full(index.shape, src, dtype=x.dtype, device=x.device)
+    return torch.scatter_reduce(x, dim, index, src, reduce, include_self=include_self)
+
+
+def _infer_index_put(x: TensorType, value: TensorType, *indices: TensorType, dims: tuple[int, ...], accumulate: bool = False) -> Type:
+    _infer_index(x, *indices, dims=dims)
+    return x
+
+
+def _index_put(x: torch.Tensor, value: torch.Tensor, *indices: torch.Tensor, dims: Any, accumulate: bool) -> torch.Tensor:
+    full: list[Any] = [None] * (dims[-1] + 1)
+    for d, i in zip(dims, indices):
+        full[d] = i
+    return torch.ops.aten.index_put(x, full, value, accumulate)
+
+
+def _infer_slice_scatter(x: TensorType, src: TensorType, *, dim: int, start: Dim, stop: Dim, step: int = 1) -> Type:
+    """x with x[start:stop:step] along dim replaced by src; bounds already clamped as in `slice`."""
+    d = normalize_dim(dim, x.rank)
+    length = slice_length(start, stop, step)
+    if not same(src.shape[d], length):
+        raise ValueError(f"src has {src.shape[d]} entries along dimension {d}, the slice {length}")
+    return x
+
+
+def _infer_cache_update(cache: TensorType, new: TensorType, position: Any, *, dim: int) -> Type:
+    """cache with new written from index `position` (a size or a 0-d integer tensor) on along dim: state in, state out."""
+    normalize_dim(dim, cache.rank)
+    return cache
+
+
+def _cache_update(cache: torch.Tensor, new: torch.Tensor, position: Any, *, dim: int) -> torch.Tensor:
+    rows = torch.arange(new.shape[dim], device=cache.device) + position
+    return cache.index_copy(dim, rows, new)
+
+
+GATHERS: tuple[Op, ...] = (
+    Op("cat", Category.GATHER, _infer_cat, lambda *xs, dim: torch.cat(xs, dim)),
+    Op("pad", Category.GATHER, _infer_pad, _pad),
+    Op("gather", Category.GATHER, _infer_gather, lambda x, index, *, dim: torch.gather(x, dim, index)),
+    Op("index", Category.GATHER, _infer_index, lambda x, *indices, dims: x[_full_index(x.dim(), indices, dims)]),
+    Op("embedding", Category.GATHER, _infer_embedding, lambda weight, ids: torch.nn.functional.embedding(ids, weight)),
+    Op("scatter", Category.GATHER, _infer_scatter, _scatter),
+    Op("index_put", Category.GATHER, _infer_index_put, _index_put),
+    Op("slice_scatter", Category.GATHER, _infer_slice_scatter,
+       lambda x, src, *, dim, start, stop, step: torch.slice_scatter(x, src, dim, start, stop, step)),
+    Op("cache_update", Category.GATHER, _infer_cache_update, _cache_update),
+)  # fmt: skip

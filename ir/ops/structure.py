@@ -1,0 +1,95 @@
+"""Structure: `extern` (an ATen op we have no definition for), `region` (nodes that become one kernel) and `item` (one of several results)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..dims import dim
+from ..graph import Graph
+from ..op import Category, Cost, Op, no_cost, streaming_cost
+from ..types import TensorType, Type
+
+
+@dataclass(frozen=True)
+class Ref:
+    """In the argument template of an extern: operand number `index`. Written `$0`."""
+
+    index: int
+
+    def __repr__(self) -> str:
+        return f"${self.index}"
+
+
+def _infer_extern(
+    *operands: Any, target: str, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...] = (), types: tuple[TensorType, ...],
+    strides: tuple[Any, ...] = (), sequence: int | None = None,
+) -> Type:  # fmt: skip
+    """target: "aten.topk.default". args, kwargs: its arguments with Ref(i) in place of operand i. types: what it returns.
+
+    strides: where the op's meaning depends on its operands' layout, one tuple of strides per operand (None: any layout).
+    sequence: numbers effectful ops (random draws) in program order; None for pure ones.
+    """
+    return types[0] if len(types) == 1 else types
+
+
+def resolve(target: str) -> Any:
+    """The torch operator overload that an extern names, "namespace.op.overload"; raises AttributeError if it is not registered."""
+    namespace, name, overload = target.split(".", 2)
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+def fill(template: Any, operands: tuple[Any, ...]) -> Any:
+    """The argument template with operands in place of their references."""
+    if isinstance(template, Ref):
+        return operands[template.index]
+    if isinstance(template, tuple):
+        return [fill(t, operands) for t in template]
+    return template
+
+
+def _extern(*operands: Any, target: str, args: Any, kwargs: Any, types: Any, strides: Any, sequence: Any) -> Any:
+    from .views import laid_out
+
+    if strides:
+        operands = tuple(x if s is None else laid_out(x, s) for x, s in zip(operands, strides))
+    result = resolve(target)(*(fill(a, operands) for a in args), **{k: fill(v, operands) for k, v in kwargs})
+    return tuple(result) if isinstance(result, (tuple, list)) and len(types) > 1 else result[0] if isinstance(result, (tuple, list)) else result
+
+
+def _infer_region(*operands: Any, body: Graph, label: str = "") -> Type:
+    """body: the fused nodes as a graph of their own, its inputs bound to the operands. label: what it computes, in a few words."""
+    if len(operands) != len(body.inputs):
+        raise ValueError(f"the body takes {len(body.inputs)} operands")
+    types = tuple(n.tensor for n in body.outputs)
+    return types[0] if len(types) == 1 else types
+
+
+def _region(*operands: Any, body: Graph, label: str) -> Any:
+    from ..interpret import interpret
+
+    results = interpret(body, operands)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _cost_region(types: tuple[Type, ...], out: Type, attrs: Any) -> Cost:
+    from ..graph import order
+
+    body = attrs["body"]
+    costs = (n.op.cost(tuple(i.type for i in n.inputs), n.type, n.attrs) for n in order(body))
+    return Cost(dim(sum((c.flops for c in costs), start=0)), streaming_cost(types, out).bytes)
+
+
+def _infer_item(x: tuple[TensorType, ...], *, index: int) -> Type:
+    if not isinstance(x, tuple):
+        raise ValueError("it takes a value with several results")
+    return x[index]
+
+
+STRUCTURE: tuple[Op, ...] = (
+    Op("extern", Category.EXTERN, _infer_extern, _extern),
+    Op("region", Category.STRUCTURE, _infer_region, _region, _cost_region),
+    Op("item", Category.STRUCTURE, _infer_item, lambda x, *, index: x[index], no_cost),
+)

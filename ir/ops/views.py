@@ -1,0 +1,99 @@
+"""Views: out[i] = in[f(i)] with f known at compile time. They cost nothing: code generation dissolves them into index expressions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..dims import Dim, dim, floordiv, product, same
+from ..op import Category, Op, no_cost
+from ..types import TensorType, Type, normalize_dim
+
+
+def _infer_reshape(x: TensorType, *, shape: tuple[Dim, ...]) -> Type:
+    if not same(x.numel, product(shape)):
+        raise ValueError(f"{x.numel} elements do not fit shape {list(shape)}")
+    return x.with_shape(shape)
+
+
+def _infer_permute(x: TensorType, *, dims: tuple[int, ...]) -> Type:
+    if sorted(dims) != list(range(x.rank)):
+        raise ValueError(f"dims must be a permutation of 0..{x.rank - 1}, not {list(dims)}")
+    return x.with_shape(tuple(x.shape[d] for d in dims))
+
+
+def _infer_expand(x: TensorType, *, shape: tuple[Dim, ...]) -> Type:
+    lead = len(shape) - x.rank
+    if lead < 0:
+        raise ValueError("the new shape has fewer dimensions")
+    for old, new in zip(x.shape, shape[lead:]):
+        if not same(old, 1) and not same(old, new):
+            raise ValueError(f"size {old} does not expand to {new}")
+    return x.with_shape(shape)
+
+
+def _infer_slice(x: TensorType, *, dim: int, start: Dim, stop: Dim, step: int = 1) -> Type:
+    """start and stop are already clamped into the tensor: 0 <= start <= stop <= size."""
+    d = normalize_dim(dim, x.rank)
+    if step < 1:
+        raise ValueError("step must be positive")
+    return x.with_shape((*x.shape[:d], slice_length(start, stop, step), *x.shape[d + 1 :]))
+
+
+def slice_length(start: Dim, stop: Dim, step: int) -> Dim:
+    return floordiv(dim(stop - start + (step - 1)), step)
+
+
+def _infer_select(x: TensorType, *, dim: int, index: Dim) -> Type:
+    """index is already in [0, size)."""
+    d = normalize_dim(dim, x.rank)
+    return x.with_shape((*x.shape[:d], *x.shape[d + 1 :]))
+
+
+def _infer_flip(x: TensorType, *, dims: tuple[int, ...]) -> Type:
+    for d in dims:
+        normalize_dim(d, x.rank)
+    return x
+
+
+def _infer_as_strided(
+    x: TensorType, *, shape: tuple[Dim, ...], strides: tuple[Dim, ...], offset: Dim = 0, of: tuple[Dim, ...]
+) -> Type:
+    """Element i of the result is at `offset + i . strides` of x laid out with strides `of`."""
+    return x.with_shape(shape)
+
+
+def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """x with exactly these strides (a copy unless it has them), over storage of its own size."""
+    if x.stride() == tuple(strides):
+        return x
+    out = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    return out.copy_(x)
+
+
+def _as_strided(x: torch.Tensor, *, shape: Any, strides: Any, offset: int, of: Any) -> torch.Tensor:
+    return laid_out(x, of).as_strided(shape, strides, offset)
+
+
+def _slice(x: torch.Tensor, *, dim: int, start: int, stop: int, step: int) -> torch.Tensor:
+    index = [slice(None)] * x.dim()
+    index[dim] = slice(start, stop, step)
+    return x[tuple(index)]
+
+
+def _infer_layout(x: TensorType, *, strides: tuple[Dim, ...]) -> Type:
+    return x
+
+
+VIEWS: tuple[Op, ...] = (
+    Op("reshape", Category.VIEW, _infer_reshape, lambda x, *, shape: x.reshape(shape), no_cost),
+    Op("permute", Category.VIEW, _infer_permute, lambda x, *, dims: x.permute(dims), no_cost),
+    Op("expand", Category.VIEW, _infer_expand, lambda x, *, shape: x.expand(shape), no_cost),
+    Op("slice", Category.VIEW, _infer_slice, _slice, no_cost),
+    Op("select", Category.VIEW, _infer_select, lambda x, *, dim, index: x.select(dim, index), no_cost),
+    Op("flip", Category.VIEW, _infer_flip, lambda x, *, dims: x.flip(dims), no_cost),
+    Op("as_strided", Category.VIEW, _infer_as_strided, _as_strided, no_cost),
+    # the same values, laid out in memory with these strides: how a graph returns a tensor as eager lays it out
+    Op("layout", Category.VIEW, _infer_layout, lambda x, *, strides: laid_out(x, strides), no_cost),
+)

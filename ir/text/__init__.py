@@ -1,0 +1,1 @@
+"""The text form: deterministic, readable, parses back."""

@@ -1,0 +1,1 @@
+"""Search: device models and the cost model."""
