@@ -1,0 +1,185 @@
+"""The kernel IR: what a fused region computes, as stores of scalar expressions over named axes. Printers turn it into C++ or Triton.
+
+    kernel add_softmax(x: f32[4096*1024], y: f32[4096*1024]) -> out: f32[4096*1024]
+      for i in 4096 (grid), r in 1024 (inner):
+        a = load x[1024*i + r] + load y[1024*i + r]
+        e = exp(a - reduce max a over r)
+        store out[1024*i + r] = e / (reduce sum e over r)
+
+A *grid* axis has independent points: they run in any order, in parallel. An *inner* axis is walked inside one grid point: values may be
+reduced over it, and values that depend on it exist once per inner point. A value's domain is the set of axes it depends on
+(`free_axes`); a store whose value and index depend on no inner axis happens once per grid point. Views have no trace here: they are
+in the index expressions, which are flat element offsets (sympy, over axis names and size symbols).
+
+The scalar operations are those of `ir/scalar.py` (`Const`, `Apply`); this file adds what touches memory or more than one point. How a
+kernel is walked - vector width, tiles, threads - is a `Schedule` of the printer and never changes what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+
+from ..ir.dims import Dim, symbol
+from ..ir.scalar import Apply, Scalar
+
+REDUCTIONS: dict[str, str] = {
+    "sum": "0 when empty; more than 1024 terms are summed in blocks, so that rounding grows slowly",
+    "prod": "1 when empty",
+    "max": "NaN if any is NaN; -inf (or the least integer) when empty",
+    "min": "NaN if any is NaN; +inf (or the greatest integer) when empty",
+    "any": "bool",
+    "all": "bool",
+    "argmax": "i64: flat position over the reduced axes of the first largest; the first NaN wins",
+    "argmin": "i64: flat position over the reduced axes of the first smallest; the first NaN wins",
+}
+
+SCANS: dict[str, str] = {"cumsum": "inclusive running sum", "cumprod": "inclusive running product"}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """`name` is its symbol in index expressions (an axis runs 0 .. extent-1); `inner` as explained above."""
+
+    name: str
+    extent: Dim
+    inner: bool = False
+
+    @property
+    def symbol(self) -> sympy.Symbol:
+        return symbol(self.name)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A parameter of the kernel: `size` elements of storage dtype `dtype` (16-bit floats and bool are stored as such)."""
+
+    name: str
+    dtype: torch.dtype
+    size: Dim
+
+
+@dataclass(frozen=True, eq=False)
+class Load(Scalar):
+    """Element `index` of a buffer, in the buffer's compute dtype (bf16 and f16 widen to f32).
+
+    indirect: axis-like names in `index` whose value is computed: ((name, integer scalar), ...); this is how gathers read.
+    mask: where it is false nothing is read and the value is `other`.
+    """
+
+    buffer: str
+    index: sympy.Expr
+    indirect: tuple[tuple[str, Scalar], ...] = ()
+    mask: Scalar | None = None
+    other: float | int | bool = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Position(Scalar):
+    """The value of an index expression over axes and sizes, as an integer (dtype int64)."""
+
+    index: sympy.Expr
+
+
+@dataclass(frozen=True, eq=False)
+class Reduce(Scalar):
+    """`op` of REDUCTIONS over all points of the inner `axes`; it depends on no inner axis in `axes` any more."""
+
+    op: str
+    value: Scalar
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Scan(Scalar):
+    """`op` of SCANS along the inner axis: the value at point r covers points 0 .. r."""
+
+    op: str
+    value: Scalar
+    axis: str
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """buffer[index] = value at every point of the value's and index's domain, converted to the buffer's dtype."""
+
+    buffer: str
+    index: sympy.Expr
+    value: Scalar
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """`inputs` are only read, `outputs` only written; an output never overlaps an input unless listed in `inplace` (output, input):
+    then both are the same memory and every point reads an element before it writes it.
+
+    sizes: names of the size symbols that extents and indices use, in the order they are passed.
+    sources: the user's source lines, for the comment above the kernel; label: what it computes in a few words.
+    Outputs are written completely: every element exactly once.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    inputs: tuple[Buffer, ...]
+    outputs: tuple[Buffer, ...]
+    stores: tuple[Store, ...]
+    sizes: tuple[str, ...] = ()
+    label: str = ""
+    sources: tuple[str, ...] = ()
+    inplace: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def grid(self) -> tuple[Axis, ...]:
+        return tuple(a for a in self.axes if not a.inner)
+
+    @property
+    def inner(self) -> tuple[Axis, ...]:
+        return tuple(a for a in self.axes if a.inner)
+
+    def buffer(self, name: str) -> Buffer:
+        return next(b for b in (*self.inputs, *self.outputs) if b.name == name)
+
+
+def operands(value: Scalar) -> tuple[Scalar, ...]:
+    """The scalars a value is computed from."""
+    if isinstance(value, Apply):
+        return value.args
+    if isinstance(value, Load):
+        return tuple(v for _, v in value.indirect) + ((value.mask,) if value.mask is not None else ())
+    if isinstance(value, (Reduce, Scan)):
+        return (value.value,)
+    return ()
+
+
+def scalars(stores: Iterable[Store]) -> list[Scalar]:
+    """Every scalar under the stores, operands first, each once."""
+    found: list[Scalar] = []
+    seen: set[Scalar] = set()
+    for store in stores:
+        stack: list[tuple[Scalar, bool]] = [(store.value, False)]
+        while stack:
+            value, ready = stack.pop()
+            if ready:
+                found.append(value)
+            elif value not in seen:
+                seen.add(value)
+                stack.append((value, True))
+                stack.extend((v, False) for v in reversed(operands(value)))
+    return found
+
+
+def free_axes(kernel: Kernel) -> dict[Scalar, frozenset[str]]:
+    """Scalar -> names of the axes it depends on."""
+    names = {a.name for a in kernel.axes}
+    free: dict[Scalar, frozenset[str]] = {}
+    for value in scalars(kernel.stores):
+        axes = frozenset().union(*(free[v] for v in operands(value)))
+        if isinstance(value, (Load, Position)):
+            axes |= names & {s.name for s in value.index.free_symbols}  # type: ignore[attr-defined]
+        if isinstance(value, Reduce):
+            axes -= set(value.axes)
+        free[value] = axes
+    return free
