@@ -1,0 +1,83 @@
+"""The rule of correctness: err(optimized, float64) <= max(k * err(eager, float64), budget)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class ErrorCheck:
+    """Relative Frobenius errors against float64, worst output: `ours` and `eager`; `allowed` is what the rule permits `ours` to be."""
+
+    ours: float
+    eager: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.ours <= self.allowed
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """||value - reference|| / ||reference|| in float64 over the elements where the reference is finite.
+
+    inf where a shape differs, or where one is NaN or infinite and the other is not the same. Integer and bool tensors must be equal.
+    """
+    if value.shape != reference.shape:
+        return float("inf")
+    if not reference.is_floating_point() and not reference.is_complex():
+        return 0.0 if torch.equal(value.to(reference.dtype), reference) else float("inf")
+    wide = torch.complex128 if reference.is_complex() else torch.float64
+    a, b = value.to(wide).flatten(), reference.to(wide).flatten()
+    finite = torch.isfinite(b)
+    if not _same_specials(a[~finite], b[~finite]):
+        return float("inf")
+    difference = torch.linalg.vector_norm(a[finite] - b[finite]).item()
+    scale = torch.linalg.vector_norm(b[finite]).item()
+    if difference != difference:
+        return float("inf")
+    return difference / scale if scale > 0 else difference
+
+
+def _same_specials(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(((a == b) | (torch.isnan(a) & torch.isnan(b))).all())
+
+
+def check(ours: Any, eager: Any, reference: Any, k: float = 4.0, budget: float = 1e-6) -> ErrorCheck:
+    """The rule over all tensors of three equal pytrees of outputs; the output nearest to breaking it is reported.
+
+    k allows for another order of summation; budget is the floor below which rounding is not looked at (float32 outputs).
+    """
+    worst: ErrorCheck | None = None
+    for a, b, r in zip(_tensors(ours), _tensors(eager), _tensors(reference), strict=True):
+        error = relative_error(b, r)
+        one = ErrorCheck(relative_error(a, r), error, max(k * error, budget))
+        if worst is None or _margin(one) > _margin(worst):
+            worst = one
+    return worst or ErrorCheck(0.0, 0.0, budget)
+
+
+def _margin(check: ErrorCheck) -> float:
+    return check.ours / check.allowed
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def to_double(tree: Any) -> Any:
+    """The same inputs with floating-point tensors in float64."""
+    return pytree.tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, tree)
+
+
+def reference_outputs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
+    """What a float64 copy of the model returns."""
+    double = copy.deepcopy(model).double()
+    with torch.no_grad():
+        return double(*to_double(tuple(args)), **to_double(dict(kwargs or {})))
