@@ -19,6 +19,12 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.complex64: "c64", torch.complex128: "c128", torch.complex32: "c32",
     torch.float8_e4m3fn: "f8e4m3", torch.float8_e5m2: "f8e5m2",
 }  # fmt: skip
+NATIVE_DTYPES = frozenset({
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+})  # fmt: skip
+"""Element types our ops do arithmetic in. Values of the others are moved, cast and handed to ATen."""
+
 DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -76,8 +82,19 @@ Type = Union[TensorType, ScalarType, tuple[TensorType, ...]]
 
 
 def scalar_source(value: Number | sympy.Expr) -> str:
-    """A number as the text form writes it."""
-    return to_source(value) if isinstance(value, sympy.Expr) else repr(value)
+    """A number as the text form writes it, exact: -0.0, inf and nan included."""
+    if isinstance(value, sympy.Expr):
+        return to_source(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, complex):
+        return f"complex({value.real!r}, {value.imag!r})"
+    return repr(value)
+
+
+def type_source(kind: Type) -> str:
+    """A type as the text form writes it; several results in parentheses."""
+    return f"({', '.join(str(t) for t in kind)})" if isinstance(kind, tuple) else str(kind)
 
 
 def scalar_type(value: Number | sympy.Expr) -> ScalarType:
@@ -121,6 +138,16 @@ def broadcast(*shapes: tuple[Dim, ...]) -> tuple[Dim, ...]:
     return tuple(out)
 
 
+def one_device(*types: TensorType) -> str:
+    """The device of the operands with dimensions; 0-d CPU tensors follow the others, as in torch. Raises ValueError where two differ."""
+    if len(types) == 1:
+        return types[0].device
+    devices = {t.device for t in types if t.rank or t.device != "cpu"} or {"cpu"}
+    if len(devices) > 1:
+        raise ValueError(f"operands live on different devices: {', '.join(sorted(devices))}")
+    return devices.pop()
+
+
 _CATEGORY = {torch.bool: 0, torch.complex32: 3, torch.complex64: 3, torch.complex128: 3}
 
 
@@ -152,12 +179,15 @@ def promote(*types: TensorType | ScalarType) -> torch.dtype:
     return result
 
 
+_COMPLEX_OF = {torch.float64: torch.complex128, torch.float16: torch.complex32}
+
+
 def _weak_default(dtype: torch.dtype, strong: torch.dtype | None) -> torch.dtype:
     """The dtype a Python number takes when it decides the category."""
     if category(dtype) == 2:
         return torch.get_default_dtype()
     if category(dtype) == 3:
-        return torch.complex128 if strong == torch.float64 else torch.complex64
+        return _COMPLEX_OF.get(strong, torch.complex64)
     return dtype
 
 

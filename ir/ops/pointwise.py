@@ -1,4 +1,4 @@
-"""Pointwise ops: out[i] from in[i], operands broadcast and promoted by torch's rules. Each gives its torch meaning and its scalar expression."""
+"""Pointwise ops: out[i] from in[i], operands broadcast and promoted by torch's rules; each with its torch meaning and scalar expression."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ import torch
 
 from ..op import Category, Cost, Op, streaming_cost
 from ..scalar import Scalar, apply, cast, lift, where
-from ..types import ScalarType, TensorType, Type, broadcast, category, compute_dtype, promote
+from ..types import (
+    NATIVE_DTYPES,
+    Number,
+    ScalarType,
+    TensorType,
+    Type,
+    broadcast,
+    category,
+    compute_dtype,
+    one_device,
+    promote,
+    scalar_type,
+)
 
 
 class Promotion(enum.Enum):
@@ -23,8 +35,36 @@ class Promotion(enum.Enum):
     CONDITION = "the first operand is a bool condition, the rest are promoted"
 
 
+class Domain(enum.Enum):
+    """Which promoted dtypes torch defines an op for; the value is the reason given for any other."""
+
+    ANY = ""
+    NUMBER = "it is not defined for bool"
+    FLOAT = "it takes floating-point tensors"
+    WIDE = "it takes float32 or float64 tensors"  # its result depends on the storage format, which scalar expressions do not see
+    INTEGER = "it takes integer tensors"
+    INTEGRAL = "it takes integer or bool tensors"
+
+    def allows(self, dtype: torch.dtype) -> bool:
+        return _ALLOWS[self](dtype)
+
+
+_ALLOWS: dict[Domain, Callable[[torch.dtype], bool]] = {
+    Domain.ANY: lambda d: True,
+    Domain.NUMBER: lambda d: d != torch.bool,
+    Domain.FLOAT: lambda d: d.is_floating_point,
+    Domain.WIDE: lambda d: d in (torch.float32, torch.float64),
+    Domain.INTEGER: lambda d: category(d) == 1,
+    Domain.INTEGRAL: lambda d: category(d) < 2,
+}
+
+
 def operand_dtype(op: Op, types: tuple[TensorType | ScalarType, ...]) -> torch.dtype:
-    """The dtype the operands of a pointwise op are converted to before its scalar expression applies (before widening to compute dtype)."""
+    """The dtype the operands of a pointwise op are promoted to.
+
+    Its scalar expression applies to operands in `compute_dtype` of it: operands go there directly (a number beside a float16 tensor is
+    not rounded to float16), except in comparisons (Promotion.BOOL), where they are first converted to this dtype, as in torch.
+    """
     rule = PROMOTION[op.name]
     values = types[1:] if rule is Promotion.CONDITION else types
     dtype = promote(*values)
@@ -33,27 +73,89 @@ def operand_dtype(op: Op, types: tuple[TensorType | ScalarType, ...]) -> torch.d
     return dtype
 
 
+def literal(op: Op, types: tuple[TensorType | ScalarType, ...], value: Number) -> bool | int | float:
+    """What `op` on operands of `types` computes with where the Python number `value` stands among them.
+
+    Integers wrap to the promoted dtype (300 beside uint8 is 44); in comparisons floats are rounded to it.
+    """
+    dtype = operand_dtype(op, types)
+    if dtype.is_floating_point and PROMOTION[op.name] is not Promotion.BOOL:
+        dtype = compute_dtype(dtype)
+    return number_as(value, dtype)
+
+
+def number_as(value: Number, dtype: torch.dtype) -> bool | int | float:
+    """A number converted to a dtype as torch converts numbers beside tensors: integers wrap, floats round."""
+    wide = torch.float64 if isinstance(value, float) else torch.int64
+    return torch.tensor(value, dtype=wide).to(dtype).item()
+
+
+def unprintable(op: Op, types: tuple[TensorType | ScalarType, ...]) -> str:
+    """Why a kernel cannot compute this pointwise op element by element, "" if it can.
+
+    Integer division by zero raises in eager on the CPU; a kernel cannot raise, so only division by a non-zero literal is native.
+    """
+    if op.name not in _INTEGER_DIVISIONS or operand_dtype(op, types).is_floating_point:
+        return ""
+    divisor = types[1]
+    if isinstance(divisor, ScalarType) and isinstance(divisor.value, int) and literal(op, types, divisor.value):
+        return ""
+    return "integer division by a value that may be zero"
+
+
+_INTEGER_DIVISIONS = frozenset({"floor_divide", "trunc_divide", "remainder", "fmod"})
+
+
 def _infer(name: str, arity: int, rule: Promotion) -> Callable[..., Type]:
+    domain = _DOMAIN.get(name, Domain.ANY)
+
     def infer(*types: Any) -> Type:
         if len(types) != arity:
-            raise ValueError(f"it takes {arity} operands, not {len(types)}")
+            raise ValueError(f"it takes {arity} operand{'s' * (arity > 1)}, not {len(types)}")
         tensors = [t for t in types if isinstance(t, TensorType)]
         if not tensors:
             raise ValueError("at least one operand must be a tensor")
+        check_native(*tensors)
         if rule is Promotion.CONDITION and types[0].dtype != torch.bool:
             raise ValueError("the condition must be bool")
-        dtype = torch.bool if rule is Promotion.BOOL else operand_dtype(OPS_BY_NAME[name], types)
-        return TensorType(dtype, broadcast(*(t.shape for t in tensors)), _device(tensors))
+        dtype = operand_dtype(OPS_BY_NAME[name], types)
+        if dtype not in NATIVE_DTYPES or not domain.allows(dtype):
+            raise ValueError(domain.value or f"{dtype} arithmetic is left to ATen")
+        if name in _STRICT and (reason := _STRICT[name](types)):
+            raise ValueError(reason)
+        shape = tensors[0].shape if len(tensors) == 1 else broadcast(*(t.shape for t in tensors))
+        return TensorType(torch.bool if rule is Promotion.BOOL else dtype, shape, one_device(*tensors))
 
     return infer
 
 
-def _device(tensors: list[TensorType]) -> str:
-    """The device of the operands with dimensions; 0-d CPU tensors follow the others, as in torch."""
-    devices = {t.device for t in tensors if t.rank} or {t.device for t in tensors}
-    if len(devices) > 1:
-        raise ValueError(f"operands live on different devices: {', '.join(sorted(devices))}")
-    return devices.pop()
+def check_native(*types: TensorType) -> None:
+    """Raises ValueError for element types that have no native arithmetic: complex, 8-bit floats, wide unsigned integers."""
+    for t in types:
+        if t.dtype not in NATIVE_DTYPES:
+            raise ValueError(f"{t.dtype} arithmetic is left to ATen")
+
+
+def _sub_refusal(types: tuple[Any, ...]) -> str:
+    return "subtraction is not defined for bool" if any(t.dtype == torch.bool for t in types) else ""
+
+
+def _pow_refusal(types: tuple[Any, ...]) -> str:
+    exponent = types[1]
+    negative = isinstance(exponent, ScalarType) and isinstance(exponent.value, int) and exponent.value < 0
+    return "integers to negative integer powers are not allowed" if negative and category(types[0].dtype) < 2 else ""
+
+
+_STRICT: dict[str, Callable[[tuple[Any, ...]], str]] = {"sub": _sub_refusal, "pow": _pow_refusal}
+
+_DOMAIN: dict[str, Domain] = {
+    **dict.fromkeys(("floor_divide", "trunc_divide", "remainder", "fmod", "pow", "neg", "abs", "square"), Domain.NUMBER),
+    **dict.fromkeys(("floor", "ceil", "trunc", "round", "relu", "clamp"), Domain.NUMBER),
+    **dict.fromkeys(("hypot", "silu"), Domain.FLOAT),
+    "nextafter": Domain.WIDE,
+    **dict.fromkeys(("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"), Domain.INTEGRAL),
+    **dict.fromkeys(("bitwise_left_shift", "bitwise_right_shift"), Domain.INTEGER),
+}
 
 
 def _cost(flops: int) -> Callable[..., Cost]:
@@ -93,7 +195,16 @@ def _nan_free(real: Callable[[Scalar], Scalar], value: bool) -> Callable[[Scalar
 
 
 def _floor_divide(x: Scalar, y: Scalar) -> Scalar:
-    return apply("floor", x / y) if x.dtype.is_floating_point else apply("floordiv", x, y)
+    """On floats as torch and Python do it: floor of the exact quotient, not of the rounded one (1.0 // 0.1 is 9)."""
+    if not x.dtype.is_floating_point:
+        return apply("floordiv", x, y)
+    rest = apply("fmod", x, y)
+    crosses = apply("ne", rest, 0) & ((y < 0) ^ (rest < 0))
+    quotient = (x - rest) / y - cast(crosses, x.dtype)
+    floor = apply("floor", quotient)
+    nearest = where(quotient - floor > 0.5, floor + 1, floor)
+    signed = where(apply("eq", quotient, 0), apply("copysign", 0.0 * x, x / y), nearest)
+    return where(apply("eq", y, 0), x / y, signed)
 
 
 def _trunc_divide(x: Scalar, y: Scalar) -> Scalar:
@@ -120,17 +231,26 @@ def _compare(name: str) -> Callable[[Scalar, Scalar], Scalar]:
     return lambda a, b: apply(name, a, b)
 
 
+def _operand_type(value: Any) -> TensorType | ScalarType:
+    return TensorType(value.dtype, tuple(value.shape)) if isinstance(value, torch.Tensor) else scalar_type(value)
+
+
+def _as_tensors(*values: Any) -> tuple[torch.Tensor, ...]:
+    """Numbers as 0-d tensors of the promoted dtype, on the device of the tensors."""
+    dtype = promote(*(_operand_type(v) for v in values))
+    device = next(v.device for v in values if isinstance(v, torch.Tensor))
+    return tuple(v if isinstance(v, torch.Tensor) else torch.tensor(number_as(v, dtype), dtype=dtype, device=device) for v in values)
+
+
 def _scalars_as_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Some torch functions take no Python number; weak promotion is kept by wrapping it on the tensors' terms."""
+    """Some torch functions take no Python number, or not as first operand: a 0-d tensor of the promoted dtype stands for it."""
+    return lambda *args: function(*(args if all(isinstance(a, torch.Tensor) for a in args) else _as_tensors(*args)))
 
-    def call(*args: Any) -> Any:
-        if all(isinstance(a, torch.Tensor) for a in args):
-            return function(*args)
-        dtype = torch.result_type(*args) if len(args) == 2 else next(a.dtype for a in args if isinstance(a, torch.Tensor))
-        device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        return function(*(a if isinstance(a, torch.Tensor) else torch.tensor(a, dtype=dtype, device=device) for a in args))
 
-    return call
+def _eager_clamp(x: Any, lo: Any, hi: Any) -> torch.Tensor:
+    """torch.clamp, all three promoted together."""
+    dtype = promote(*(_operand_type(a) for a in (x, lo, hi)))
+    return torch.clamp(*(t.to(dtype) for t in _as_tensors(x, lo, hi)))
 
 
 S, F, B, C = Promotion.SAME, Promotion.FLOAT, Promotion.BOOL, Promotion.CONDITION
@@ -144,11 +264,11 @@ _TABLE: tuple[tuple[str, int, Promotion, Callable[..., Any], Callable[..., Scala
     ("floor_divide", 2, S, torch.floor_divide, _floor_divide, 2),
     ("trunc_divide", 2, S, lambda a, b: torch.div(a, b, rounding_mode="trunc"), _trunc_divide, 2),
     ("remainder", 2, S, torch.remainder, _binary("mod"), 4),
-    ("fmod", 2, S, torch.fmod, _binary("fmod"), 4),
+    ("fmod", 2, S, _scalars_as_tensors(torch.fmod), _binary("fmod"), 4),
     ("pow", 2, S, torch.pow, _pow, 20),
-    ("atan2", 2, F, torch.atan2, _binary("atan2"), 20),
+    ("atan2", 2, F, _scalars_as_tensors(torch.atan2), _binary("atan2"), 20),
     ("hypot", 2, S, _scalars_as_tensors(torch.hypot), _binary("hypot"), 4),
-    ("copysign", 2, F, torch.copysign, _binary("copysign"), 1),
+    ("copysign", 2, F, _scalars_as_tensors(torch.copysign), _binary("copysign"), 1),
     ("nextafter", 2, S, _scalars_as_tensors(torch.nextafter), _binary("nextafter"), 1),
     ("maximum", 2, S, _scalars_as_tensors(torch.maximum), _binary("max"), 1),
     ("minimum", 2, S, _scalars_as_tensors(torch.minimum), _binary("min"), 1),
@@ -190,14 +310,14 @@ _TABLE: tuple[tuple[str, int, Promotion, Callable[..., Any], Callable[..., Scala
     ("sigmoid", 1, F, torch.sigmoid, _sigmoid, 12),
     ("relu", 1, S, torch.relu, _relu, 1),
     ("silu", 1, S, torch.nn.functional.silu, lambda x: x / (1 + apply("exp", -x)), 13),
-    ("clamp", 3, S, lambda x, lo, hi: torch.minimum(torch.maximum(x, _like(lo, x)), _like(hi, x)), _clamp, 2),
+    ("clamp", 3, S, _eager_clamp, _clamp, 2),
     ("where", 3, C, torch.where, where, 1),
-    ("eq", 2, B, torch.eq, _compare("eq"), 1),
-    ("ne", 2, B, torch.ne, _compare("ne"), 1),
-    ("lt", 2, B, torch.lt, _compare("lt"), 1),
-    ("le", 2, B, torch.le, _compare("le"), 1),
-    ("gt", 2, B, torch.gt, _compare("gt"), 1),
-    ("ge", 2, B, torch.ge, _compare("ge"), 1),
+    ("eq", 2, B, _scalars_as_tensors(torch.eq), _compare("eq"), 1),
+    ("ne", 2, B, _scalars_as_tensors(torch.ne), _compare("ne"), 1),
+    ("lt", 2, B, _scalars_as_tensors(torch.lt), _compare("lt"), 1),
+    ("le", 2, B, _scalars_as_tensors(torch.le), _compare("le"), 1),
+    ("gt", 2, B, _scalars_as_tensors(torch.gt), _compare("gt"), 1),
+    ("ge", 2, B, _scalars_as_tensors(torch.ge), _compare("ge"), 1),
     ("logical_and", 2, B, _scalars_as_tensors(torch.logical_and), _logical("and"), 1),
     ("logical_or", 2, B, _scalars_as_tensors(torch.logical_or), _logical("or"), 1),
     ("logical_xor", 2, B, _scalars_as_tensors(torch.logical_xor), _logical("xor"), 1),
@@ -215,15 +335,13 @@ _TABLE: tuple[tuple[str, int, Promotion, Callable[..., Any], Callable[..., Scala
 )  # fmt: skip
 
 
-def _like(value: Any, x: torch.Tensor) -> torch.Tensor:
-    return value if isinstance(value, torch.Tensor) else torch.tensor(value, device=x.device).to(torch.result_type(x, value))
-
-
 _COMMUTATIVE = {"add", "mul", "maximum", "minimum", "eq", "ne", "logical_and", "logical_or", "logical_xor", "bitwise_and",
                 "bitwise_or", "bitwise_xor"}  # fmt: skip
 
 
 def _infer_cast(x: TensorType, *, dtype: torch.dtype) -> Type:
+    if (category(x.dtype) == 3) or category(dtype) == 3:
+        raise ValueError("complex arithmetic is left to ATen")
     return x.with_dtype(dtype)
 
 
@@ -235,8 +353,9 @@ def _scalar_cast(x: Scalar, *, dtype: torch.dtype) -> Scalar:
 def _infer_gelu(x: TensorType, *, approximate: str = "none") -> Type:
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate must be 'none' or 'tanh', not {approximate!r}")
+    check_native(x)
     if not x.dtype.is_floating_point:
-        raise ValueError("it takes a floating-point tensor")
+        raise ValueError(Domain.FLOAT.value)
     return x
 
 
@@ -248,8 +367,6 @@ def _scalar_gelu(x: Scalar, *, approximate: str) -> Scalar:
 
 def _eager_gelu(x: torch.Tensor, *, approximate: str) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate=approximate)
-
-
 
 
 POINTWISE: tuple[Op, ...] = tuple(
