@@ -74,7 +74,7 @@ class Op:
     def infer_type(self, types: tuple[Type, ...], attrs: Mapping[str, Any], prov: Provenance = NOWHERE) -> Type:
         try:
             return self.infer(*types, **attrs)
-        except (ValueError, IndexError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
             shown = ", ".join(str(t) for t in types)
             raise TypeInferenceError(prov.source, op=self.name, operands=f"({shown})", reason=error) from error
 
@@ -83,7 +83,7 @@ class Op:
         unknown = set(attrs) - set(self.attributes)
         if unknown:
             raise TypeInferenceError(op=self.name, operands=f"attribute {sorted(unknown)[0]!r}", reason="it has no such attribute")
-        full = {k: _freeze(attrs[k] if k in attrs else default) for k, default in self.attributes.items()}
+        full = {k: _freeze(attrs.get(k, default)) for k, default in self.attributes.items()}
         missing = [k for k, v in full.items() if v is inspect.Parameter.empty]
         if missing:
             raise TypeInferenceError(op=self.name, operands=f"no {missing[0]!r}", reason="that attribute is required")
