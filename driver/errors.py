@@ -1,0 +1,41 @@
+"""Errors a user of the command line or of `load` can meet: each one sentence that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+from ..ir.errors import TilewrightError
+
+
+class UserError(TilewrightError):
+    """Bad input; the command prints it without a traceback and exits with status 2."""
+
+
+class ModelNotFound(UserError):
+    template = "there is no file {path}; give a .pt2 or TorchScript file, or package.module:callable"
+
+
+class NotAModel(UserError):
+    template = "{path} is not a model: {reason}"
+
+
+class PickleRefused(UserError):
+    template = "{path} holds {what}, which runs code when read; pass --trust-pickle only if you made the file or trust who did"
+
+
+class BadInputs(UserError):
+    template = "cannot use --inputs {spec}: {reason}"
+
+
+class BadOption(UserError):
+    template = "{option}: {reason}"
+
+
+class CannotWrite(UserError):
+    template = "cannot write {path}: {reason}; nothing was left behind"
+
+
+class BadArtifact(UserError):
+    template = "{path} is not a usable tilewright artifact: {reason}"
+
+
+class CannotOptimize(UserError):
+    template = "cannot optimize {path}: {reason}"
