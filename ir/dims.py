@@ -6,6 +6,7 @@ text, so dimensions can be read from untrusted files.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class SymbolRange:
 
 
 class FloorDiv(sympy.Function):
-    """floor(a / b) on integers, b > 0; simplifies constants, unit divisors and exact integer multiples."""
+    """floor(a / b) on integers, b > 0; simplifies constants, unit divisors and terms that b divides: (4*s + 3) // 4 is s."""
 
     nargs = 2
     is_integer = True
@@ -35,11 +36,10 @@ class FloorDiv(sympy.Function):
     def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
         if b == 1 or a.is_zero:
             return a
-        if a == b:
-            return sympy.Integer(1)
         if a.is_Integer and b.is_Integer:
             return sympy.Integer(int(a) // int(b))
-        return None
+        quotient, rest = _divide(a, b)
+        return None if quotient == 0 else quotient + cls(rest, b)
 
     def _eval_is_nonnegative(self) -> bool | None:
         return all(arg.is_nonnegative for arg in self.args) or None
@@ -53,14 +53,25 @@ class Mod(sympy.Function):
 
     @classmethod
     def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
-        if b == 1 or a.is_zero or a == b:
+        if b == 1 or a.is_zero:
             return sympy.Integer(0)
         if a.is_Integer and b.is_Integer:
             return sympy.Integer(int(a) % int(b))
-        return None
+        quotient, rest = _divide(a, b)
+        return None if quotient == 0 else cls(rest, b)
 
     def _eval_is_nonnegative(self) -> bool | None:
         return True
+
+
+def _divide(a: sympy.Expr, b: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """(q, r) with a == q * b + r, q the sum of the terms of `a` that b divides exactly."""
+    quotient, rest = [], []
+    for term in sympy.Add.make_args(sympy.expand(a)):
+        q = term / b
+        exact = q.as_coeff_Mul()[0].is_Integer and not any(p.is_Pow and not p.exp.is_positive for p in sympy.Mul.make_args(q))
+        (quotient if exact else rest).append(q if exact else term)
+    return sympy.Add(*quotient), sympy.Add(*rest)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {"FloorDiv": FloorDiv, "Mod": Mod, "Max": sympy.Max, "Min": sympy.Min}
@@ -72,11 +83,18 @@ def symbol(name: str) -> sympy.Symbol:
 
 
 def dim(value: Any) -> Dim:
-    """Normal form: Python int when constant, else an expanded sympy expression."""
+    """Normal form: Python int when constant, else an expanded sympy expression. Raises TypeError for anything but these."""
     if isinstance(value, int):
         return int(value)
-    expr = sympy.expand(value) if value.is_Add or value.is_Mul else value
+    if not isinstance(value, sympy.Expr):
+        raise TypeError(f"a size is an integer or an expression of sizes, not {value!r}")
+    expr = value if value.is_Symbol else _expanded(value)
     return int(expr) if expr.is_Integer else expr
+
+
+@functools.lru_cache(maxsize=4096)
+def _expanded(expr: sympy.Expr) -> sympy.Expr:
+    return sympy.expand(expr)
 
 
 def floordiv(a: Dim, b: Dim) -> Dim:
@@ -120,10 +138,14 @@ def _unknown(value: sympy.Expr) -> int:
     raise TypeError(f"{type(value).__name__} is not an integer function of sizes: {value}")
 
 
+def _inexact(divisor: int) -> int:
+    raise TypeError(f"sizes divide by // only, not exactly by {divisor}")
+
+
 _EVALUATORS: dict[type, Callable[[list[int]], int]] = {
     sympy.Add: sum,
     sympy.Mul: math.prod,
-    sympy.Pow: lambda a: a[0] ** a[1],
+    sympy.Pow: lambda a: a[0] ** a[1] if a[1] >= 0 else _inexact(a[0]),
     FloorDiv: lambda a: a[0] // a[1],
     Mod: lambda a: a[0] % a[1],
     sympy.Max: max,
@@ -132,19 +154,18 @@ _EVALUATORS: dict[type, Callable[[list[int]], int]] = {
 
 
 def hint(value: Dim, ranges: Mapping[str, SymbolRange], default: int = 64) -> int:
-    """A plausible concrete size for cost models: every symbol takes `default`, clamped into its range."""
+    """A plausible concrete size for cost models: every symbol takes `default`, clamped into its range and made divisible."""
     if isinstance(value, int):
         return value
 
     def guess(name: str) -> int:
         r = ranges.get(name, SymbolRange())
         n = max(default, r.lo)
-        return n if r.hi is None else min(n, r.hi)
+        n = n if r.hi is None else min(n, r.hi)
+        down = n - n % r.divisor
+        return down if down >= r.lo else down + r.divisor
 
     return evaluate(value, {s.name: guess(s.name) for s in value.free_symbols})  # type: ignore[attr-defined]
-
-
-_PRECEDENCE = {sympy.Add: 1, sympy.Mul: 2, sympy.Pow: 3}
 
 
 def to_source(value: Dim, functions: Mapping[type, Callable[..., str]] | None = None) -> str:
@@ -170,8 +191,9 @@ def _source(value: Dim, functions: Mapping[type, Callable[..., str]], outer: int
     if kind is sympy.Add:
         return _wrap(_sum_source(value, functions), 1, outer)
     if kind is sympy.Mul:
-        parts = [_source(a, functions, 3) for a in value.args]  # type: ignore[arg-type]
-        return _wrap("*".join(p if p != "-1" else "(-1)" for p in parts), 2, outer)
+        if value.could_extract_minus_sign():
+            return _wrap(_negative_source(value, functions), 1, outer)
+        return _wrap("*".join(_source(a, functions, 3) for a in value.args), 2, outer)  # type: ignore[arg-type]
     if kind is sympy.Pow and value.args[1].is_Integer and int(value.args[1]) > 0:  # type: ignore[arg-type]
         base = _source(value.args[0], functions, 3)  # type: ignore[arg-type]
         return _wrap("*".join([base] * int(value.args[1])), 2, outer)  # type: ignore[arg-type]
@@ -182,13 +204,22 @@ def _source(value: Dim, functions: Mapping[type, Callable[..., str]], outer: int
 
 
 def _sum_source(value: sympy.Expr, functions: Mapping[type, Callable[..., str]]) -> str:
-    terms = sorted(value.args, key=lambda t: (t.is_Integer, str(t)))
+    terms = sorted(value.args, key=lambda t: (t.is_Integer, t.could_extract_minus_sign(), str(t)))
     text = ""
     for t in terms:
-        negative = t.could_extract_minus_sign()
-        body = _source(dim(-t if negative else t), functions, 2 if negative else 1)  # type: ignore[operator]
-        text += (" - " if negative else " + ") + body if text else ("-" + body if negative else body)
+        if not text:
+            text = _negative_source(t, functions) if t.could_extract_minus_sign() else _source(t, functions, 1)
+        elif t.could_extract_minus_sign():
+            text += " - " + _source(dim(-t), functions, 2)  # type: ignore[operator]
+        else:
+            text += " + " + _source(t, functions, 1)
     return text
+
+
+def _negative_source(value: sympy.Expr, functions: Mapping[type, Callable[..., str]]) -> str:
+    """-x; the sign binds tighter than // and %, so those take parentheses."""
+    positive = dim(-value)
+    return "-" + _source(positive, functions, 3 if type(positive) in (FloorDiv, Mod) else 2)
 
 
 def _wrap(text: str, precedence: int, outer: int) -> str:

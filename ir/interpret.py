@@ -19,16 +19,23 @@ def interpret(graph: Graph, inputs: Sequence[Any], dtype: torch.dtype | None = N
     dtype: run every floating-point computation in this dtype instead (torch.float64 gives the reference of the error rule).
     """
     env = bind_sizes(graph, inputs)
-    values: dict[Node, Any] = {}
-    for node, value in zip(graph.inputs, inputs, strict=True):
-        values[node] = _widen(value, dtype)
+    values: dict[Node, Any] = {node: _widen(value, dtype) for node, value in zip(graph.inputs, inputs, strict=True)}
     for node in order(graph):
         if node not in values:
             values[node] = _run(node, [values[n] for n in node.inputs], env, dtype)
-    written = [(values[target], values[value]) for target, value in graph.writes]
+    results = [values[n] for n in graph.outputs]
+    if not graph.writes:
+        return results
+    results = [_copy(r) for r in results]  # a result may be a view of what is about to be overwritten
+    callers = dict(zip(graph.inputs, inputs))
+    written = [(callers[target], _copy(values[value])) for target, value in graph.writes]
     for target, value in written:
         target.copy_(value)
-    return [values[n] for n in graph.outputs]
+    return results
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _run(node: Node, operands: list[Any], env: dict[str, int], dtype: torch.dtype | None) -> Any:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import sympy
+
 from .dims import Dim, dim
 from .errors import TypeInferenceError
 from .provenance import NOWHERE, Provenance
@@ -115,6 +117,7 @@ def no_cost(types: tuple[Type, ...], out: Type, attrs: Mapping[str, Any]) -> Cos
 
 
 def _freeze(value: Any) -> Any:
+    """Immutable and in normal form: tuples for lists, plain integers for constant sizes."""
     if isinstance(value, (list, tuple)):
         return tuple(_freeze(v) for v in value)
-    return value
+    return dim(value) if isinstance(value, sympy.Expr) else value

@@ -1,4 +1,4 @@
-"""Structure: `extern` (an ATen op we have no definition for), `region` (nodes that become one kernel) and `item` (one of several results)."""
+"""Structure: `extern` (an ATen op without a definition here), `region` (nodes that become one kernel), `item` (one of several results)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ..dims import dim
 from ..graph import Graph
 from ..op import Category, Cost, Op, no_cost, streaming_cost
-from ..types import TensorType, Type
+from ..types import ScalarType, TensorType, Type, same_type
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,18 @@ def _extern(*operands: Any, target: str, args: Any, kwargs: Any, types: Any, str
     if strides:
         operands = tuple(x if s is None else laid_out(x, s) for x, s in zip(operands, strides))
     result = resolve(target)(*(fill(a, operands) for a in args), **{k: fill(v, operands) for k, v in kwargs})
-    return tuple(result) if isinstance(result, (tuple, list)) and len(types) > 1 else result[0] if isinstance(result, (tuple, list)) else result
+    if not isinstance(result, (tuple, list)):
+        return result
+    return tuple(result) if len(types) > 1 else result[0]
 
 
 def _infer_region(*operands: Any, body: Graph, label: str = "") -> Type:
     """body: the fused nodes as a graph of their own, its inputs bound to the operands. label: what it computes, in a few words."""
     if len(operands) != len(body.inputs):
         raise ValueError(f"the body takes {len(body.inputs)} operands")
+    for operand, inside in zip(operands, body.inputs):
+        if not (same_type(operand, inside.type) or (isinstance(operand, ScalarType) and operand.dtype == inside.dtype)):
+            raise ValueError(f"operand {operand} is bound to {inside.hint}: {inside.type}")
     types = tuple(n.tensor for n in body.outputs)
     return types[0] if len(types) == 1 else types
 
@@ -85,6 +90,8 @@ def _cost_region(types: tuple[Type, ...], out: Type, attrs: Any) -> Cost:
 def _infer_item(x: tuple[TensorType, ...], *, index: int) -> Type:
     if not isinstance(x, tuple):
         raise ValueError("it takes a value with several results")
+    if not 0 <= index < len(x):
+        raise ValueError(f"there is no result {index} among {len(x)}")
     return x[index]
 
 
