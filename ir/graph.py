@@ -15,7 +15,7 @@ from typing import Any
 import sympy
 import torch
 
-from .dims import SymbolRange
+from .dims import Dim, SymbolRange
 from .op import Category, Op, no_cost
 from .provenance import NOWHERE, Provenance
 from .types import Number, ScalarType, TensorType, Type, scalar_type
@@ -87,10 +87,10 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a value lives in the arena: `offset` and `size` in bytes."""
+    """Where a value lives in the arena: `offset` and `size` in bytes, expressions where sizes are symbolic."""
 
-    offset: int
-    size: int
+    offset: Dim
+    size: Dim
 
 
 @dataclass(frozen=True, eq=False)

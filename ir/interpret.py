@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -13,12 +13,15 @@ from .graph import Graph, Node, order
 from .types import ScalarType, TensorType
 
 
-def interpret(graph: Graph, inputs: Sequence[Any], dtype: torch.dtype | None = None) -> list[Any]:
+def interpret(
+    graph: Graph, inputs: Sequence[Any], dtype: torch.dtype | None = None, sizes: Mapping[str, int] | None = None
+) -> list[Any]:
     """The outputs of the graph on `inputs` (tensors, and ints for sizes), in order; written-back values update their input in place.
 
     dtype: run every floating-point computation in this dtype instead (torch.float64 gives the reference of the error rule).
+    sizes: values of symbols that the inputs do not tell (a region's body may mention a size of the graph around it).
     """
-    env = bind_sizes(graph, inputs)
+    env = {**(sizes or {}), **bind_sizes(graph, inputs)}
     values: dict[Node, Any] = {node: _widen(value, dtype) for node, value in zip(graph.inputs, inputs, strict=True)}
     for node in order(graph):
         if node not in values:

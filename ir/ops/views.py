@@ -12,6 +12,7 @@ from ..types import TensorType, Type, normalize_dim
 
 
 def _infer_reshape(x: TensorType, *, shape: tuple[Dim, ...]) -> Type:
+    """The same elements in row-major order; every size is given, none is -1."""
     if not same(x.numel, product(shape)):
         raise ValueError(f"{x.numel} elements do not fit shape {list(shape)}")
     return x.with_shape(shape)
@@ -28,7 +29,7 @@ def _infer_expand(x: TensorType, *, shape: tuple[Dim, ...]) -> Type:
     if lead < 0:
         raise ValueError("the new shape has fewer dimensions")
     for old, new in zip(x.shape, shape[lead:]):
-        if not same(old, 1) and not same(old, new):
+        if old is not new and not same(old, 1) and not same(old, new):
             raise ValueError(f"size {old} does not expand to {new}")
     return x.with_shape(shape)
 
@@ -36,9 +37,16 @@ def _infer_expand(x: TensorType, *, shape: tuple[Dim, ...]) -> Type:
 def _infer_slice(x: TensorType, *, dim: int, start: Dim, stop: Dim, step: int = 1) -> Type:
     """start and stop are already clamped into the tensor: 0 <= start <= stop <= size."""
     d = normalize_dim(dim, x.rank)
-    if step < 1:
+    if not isinstance(step, int) or step < 1:
         raise ValueError("step must be positive")
+    if not _ordered(0, start, stop, x.shape[d]):
+        raise ValueError(f"bounds {start}:{stop} are not clamped into 0..{x.shape[d]}")
     return x.with_shape((*x.shape[:d], slice_length(start, stop, step), *x.shape[d + 1 :]))
+
+
+def _ordered(*values: Dim) -> bool:
+    """No two neighbours are known to descend."""
+    return all(not (isinstance(a, int) and isinstance(b, int)) or a <= b for a, b in zip(values, values[1:]))
 
 
 def slice_length(start: Dim, stop: Dim, step: int) -> Dim:
@@ -48,32 +56,40 @@ def slice_length(start: Dim, stop: Dim, step: int) -> Dim:
 def _infer_select(x: TensorType, *, dim: int, index: Dim) -> Type:
     """index is already in [0, size)."""
     d = normalize_dim(dim, x.rank)
+    if not x.rank:
+        raise ValueError("it takes a tensor with dimensions")
+    if not _ordered(0, index) or not _ordered(index + 1, x.shape[d]):
+        raise ValueError(f"index {index} is outside 0..{x.shape[d]}")
     return x.with_shape((*x.shape[:d], *x.shape[d + 1 :]))
 
 
 def _infer_flip(x: TensorType, *, dims: tuple[int, ...]) -> Type:
-    for d in dims:
-        normalize_dim(d, x.rank)
+    if len({normalize_dim(d, x.rank) for d in dims}) < len(dims):
+        raise ValueError(f"a dimension appears twice in {list(dims)}")
     return x
 
 
-def _infer_as_strided(
-    x: TensorType, *, shape: tuple[Dim, ...], strides: tuple[Dim, ...], offset: Dim = 0, of: tuple[Dim, ...]
-) -> Type:
+def _infer_as_strided(x: TensorType, *, shape: tuple[Dim, ...], strides: tuple[Dim, ...], offset: Dim = 0, of: tuple[Dim, ...]) -> Type:
     """Element i of the result is at `offset + i . strides` of x laid out with strides `of`."""
+    if len(shape) != len(strides) or len(of) != x.rank:
+        raise ValueError("strides must have one entry per dimension of the result, `of` one per dimension of the operand")
     return x.with_shape(shape)
 
 
 def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """x with exactly these strides (a copy unless it has them), over storage of its own size."""
+    """x with exactly these strides (a copy unless it has them); along a stride of 0 all elements of x must be equal."""
     if x.stride() == tuple(strides):
         return x
-    out = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
-    return out.copy_(x)
+    once = x
+    for d, stride in enumerate(strides):
+        once = once.narrow(d, 0, 1) if stride == 0 and x.shape[d] > 1 else once
+    out = torch.empty_strided(once.shape, strides, dtype=x.dtype, device=x.device).copy_(once)
+    return out if once is x else out.as_strided(x.shape, strides)
 
 
 def _as_strided(x: torch.Tensor, *, shape: Any, strides: Any, offset: int, of: Any) -> torch.Tensor:
-    return laid_out(x, of).as_strided(shape, strides, offset)
+    base = laid_out(x, of)
+    return base.as_strided(shape, strides, base.storage_offset() + offset)
 
 
 def _slice(x: torch.Tensor, *, dim: int, start: int, stop: int, step: int) -> torch.Tensor:
@@ -83,6 +99,8 @@ def _slice(x: torch.Tensor, *, dim: int, start: int, stop: int, step: int) -> to
 
 
 def _infer_layout(x: TensorType, *, strides: tuple[Dim, ...]) -> Type:
+    if len(strides) != x.rank:
+        raise ValueError(f"strides must have one entry for each of the {x.rank} dimensions")
     return x
 
 

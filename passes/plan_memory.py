@@ -1,0 +1,123 @@
+"""plan-memory: one arena for the intermediate values, reused as they die."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ..ir.analysis.memory import Lifetime, Owner, lifetimes, owner_type, owners, takes_memory
+from ..ir.dims import Dim, dim, floordiv
+from ..ir.graph import Graph, Node, Slot, Stage, order
+from .base import Notes, Pass
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+
+
+@dataclass(frozen=True)
+class PlanMemory(Pass):
+    """Gives every value that our kernels or an `out=` call can write a place in one arena; values that live at the same time never overlap.
+
+        a = region(x)                      a @ [0, 4096)
+        b = region(a)            -->       b @ [4096, 8192)
+        c = region(b)                      c @ [0, 4096)        a is dead
+        return region(c)                   outputs have memory of their own
+
+    Static sizes: greedy, largest first, into the smallest gap that holds them. Symbolic sizes: behind the static part, one slot for
+    all values of the same size expression whose lifetimes do not overlap. Execution order is `order(graph)`.
+    """
+
+    name: ClassVar[str] = "plan-memory"
+    needs: ClassVar[Stage] = Stage.FUSED
+
+    def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
+        steps = order(graph)
+        planned = plannable(graph, steps)
+        static = [(life, size) for life, size in planned.values() if isinstance(size, int)]
+        symbolic = [(life, size) for life, size in planned.values() if not isinstance(size, int)]
+        offsets, static_peak = place(static)
+        more, peak = _place_symbolic(symbolic, static_peak)
+        offsets.update(more)
+        arena = {node: Slot(offsets[life.owner], size) for node, (life, size) in planned.items()}
+        if notes is not None and arena:
+            apart = dim(sum((size for _, size in planned.values()), start=0))
+            notes.apply(self.name, f"{len(arena)} values in {_bytes(peak)}, {_bytes(apart)} if each had its own")
+        return replace(graph, arena=arena)
+
+
+def plannable(graph: Graph, steps: Sequence[Node]) -> dict[Node, tuple[Lifetime, Dim]]:
+    """Value -> its lifetime and its size in bytes rounded up to the alignment, for every value that belongs in the arena."""
+    owned = owners(steps)
+    lives = lifetimes(graph, steps)
+    kept = {owner for n in graph.outputs for owner in owned[n]}
+    found: dict[Node, tuple[Lifetime, Dim]] = {}
+    seen: set[Owner] = set(kept)
+    for node in steps:
+        owner = _own(node)
+        if owner is None or owner in seen:
+            continue
+        seen.add(owner)
+        size = _aligned(owner_type(owner).nbytes)
+        if size != 0:
+            found[node] = (lives[owner], size)
+    return found
+
+
+def _own(node: Node) -> Owner | None:
+    """The owner that this value names, if the host can provide its memory."""
+    if node.op.name == "item":
+        source = node.inputs[0]
+        return Owner(source, node.attrs["index"]) if takes_memory(source) else None
+    return Owner(node) if takes_memory(node) and not isinstance(node.type, tuple) else None
+
+
+def place(values: Iterable[tuple[Lifetime, int]]) -> tuple[dict[Owner, int], int]:
+    """Offsets, and the size of the arena. Largest first, each into the smallest gap between values alive at the same time.
+
+    Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference" (2020), greedy by size.
+    """
+    placed: list[tuple[int, int, Lifetime]] = []  # (offset, end, lifetime), by offset
+    peak = 0
+    for life, size in sorted(values, key=lambda v: (-v[1], v[0].start)):
+        offset = _best_gap([(at, end) for at, end, other in placed if other.overlaps(life)], size)
+        placed.append((offset, offset + size, life))
+        placed.sort(key=lambda p: p[0])
+        peak = max(peak, offset + size)
+    return {life.owner: at for at, _, life in placed}, peak
+
+
+def _best_gap(taken: list[tuple[int, int]], size: int) -> int:
+    """The offset of the smallest gap of at least `size` between the taken ranges (sorted by offset), else their end."""
+    best: tuple[int, int] | None = None
+    free = 0
+    for at, end in taken:
+        if at - free >= size and (best is None or at - free < best[0]):
+            best = (at - free, free)
+        free = max(free, end)
+    return free if best is None else best[1]
+
+
+def _place_symbolic(values: Iterable[tuple[Lifetime, Dim]], start: Dim) -> tuple[dict[Owner, Dim], Dim]:
+    """Offsets behind `start`: a slot serves the values of one size expression, one after the other."""
+    offsets: dict[Owner, Dim] = {}
+    slots: list[tuple[Dim, Dim, int]] = []  # (size, offset, step after which it is free)
+    peak = start
+    for life, size in sorted(values, key=lambda v: v[0].start):
+        free = next((i for i, (s, _, end) in enumerate(slots) if s == size and end < life.start), None)
+        if free is None:
+            slots.append((size, peak, life.end))
+            offsets[life.owner], peak = peak, dim(peak + size)
+            continue
+        offsets[life.owner] = slots[free][1]
+        slots[free] = (size, slots[free][1], life.end)
+    return offsets, peak
+
+
+def _aligned(size: Dim) -> Dim:
+    if isinstance(size, int):
+        return -(-size // ALIGNMENT) * ALIGNMENT
+    return dim(ALIGNMENT * floordiv(dim(size + ALIGNMENT - 1), ALIGNMENT))
+
+
+def _bytes(size: Dim) -> str:
+    return f"{size / 2**20:.2f} MiB" if isinstance(size, int) else f"{size} bytes"
