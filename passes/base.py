@@ -35,6 +35,11 @@ class Reason(enum.Enum):
     SHAPE_MISMATCH = "the shapes do not fit the pattern"
     LAYOUT = "the memory layout cannot be expressed in the index"
     NO_GAIN = "no gain by the cost model"
+    SIGNED_ZERO = "the result would differ for -0.0"
+    NOT_FINITE = "NaN and infinities would be lost"
+    ROUNDING = "the result would be rounded differently"
+    MEMORY = "the result takes more memory than what it is made of"
+    STATE = "the operation depends on state of training"
 
 
 @dataclass(frozen=True)

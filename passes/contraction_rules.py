@@ -1,0 +1,92 @@
+"""Rules on contractions for `canonicalize`: products with weights become `linear`, reshapes that only fold leading dimensions vanish.
+
+Exact up to the order in which a product is summed; a bias joins its product, which rounds once less.
+"""
+
+from __future__ import annotations
+
+from ..ir.dims import product, same
+from ..ir.graph import Node
+from .base import Reason
+from .facts import same_shape
+from .local import Outcome, Refusal, Rule, Site
+
+_MOVES = frozenset({"permute", "reshape", "cast", "slice"})
+
+
+def _is_weight(node: Node) -> bool:
+    """A constant or a graph input, perhaps viewed: what one prepares once and multiplies by often."""
+    while node.op.name in _MOVES:
+        node = node.inputs[0]
+    return node.op.name in ("constant", "input")
+
+
+def matmul_by_weight(node: Node, site: Site) -> Outcome:
+    """matmul(x, permute(w, [1, 0])) --> linear(x, w);  matmul(x, w) --> linear(x, permute(w, [1, 0])) for a weight w"""
+    x, w = node.inputs
+    if w.tensor.rank != 2 or x.tensor.rank < 1:
+        return None
+    if w.op.name == "permute" and w.attrs["dims"] == (1, 0):
+        return site.make("linear", x, w.inputs[0])
+    return site.make("linear", x, site.make("permute", w, dims=(1, 0))) if _is_weight(w) else None
+
+
+def fold_leading_dims(node: Node, site: Site) -> Outcome:
+    """linear(reshape(x: [b, s, k], [b * s, k]), w) --> reshape(linear(x, w), [b * s, n]);  matmul by a matrix likewise"""
+    flat, w, *bias = node.inputs
+    if flat.op.name != "reshape" or w.tensor.rank != 2:
+        return None
+    x = flat.inputs[0]
+    if x.tensor.rank <= flat.tensor.rank or not same(x.shape[-1], flat.shape[-1]):
+        return None
+    return site.make("reshape", site.make(node.op.name, x, w, *bias), shape=node.shape)
+
+
+def fold_batch_dims(node: Node, site: Site) -> Outcome:
+    """matmul(reshape(a: [b, h, m, k], [b * h, m, k]), reshape(b: [b, h, k, n], ...)) --> reshape(matmul(a, b), [b * h, m, n])"""
+    if any(i.op.name != "reshape" or i.tensor.rank != 3 for i in node.inputs):
+        return None
+    a, b = (i.inputs[0] for i in node.inputs)
+    if a.tensor.rank < 4 or a.tensor.rank != b.tensor.rank or not same_shape(a.shape[:-2], b.shape[:-2]):
+        return None
+    if not all(same_shape(i.shape[-2:], x.shape[-2:]) for i, x in zip(node.inputs, (a, b))):
+        return None
+    return site.make("reshape", site.make("matmul", a, b), shape=node.shape)
+
+
+def bias_into_linear(node: Node, site: Site) -> Outcome:
+    """linear(x, w) + b: [n] --> linear(x, w, b), also through a reshape that keeps the last dimension"""
+    for y, bias in (node.inputs, node.inputs[::-1]):
+        made = _with_bias(node, y, bias, site)
+        if made is not None:
+            return made
+    return None
+
+
+def _with_bias(node: Node, y: Node, bias: Node, site: Site) -> Outcome:
+    linear = y.inputs[0] if y.op.name == "reshape" else y
+    if linear.op.name != "linear" or len(linear.inputs) != 2 or not _is_vector(bias, linear):
+        return None
+    if not same_shape(y.shape, node.shape) or not same(y.shape[-1], linear.shape[-1]):
+        return None
+    if site.shared(linear) or site.shared(y):
+        return Refusal(Reason.SHARED, linear.hint or "linear")
+    if not site.single(linear) or not site.single(y):
+        return None  # made in this sweep; the next one knows its readers
+    flat = bias if bias.tensor.rank == 1 else site.make("reshape", bias, shape=(linear.shape[-1],))
+    made = site.make("linear", *linear.inputs, flat)
+    return made if y is linear else site.make("reshape", made, shape=y.shape)
+
+
+def _is_vector(bias: Node, linear: Node) -> bool:
+    """One number per column of the product, in its dtype."""
+    t = bias.type
+    shape = getattr(t, "shape", ())
+    return bool(shape) and bias.dtype == linear.dtype and same(shape[-1], linear.shape[-1]) and same(product(shape), linear.shape[-1])
+
+
+CONTRACTION_RULES: dict[str, tuple[Rule, ...]] = {
+    "matmul": (matmul_by_weight, fold_leading_dims, fold_batch_dims),
+    "linear": (fold_leading_dims,),
+    "add": (bias_into_linear,),
+}
