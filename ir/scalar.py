@@ -33,8 +33,10 @@ SCALAR_OPS: dict[str, str] = {
     "log1p": "log(1 + a), accurate near 0; -inf for -1",
     "sin": "radians; NaN for inf", "cos": "radians; NaN for inf", "tan": "radians; NaN for inf",
     "asin": "NaN outside [-1, 1]", "acos": "NaN outside [-1, 1]", "atan": "in [-pi/2, pi/2]",
-    "atan2": "C atan2(a, b): signs of zeros matter", "sinh": "", "cosh": "", "tanh": "-1 and 1 for infinities", "asinh": "", "acosh": "NaN below 1",
-    "atanh": "NaN outside [-1, 1], inf for 1", "erf": "", "erfc": "1 - erf(a), accurate for large a", "lgamma": "log |gamma(a)|; inf for integers <= 0 and for both infinities",
+    "atan2": "C atan2(a, b): signs of zeros matter", "sinh": "", "cosh": "", "tanh": "-1 and 1 for infinities",
+    "asinh": "", "acosh": "NaN below 1",
+    "atanh": "NaN outside [-1, 1], inf for 1", "erf": "", "erfc": "1 - erf(a), accurate for large a",
+    "lgamma": "log |gamma(a)|; inf for integers <= 0 and for both infinities",
     "pow": "C pow on floats: pow(x, 0) = pow(1, x) = 1 even for NaN; NaN for a < 0 and b no integer",
     "ipow": "a ** b on integers, wrapping; for b < 0 the truncated 1 / a ** -b: 1, +-1 or 0 for a = 1, -1, other (0 included)",
     "fma": "a * b + c, rounded once where the target can", "copysign": "|a| with the sign bit of b, also for zeros and NaN",
@@ -49,8 +51,8 @@ SCALAR_OPS: dict[str, str] = {
     "isnan": "bool", "isinf": "bool", "signbit": "bool: the sign bit of a float, of -0.0 and NaN too",
     "where": "a ? b : c, dtype of b; a is bool; the branch not taken may be computed, its NaN never shows",
     "cast": "to the node's dtype. To bool: a != 0 (NaN is true). From bool: 0 or 1. To float: nearest, ties to even. "
-            "Integer to integer: modulo 2 ** width. Float to integer: towards zero, to fewer than 32 bits by way of int32 (-1.5 to uint8 is "
-            "255); any value, never a trap, for NaN and what int32 (int64) cannot hold",
+            "Integer to integer: modulo 2 ** width. Float to integer: towards zero, to fewer than 32 bits by way of int32 (-1.5 to uint8 "
+            "is 255); any value, never a trap, for NaN and what int32 (int64) cannot hold",
     "bitcast": "same bits in the node's dtype, which has the same width",
 }  # fmt: skip
 

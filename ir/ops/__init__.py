@@ -15,8 +15,7 @@ from .structure import STRUCTURE, Ref
 from .views import VIEWS
 
 OPS: dict[str, Op] = {
-    op.name: op
-    for op in (INPUT, SCALAR, *CONSTANTS, *POINTWISE, *REDUCTIONS, *VIEWS, *GATHERS, *CONTRACTIONS, *COMPOSITES, *STRUCTURE)
+    op.name: op for op in (INPUT, SCALAR, *CONSTANTS, *POINTWISE, *REDUCTIONS, *VIEWS, *GATHERS, *CONTRACTIONS, *COMPOSITES, *STRUCTURE)
 }
 
 

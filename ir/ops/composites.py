@@ -127,7 +127,9 @@ def _per_channel(p: Node | None, space: int) -> Node | None:
     return None if p is None else _op("reshape")(p, shape=(p.shape[0], *(1,) * space))
 
 
-def _infer_batch_norm(x: TensorType, mean: TensorType, var: TensorType, w: TensorType | None = None, b: TensorType | None = None, *, eps: float = 1e-5) -> Type:
+def _infer_batch_norm(
+    x: TensorType, mean: TensorType, var: TensorType, w: TensorType | None = None, b: TensorType | None = None, *, eps: float = 1e-5
+) -> Type:
     """Evaluation mode: (x - mean) / sqrt(var + eps) * w + b per channel; x [n, c, *space], the rest [c]."""
     _float(x)
     return x

@@ -38,6 +38,10 @@ def _infer_full(*, shape: tuple[Dim, ...] = (), value: Any, dtype: torch.dtype, 
     return TensorType(dtype, shape, device)
 
 
+def _full(*, shape: tuple[int, ...], value: Any, dtype: torch.dtype, device: str) -> torch.Tensor:
+    return torch.full(shape, value, dtype=dtype, device=device)
+
+
 def _infer_iota(*, length: Dim, start: Any = 0, step: Any = 1, dtype: torch.dtype = torch.int64, device: str = "cpu") -> Type:
     """out[i] = start + i * step."""
     return TensorType(dtype, (length,), device)
@@ -50,6 +54,6 @@ def _iota(*, length: int, start: Any, step: Any, dtype: torch.dtype, device: str
 
 CONSTANTS: tuple[Op, ...] = (
     Op("constant", Category.CONSTANT, _infer_constant, _constant, no_cost),
-    Op("full", Category.CONSTANT, _infer_full, lambda *, shape, value, dtype, device: torch.full(shape, value, dtype=dtype, device=device), no_cost),
+    Op("full", Category.CONSTANT, _infer_full, _full, no_cost),
     Op("iota", Category.CONSTANT, _infer_iota, _iota, no_cost),
 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import sympy
 import torch
 import torch.nn.functional as F
 
 from ..dims import Dim, dim, floordiv, product, same
 from ..op import Category, Cost, Op, streaming_cost
-from ..types import TensorType, Type, broadcast
+from ..types import TensorType, Type, broadcast, one_device
 
 
 def _infer_matmul(a: TensorType, b: TensorType) -> Type:
@@ -29,6 +31,9 @@ def _infer_matmul(a: TensorType, b: TensorType) -> Type:
 def _same_dtype(*types: TensorType) -> None:
     if len({t.dtype for t in types}) > 1:
         raise ValueError("operands must have one dtype; cast them first")
+    if types[0].dtype == torch.bool:
+        raise ValueError("it is not defined for bool")
+    one_device(*types)
 
 
 def _infer_linear(x: TensorType, w: TensorType, b: TensorType | None = None) -> Type:
@@ -36,6 +41,8 @@ def _infer_linear(x: TensorType, w: TensorType, b: TensorType | None = None) -> 
     _same_dtype(x, w, *([b] if b else []))
     if w.rank != 2 or x.rank < 1 or not same(x.shape[-1], w.shape[1]):
         raise ValueError("x must end in the columns of w")
+    if b is not None and (b.rank != 1 or not same(b.shape[0], w.shape[0])):
+        raise ValueError("b must have one entry per row of w")
     return x.with_shape((*x.shape[:-1], w.shape[0]))
 
 
@@ -53,6 +60,10 @@ def _infer_conv(
     space = x.rank - 2
     if not 1 <= space <= 3 or w.rank != x.rank:
         raise ValueError("x and w must have one batch, one channel and 1 to 3 spatial dimensions")
+    if not len(stride) == len(padding) == len(dilation) == space:
+        raise ValueError(f"stride, padding and dilation need one entry for each of the {space} spatial dimensions")
+    if not same(x.shape[1], w.shape[0] if transposed else dim(w.shape[1] * groups)):
+        raise ValueError(f"x has {x.shape[1]} channels, w takes {w.shape[0] if transposed else dim(w.shape[1] * groups)}")
     if transposed:
         channels = dim(w.shape[1] * groups)
         extra = output_padding or (0,) * space
@@ -61,29 +72,38 @@ def _infer_conv(
     else:
         channels = w.shape[0]
         out = [window_count(i, k, s, p, p, d) for i, k, s, p, d in zip(x.shape[2:], w.shape[2:], stride, padding, dilation)]
-    return x.with_shape((x.shape[0], channels, *(dim(o) for o in out)))
+    return x.with_shape((x.shape[0], channels, *_positive(out)))
+
+
+def _positive(space: Iterable[Dim]) -> tuple[Dim, ...]:
+    sizes = tuple(dim(d) for d in space)
+    if any(isinstance(d, int) and d < 1 for d in sizes):
+        raise ValueError(f"no window fits: the result would have spatial size {list(sizes)}")
+    return sizes
 
 
 def window_count(size: Dim, kernel: Dim, stride: int, low: int, high: int, dilation: int, ceil: bool = False) -> Dim:
-    """How many windows fit along one axis."""
+    """How many windows fit along one axis; with `ceil` the last one may reach beyond the end, but must start before it."""
     span = dim(size + low + high - dilation * (kernel - 1) - 1)
     if not ceil:
         return dim(floordiv(span, stride) + 1)
-    count = dim(floordiv(dim(span + stride - 1), stride) + 1)
-    if isinstance(count, int) and isinstance(size, int):
-        return count - 1 if (count - 1) * stride >= size + low else count
-    return count
+    reaching = dim(floordiv(dim(span + stride - 1), stride) + 1)
+    starting = dim(floordiv(dim(size + low - 1), stride) + 1)
+    return min(reaching, starting) if isinstance(reaching, int) and isinstance(starting, int) else dim(sympy.Min(reaching, starting))
 
 
-def _conv(x: Any, w: Any, b: Any = None, *, stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool, output_padding: Any) -> Any:
+def _conv(
+    x: Any, w: Any, b: Any = None, *, stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool, output_padding: Any
+) -> Any:  # fmt: skip
     extra = output_padding or (0,) * (x.dim() - 2)
     return torch.ops.aten.convolution(x, w, b, stride, padding, dilation, transposed, extra, groups)
 
 
 def _cost_conv(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
     x, w = types[:2]
-    steps = x.numel * product(w.shape[1:]) if attrs["transposed"] else out.numel * product(w.shape[1:])  # type: ignore[union-attr]
-    return Cost(dim(2 * steps), streaming_cost(types, out).bytes)
+    per_pixel = product(w.shape[1:])  # multiply-adds one output (transposed: input) element takes part in
+    pixels = x.numel if attrs["transposed"] else out.numel  # type: ignore[union-attr]
+    return Cost(dim(2 * pixels * per_pixel), streaming_cost(types, out).bytes)
 
 
 def _infer_pool(
@@ -92,15 +112,23 @@ def _infer_pool(
 ) -> Type:  # fmt: skip
     """x [..., *space] with len(kernel) spatial dims at the end."""
     space = len(kernel)
+    if not 1 <= space <= 3 or x.rank not in (space + 1, space + 2):
+        raise ValueError("x must have channels, 1 to 3 spatial dimensions, and at most one batch dimension")
+    if not x.dtype.is_floating_point:
+        raise ValueError("it takes a floating-point tensor")
+    if any(2 * p > k for p, k in zip(padding, kernel)):
+        raise ValueError("padding may be at most half of the kernel")
     dilations = dilation or (1,) * space
     out = (window_count(i, k, s, p, p, d, ceil) for i, k, s, p, d in zip(x.shape[-space:], kernel, stride, padding, dilations))
-    return x.with_shape((*x.shape[:-space], *out))
+    return x.with_shape((*x.shape[:-space], *_positive(out)))
 
 
 def _infer_avg_pool(
     x: TensorType, *, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
     ceil: bool = False, count_padding: bool = True, divisor: int | None = None,
 ) -> Type:  # fmt: skip
+    if len(kernel) == 1 and divisor is not None:
+        raise ValueError("in one dimension there is no divisor")
     return _infer_pool(x, kernel=kernel, stride=stride, padding=padding, ceil=ceil)
 
 

@@ -235,16 +235,18 @@ def _operand_type(value: Any) -> TensorType | ScalarType:
     return TensorType(value.dtype, tuple(value.shape)) if isinstance(value, torch.Tensor) else scalar_type(value)
 
 
-def _as_tensors(*values: Any) -> tuple[torch.Tensor, ...]:
-    """Numbers as 0-d tensors of the promoted dtype, on the device of the tensors."""
+def _as_tensors(*values: Any, real: bool = False) -> tuple[torch.Tensor, ...]:
+    """Numbers as 0-d tensors of the promoted dtype (a floating one if `real`), on the device of the tensors."""
     dtype = promote(*(_operand_type(v) for v in values))
+    if real and category(dtype) < 2:
+        dtype = torch.get_default_dtype()
     device = next(v.device for v in values if isinstance(v, torch.Tensor))
     return tuple(v if isinstance(v, torch.Tensor) else torch.tensor(number_as(v, dtype), dtype=dtype, device=device) for v in values)
 
 
-def _scalars_as_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+def _scalars_as_tensors(function: Callable[..., Any], real: bool = False) -> Callable[..., Any]:
     """Some torch functions take no Python number, or not as first operand: a 0-d tensor of the promoted dtype stands for it."""
-    return lambda *args: function(*(args if all(isinstance(a, torch.Tensor) for a in args) else _as_tensors(*args)))
+    return lambda *args: function(*(args if all(isinstance(a, torch.Tensor) for a in args) else _as_tensors(*args, real=real)))
 
 
 def _eager_clamp(x: Any, lo: Any, hi: Any) -> torch.Tensor:
@@ -266,9 +268,9 @@ _TABLE: tuple[tuple[str, int, Promotion, Callable[..., Any], Callable[..., Scala
     ("remainder", 2, S, torch.remainder, _binary("mod"), 4),
     ("fmod", 2, S, _scalars_as_tensors(torch.fmod), _binary("fmod"), 4),
     ("pow", 2, S, torch.pow, _pow, 20),
-    ("atan2", 2, F, _scalars_as_tensors(torch.atan2), _binary("atan2"), 20),
+    ("atan2", 2, F, _scalars_as_tensors(torch.atan2, real=True), _binary("atan2"), 20),
     ("hypot", 2, S, _scalars_as_tensors(torch.hypot), _binary("hypot"), 4),
-    ("copysign", 2, F, _scalars_as_tensors(torch.copysign), _binary("copysign"), 1),
+    ("copysign", 2, F, _scalars_as_tensors(torch.copysign, real=True), _binary("copysign"), 1),
     ("nextafter", 2, S, _scalars_as_tensors(torch.nextafter), _binary("nextafter"), 1),
     ("maximum", 2, S, _scalars_as_tensors(torch.maximum), _binary("max"), 1),
     ("minimum", 2, S, _scalars_as_tensors(torch.minimum), _binary("min"), 1),
