@@ -1,0 +1,153 @@
+"""The artifact: one file that holds an optimized model - IR text, weights, generated sources, receipt - and runs without the original source.
+
+It is a safetensors file: the tensors are the weights; the metadata holds `tilewright` (manifest: format version, calling convention,
+sha256 of every other member), `graph` (IR text after all passes), `receipt` (JSON) and `kernels` (the generated source, to read). Nothing
+in it is ever executed or unpickled: native code is built from the IR on load, through the cache of the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..codegen.program import Program
+from ..ir.errors import TilewrightError
+from ..ir.graph import Graph, constants
+from ..ir.text import parse
+from .calling import Signature
+from .compile import build_program
+from .errors import BadArtifact, CannotWrite
+from .receipt import Receipt
+
+FORMAT = 1
+MEMBERS = ("graph", "receipt", "kernels")
+
+
+class Loaded:
+    """An optimized model: call it like the original. `receipt` says what was done to it, `graph` is its IR, `program` runs it."""
+
+    def __init__(self, graph: Graph, signature: Signature, receipt: Receipt, program: Program) -> None:
+        self.graph, self.signature, self.receipt, self.program = graph, signature, receipt, program
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.signature.pack(self.program(self.signature.bind(args, kwargs)))
+
+
+def save(path: str | Path, graph: Graph, signature: Signature, receipt: Receipt, kernels: str) -> None:
+    """Writes the artifact under a temporary name and renames it; raises CannotWrite and leaves nothing behind."""
+    members = {"graph": str(graph), "receipt": receipt.to_json(), "kernels": kernels}
+    tensors, names = _distinct({name: data.value for name, data in constants(graph).items() if data.value is not None})
+    manifest = {
+        "format": FORMAT,
+        "signature": signature.to_json(),
+        "weights": names,
+        "sha256": {m: _digest(text) for m, text in members.items()} | {f"weight {n}": _tensor_digest(t) for n, t in tensors.items()},
+    }
+    target = Path(path)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent or Path(), prefix=f".{target.name}.")
+        os.close(handle)
+        save_file(tensors, temporary, metadata=members | {"tilewright": json.dumps(manifest)})
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise CannotWrite(path=path, reason=getattr(error, "strerror", None) or str(error)) from error
+
+
+def _distinct(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Each memory once, contiguous; and constant name -> the tensor it is stored as (tied weights share one)."""
+    stored: dict[str, torch.Tensor] = {}
+    known: dict[Any, str] = {}
+    names: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        names[name] = known.setdefault(key, name)
+        if names[name] == name:
+            stored[name] = _own(tensor.detach().cpu())
+    return stored, names
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous and alone in its memory, as safetensors wants it; copied only where it is not."""
+    alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def load(path: str | Path) -> Loaded:
+    """The optimized model in `path`, ready to call; builds its kernels unless this machine has them cached. Raises BadArtifact."""
+    try:
+        return _load(Path(path))
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise BadArtifact(path=path, reason=f"it is damaged or no artifact at all ({error})") from error
+    except BadArtifact:
+        raise
+    except TilewrightError as error:
+        raise BadArtifact(path=path, reason=str(error)) from error
+
+
+def _load(path: Path) -> Loaded:
+    metadata, tensors = _read(path)
+    manifest = json.loads(metadata["tilewright"])
+    if manifest["format"] != FORMAT:
+        raise BadArtifact(
+            path=path, reason=f"it has format {manifest['format']}, this version reads format {FORMAT}; optimize the model again"
+        )
+    _verify(path, manifest["sha256"], metadata, tensors)
+    graph = parse(metadata["graph"], {name: tensors[stored] for name, stored in manifest["weights"].items()})
+    receipt = Receipt.from_json(metadata["receipt"])
+    return Loaded(graph, Signature.from_json(manifest["signature"]), receipt, build_program(graph))
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    with safe_open(str(_existing(path)), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "tilewright" not in metadata:
+            raise BadArtifact(path=path, reason="it is a safetensors file, but not one that tilewright wrote")
+        return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _verify(path: Path, expected: Mapping[str, str], metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
+    found = {m: _digest(metadata[m]) for m in MEMBERS} | {f"weight {n}": _tensor_digest(t) for n, t in tensors.items()}
+    wrong = [m for m, digest in expected.items() if found.get(m) != digest] + [m for m in found if m not in expected]
+    if wrong:
+        raise BadArtifact(path=path, reason=f"its {wrong[0]} does not match the recorded sha256; the file was damaged or changed")
+
+
+def member(path: str | Path, name: str) -> str:
+    """One of MEMBERS as text, without building anything; raises BadArtifact."""
+    try:
+        with safe_open(str(_existing(path)), framework="pt") as file:
+            return (file.metadata() or {})[name]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise BadArtifact(path=path, reason=f"it is damaged or no artifact at all ({error})") from error
+
+
+def receipt_of(path: str | Path) -> Receipt:
+    """The receipt alone; raises BadArtifact."""
+    return Receipt.from_json(member(path, "receipt"))
+
+
+def _existing(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise BadArtifact(path=path, reason="there is no such file")
+    return Path(path)

@@ -1,0 +1,153 @@
+"""The command line: `optimize MODEL` (also `tilewright optimize`) and `tilewright explain`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ..ir.errors import TilewrightError
+from .errors import CannotWrite
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Optimization with a receipt.")
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a .pt2 program, a TorchScript file, or package.module:callable")]
+InputsOption = Annotated[
+    list[str],
+    typer.Option(
+        "--inputs", "-i", help='example inputs: a file (.npz, .pt, .safetensors) or "x=1x3x224x224:f32"; a letter is a varying size'
+    ),
+]
+OutputOption = Annotated[Optional[Path], typer.Option("--output", "-o", help="where to write the artifact; default: MODEL.tw")]
+PassesOption = Annotated[Optional[str], typer.Option(help='passes to run instead of the default list, e.g. "canonicalize,fuse-regions"')]
+TrustOption = Annotated[bool, typer.Option("--trust-pickle", help="read pickled modules; they can run any code")]
+JsonOption = Annotated[Optional[Path], typer.Option("--json", help="also write the receipt as JSON")]
+
+
+@app.command()
+def optimize(
+    model: ModelArgument,
+    inputs: InputsOption = [],  # noqa: B006 (typer reads the default)
+    output: OutputOption = None,
+    passes: PassesOption = None,
+    trust_pickle: TrustOption = False,
+    json: JsonOption = None,
+) -> None:
+    """Optimize a model for inference: write an artifact that `tilewright.load` runs, and print the receipt."""
+    console = Console()
+    target = output or Path(Path(model.rpartition(":")[2] if ":" in model else model).stem + ".tw")
+    for path in filter(None, (target, json)):
+        _require_writable(path)
+    with _progress(console) as stage:
+        with stage("starting"):
+            from .inputs import parse_inputs
+            from .loading import load_model
+            from .optimize import optimize_model
+        _check_passes(passes)
+        with stage(f"reading {model}"):
+            read = load_model(model, parse_inputs(inputs), trust_pickle)
+        optimized = optimize_model(read, passes, stage)
+        with stage(f"writing {target}"):
+            optimized.save(target)
+    if json:
+        _write_text(json, optimized.receipt.to_json())
+    optimized.receipt.render(console)
+    console.print(f"\nwrote [bold]{target}[/bold] ({target.stat().st_size / 1e6:.1f} MB); run it with tilewright.load({str(target)!r})")
+
+
+@app.command()
+def explain(
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="an artifact that `optimize` wrote")],
+    source: Annotated[bool, typer.Option("--source", help="print the generated kernels and the host program")] = False,
+    graph: Annotated[bool, typer.Option("--graph", help="print the IR")] = False,
+) -> None:
+    """Say what was done to a model: every kernel with its source lines, every rewrite declined and why, what fell back."""
+    from .artifact import member, receipt_of
+
+    console = Console()
+    if source or graph:
+        console.print(member(path, "kernels" if source else "graph"), markup=False, highlight=False, soft_wrap=True)
+        return
+    receipt_of(path).render(console, details=True)
+
+
+def _check_passes(passes: str | None) -> None:
+    """Unknown passes are reported before any work is done."""
+    from .pipeline import passes_from
+
+    if passes is not None:
+        passes_from(passes)
+
+
+def _require_writable(path: Path) -> None:
+    """Fails early, before minutes of work, where the result could not be written."""
+    if path.is_dir():
+        raise CannotWrite(path=path, reason="it is a directory")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        os.unlink(temporary)
+    except OSError as error:
+        raise CannotWrite(path=path, reason=error.strerror or str(error)) from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CannotWrite(path=path, reason=error.strerror or str(error)) from error
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator:
+    """A function that names the stage under way; a bar with the elapsed time is shown while it runs."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        @contextmanager
+        def stage(name: str) -> Iterator[None]:
+            task = progress.add_task(name, total=None)
+            begin = time.perf_counter()
+            yield
+            progress.remove_task(task)
+            seconds = time.perf_counter() - begin
+            if seconds > 1:
+                progress.console.print(f"{seconds:6.1f} s  {name}", style="dim", highlight=False)
+
+        yield stage
+
+
+def main() -> None:
+    """The console script `tilewright`: errors of the user's making are one sentence and exit status 2."""
+    _run([*sys.argv[1:]])
+
+
+def optimize_main() -> None:
+    """The console script `optimize`: `tilewright optimize` under a shorter name."""
+    _run(["optimize", *sys.argv[1:]])
+
+
+def _run(arguments: list[str]) -> None:
+    try:
+        app(arguments, prog_name="tilewright")
+    except TilewrightError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/bold red] {error}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

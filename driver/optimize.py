@@ -1,0 +1,131 @@
+"""`optimize`: a model in, a measured artifact and its receipt out."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..codegen.program import Program
+from ..ir.capture import CapturedProgram, from_exported
+from ..ir.errors import CaptureError
+from ..ir.graph import Graph
+from ..ir.interpret import interpret
+from . import artifact
+from .accuracy import ErrorCheck, check
+from .calling import Signature, tree_of
+from .compile import Options, compile_graph
+from .errors import CannotOptimize
+from .inputs import Example
+from .loading import Model, export_module
+from .receipt import Receipt, Speed
+
+EAGER_TRUST = 1e-2  # eager further than this from float64 means that the reference is not the user's model
+MEASURE_SECONDS = 2.0
+
+Stages = Callable[[str], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """An optimized model: call it like the original; `receipt` says what was done, `save` writes the artifact."""
+
+    graph: Graph
+    signature: Signature
+    program: Program
+    receipt: Receipt
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.signature.pack(self.program(self.signature.bind(args, kwargs)))
+
+    def save(self, path: str | Path) -> None:
+        artifact.save(path, self.graph, self.signature, self.receipt, self.program.source)
+
+
+def optimize(
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    passes: str | None = None,
+) -> Optimized:
+    """Optimizes a module for inference, exactly, on example arguments.
+
+    dynamic: input name -> {dimension: symbol name} for sizes that may vary, e.g. {"x": {0: "batch"}}.
+    passes: as on the command line; None runs the default list.
+    Raises CannotOptimize where the model cannot be exported or captured.
+    """
+    example = Example(tuple(args), dict(kwargs or {}), {k: dict(v) for k, v in (dynamic or {}).items()})
+    return optimize_model(export_module(type(model).__name__, model, example), passes)
+
+
+def optimize_model(model: Model, passes: str | None = None, stage: Stages = lambda name: nullcontext()) -> Optimized:
+    """Captures, rewrites, generates, builds; then measures error against float64 and speed against eager on the model's example."""
+    with stage("capturing the graph"):
+        captured = _captured(model)
+    with stage("rewriting and building kernels"):
+        compiled = compile_graph(captured.graph, Options(passes=passes))
+    optimized = Optimized(compiled.graph, _signature(captured), compiled.program, compiled.receipt)
+    with stage("checking against float64"):
+        error = _error(model, captured, optimized)
+    with stage("measuring speed against eager"):
+        speed = _speed(model, optimized)
+    return replace(optimized, receipt=replace(compiled.receipt, error=error, speed=speed))
+
+
+def _captured(model: Model) -> CapturedProgram:
+    try:
+        return from_exported(model.program, model.name)
+    except CaptureError as error:
+        raise CannotOptimize(path=model.name, reason=error.fields["reason"]) from error
+
+
+def _signature(captured: CapturedProgram) -> Signature:
+    arguments, keywords = captured.in_spec.children()
+    trees = tuple(tree_of(s) for s in (*arguments.children(), *keywords.children()))
+    return Signature(captured.names, trees, captured.tensor_leaves, tree_of(captured.out_spec))
+
+
+def _error(model: Model, captured: CapturedProgram, optimized: Optimized) -> ErrorCheck:
+    """By the float64 rule on the example. The reference is the captured graph, interpreted in float64; that it is the user's model is
+    seen from eager being near it."""
+    args, kwargs = model.example.args, model.example.kwargs
+    flat = optimized.signature.bind(args, dict(kwargs))
+    with torch.no_grad():
+        reference = optimized.signature.pack(interpret(captured.graph, _copies(flat), torch.float64))
+        eager = model.module(*args, **kwargs)
+        ours = optimized(*args, **kwargs)
+    result = check(ours, eager, reference)
+    if result.eager > EAGER_TRUST:
+        reason = f"the captured graph does not compute what the model does (they differ by {result.eager:.1e})"
+        raise CannotOptimize(path=model.name, reason=reason)
+    if not result.ok:
+        reason = f"the result would be off by {result.ours:.1e} where {result.allowed:.1e} is allowed; please report this model"
+        raise CannotOptimize(path=model.name, reason=reason)
+    return result
+
+
+def _copies(values: Sequence[Any]) -> list[Any]:
+    return [v.clone() if isinstance(v, torch.Tensor) else v for v in values]
+
+
+def _speed(model: Model, optimized: Optimized) -> Speed:
+    """Median seconds per call of eager and ours, called alternately on the example."""
+    args, kwargs = model.example.args, model.example.kwargs
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        deadline = time.perf_counter() + MEASURE_SECONDS
+        while len(times[0]) < 5 or (time.perf_counter() < deadline and len(times[0]) < 1000):
+            for run, record in zip((model.module, optimized), times):
+                begin = time.perf_counter()
+                run(*args, **kwargs)
+                record.append(time.perf_counter() - begin)
+    return Speed(eager=statistics.median(times[0]), ours=statistics.median(times[1]), runs=len(times[0]))
