@@ -1,0 +1,68 @@
+"""What a torch.compile backend needs: AOTAutograd around a compiler of our graphs, for inference and training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+
+from ..errors import CaptureError
+from ..graph import Graph
+from .decompositions import decompositions
+from .fx import capture_fx
+
+CompiledGraph = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+def compile_fx(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compile_graph: Callable[[Graph], CompiledGraph],
+    on_failure: Callable[[CaptureError], None] = lambda error: None,
+    name: str = "model",
+) -> Callable[..., Any]:
+    """A callable in place of `gm`, a Dynamo graph.
+
+    compile_graph gets each captured graph (inference, or forward and backward of training, named `<name>`, `<name>_forward`, `<name>_backward`)
+    and returns a function from the values of its inputs, in order, to those of its outputs. A graph that cannot be captured goes to
+    on_failure, with the reason, and is run by eager.
+    """
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    def compiler(suffix: str) -> Callable[..., Any]:
+        return lambda fx_gm, inputs: _compiled(fx_gm, inputs, name + suffix, compile_graph, on_failure)
+
+    backend = aot_autograd(
+        fw_compiler=compiler("_forward"), bw_compiler=compiler("_backward"), inference_compiler=compiler(""),
+        decompositions=decompositions(), partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
+    )  # fmt: skip
+    return backend(gm, example_inputs)
+
+
+def _compiled(
+    gm: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    name: str,
+    compile_graph: Callable[[Graph], CompiledGraph],
+    on_failure: Callable[[CaptureError], None],
+) -> Callable[..., Any]:
+    from functorch.compile import make_boxed_func
+
+    try:
+        captured = capture_fx(gm, inputs, name)
+    except CaptureError as error:
+        on_failure(error)
+        return make_boxed_func(gm.forward)
+    run = compile_graph(captured.graph)
+
+    def boxed(args: list[Any]) -> list[Any]:
+        """AOTAutograd's calling convention: the callee owns the list and empties it."""
+        values = list(args)
+        args.clear()
+        return captured.restore(run(values))
+
+    boxed._boxed_call = True  # type: ignore[attr-defined]
+    return boxed

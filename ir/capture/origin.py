@@ -1,0 +1,56 @@
+"""Where an fx node came from: the user's line, the module path and a readable name, read from the node's `meta`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+from typing import Any
+
+import torch.fx
+
+from ..provenance import NOWHERE, Provenance
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_LIBRARY = ("/torch/", "<eval_with_key>", "<frozen ")
+_PATH_NOISE = (
+    (re.compile(r"L\['[^']*'\]"), ""),
+    (re.compile(r"@\d+$"), ""),
+    (re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]"), r"\1"),
+    (re.compile(r"\[['\"]?([^'\"\]]*)['\"]?\]"), r".\1"),
+    (re.compile(r"\.{2,}"), "."),
+)
+
+
+def provenance(node: torch.fx.Node) -> Provenance:
+    """The source line and module of an fx node, NOWHERE if it names neither."""
+    source, module = source_line(node.meta), module_path(node.meta)
+    if not source and not module:
+        return NOWHERE
+    return Provenance((source,) if source else (), (module,) if module else ())
+
+
+def source_line(meta: dict[str, Any]) -> str:
+    """ "model.py:41": the deepest frame of the user's own code, else of the library that is not torch."""
+    frames = [(path, line) for path, line in _FRAME.findall(meta.get("stack_trace") or "") if not any(part in path for part in _LIBRARY)]
+    own = [f for f in frames if "site-packages" not in f[0]] or frames
+    return f"{PurePath(own[-1][0]).name}:{own[-1][1]}" if own else ""
+
+
+def module_path(meta: dict[str, Any]) -> str:
+    """ "encoder.layer.3.attention": the innermost module that ran the node."""
+    stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack") or {}
+    entries = list(stack.values())
+    return clean_path(entries[-1][0]) if entries else ""
+
+
+def clean_path(path: str) -> str:
+    """A module or attribute path as the user would write it."""
+    for pattern, by in _PATH_NOISE:
+        path = pattern.sub(by, path)
+    return path.strip(".")
+
+
+def identifier(text: str) -> str:
+    """A name for the text form: letters, digits and underscores."""
+    name = re.sub(r"\W+", "_", text).strip("_")
+    return f"_{name}" if name[:1].isdigit() else name
