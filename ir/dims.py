@@ -33,7 +33,7 @@ class FloorDiv(sympy.Function):
     is_integer = True
 
     @classmethod
-    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:  # type: ignore[override]
         if b == 1 or a.is_zero:
             return a
         if a.is_Integer and b.is_Integer:
@@ -52,7 +52,7 @@ class Mod(sympy.Function):
     is_integer = True
 
     @classmethod
-    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:  # type: ignore[override]
         if b == 1 or a.is_zero:
             return sympy.Integer(0)
         if a.is_Integer and b.is_Integer:
@@ -69,7 +69,7 @@ def _divide(a: sympy.Expr, b: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     quotient, rest = [], []
     for term in sympy.Add.make_args(sympy.expand(a)):
         q = term / b
-        exact = q.as_coeff_Mul()[0].is_Integer and not any(p.is_Pow and not p.exp.is_positive for p in sympy.Mul.make_args(q))
+        exact = q.as_coeff_Mul()[0].is_Integer and not any(p.is_Pow and not p.args[1].is_positive for p in sympy.Mul.make_args(q))
         (quotient if exact else rest).append(q if exact else term)
     return sympy.Add(*quotient), sympy.Add(*rest)
 
@@ -204,7 +204,7 @@ def _source(value: Dim, functions: Mapping[type, Callable[..., str]], outer: int
 
 
 def _sum_source(value: sympy.Expr, functions: Mapping[type, Callable[..., str]]) -> str:
-    terms = sorted(value.args, key=lambda t: (t.is_Integer, t.could_extract_minus_sign(), str(t)))
+    terms: list[Any] = sorted(value.args, key=lambda t: (t.is_Integer, t.could_extract_minus_sign(), str(t)))
     text = ""
     for t in terms:
         if not text:
