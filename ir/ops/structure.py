@@ -56,9 +56,15 @@ def _extern(*operands: Any, target: str, args: Any, kwargs: Any, types: Any, str
     if strides:
         operands = tuple(x if s is None else laid_out(x, s) for x, s in zip(operands, strides))
     result = resolve(target)(*(fill(a, operands) for a in args), **{k: fill(v, operands) for k, v in kwargs})
-    if not isinstance(result, (tuple, list)):
-        return result
-    return tuple(result) if len(types) > 1 else result[0]
+    found = tensor_leaves(result)
+    return found if len(types) > 1 else found[0]
+
+
+def tensor_leaves(result: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors that an operator returned, in order: what `types` of an extern lists (None and numbers are left out)."""
+    if isinstance(result, torch.Tensor):
+        return (result,)
+    return tuple(leaf for r in result for leaf in tensor_leaves(r)) if isinstance(result, (tuple, list)) else ()
 
 
 def _infer_region(*operands: Any, body: Graph, label: str = "") -> Type:
