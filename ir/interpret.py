@@ -13,19 +13,25 @@ from .graph import Graph, Node, order
 from .types import ScalarType, TensorType
 
 
-def interpret(
-    graph: Graph, inputs: Sequence[Any], dtype: torch.dtype | None = None, sizes: Mapping[str, int] | None = None
-) -> list[Any]:
-    """The outputs of the graph on `inputs` (tensors, and ints for sizes), in order; written-back values update their input in place.
+def interpret(graph: Graph, inputs: Sequence[Any], dtype: torch.dtype | None = None, sizes: Mapping[str, int] | None = None) -> list[Any]:
+    """The outputs of the graph on `inputs` (tensors, and ints for sizes), in order.
 
-    dtype: run every floating-point computation in this dtype instead (torch.float64 gives the reference of the error rule).
+    Values the graph writes back update their input in place, after all outputs have their value.
+    dtype: run every floating-point computation in this dtype instead (torch.float64 gives the reference of the error rule). Random
+    draws keep their own dtype, so they draw the same numbers.
     sizes: values of symbols that the inputs do not tell (a region's body may mention a size of the graph around it).
     """
     env = {**(sizes or {}), **bind_sizes(graph, inputs)}
     values: dict[Node, Any] = {node: _widen(value, dtype) for node, value in zip(graph.inputs, inputs, strict=True)}
-    for node in order(graph):
+    nodes = order(graph)
+    last = {operand: node for node in nodes for operand in node.inputs}
+    kept = {*graph.roots, *graph.inputs}
+    for node in nodes:
         if node not in values:
             values[node] = _run(node, [values[n] for n in node.inputs], env, dtype)
+            for operand in dict.fromkeys(node.inputs):
+                if last[operand] is node and operand not in kept:
+                    del values[operand]  # its last reader has run
     results = [values[n] for n in graph.outputs]
     if not graph.writes:
         return results
@@ -41,11 +47,36 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _run(node: Node, operands: list[Any], env: dict[str, int], dtype: torch.dtype | None) -> Any:
+def _run(node: Node, operands: list[Any], env: Mapping[str, int], dtype: torch.dtype | None) -> Any:
+    if node.op.name == "region":
+        results = interpret(node.attrs["body"], operands, dtype, env)
+        return results[0] if len(results) == 1 else tuple(results)
     attrs = {k: concrete(v, env) for k, v in node.attrs.items()}
-    if dtype is not None and isinstance(attrs.get("dtype"), torch.dtype) and attrs["dtype"].is_floating_point:
+    if dtype is None:
+        return node.op.eager(*operands, **attrs)
+    if node.op.name == "extern":
+        return _widen(_run_extern(node, operands, attrs, dtype), dtype)
+    if isinstance(attrs.get("dtype"), torch.dtype) and attrs["dtype"].is_floating_point:
         attrs["dtype"] = dtype
     return _widen(node.op.eager(*operands, **attrs), dtype)
+
+
+def _run_extern(node: Node, operands: list[Any], attrs: dict[str, Any], dtype: torch.dtype) -> Any:
+    """An ATen op in `dtype`; in its own dtypes where it draws random numbers, reinterprets bits or has no kernel for `dtype`."""
+    if attrs["sequence"] is None and attrs["target"] not in _READS_BITS:
+        try:
+            return node.op.eager(*operands, **{**attrs, "kwargs": _replace_dtype(attrs["kwargs"], dtype)})
+        except (RuntimeError, NotImplementedError):
+            pass  # no such kernel: below, as the model runs it
+    own = [x.to(n.type.dtype) if isinstance(n.type, TensorType) else x for x, n in zip(operands, node.inputs)]
+    return node.op.eager(*own, **attrs)
+
+
+_READS_BITS = frozenset({"aten.view.dtype"})
+
+
+def _replace_dtype(kwargs: tuple[tuple[str, Any], ...], dtype: torch.dtype) -> tuple[tuple[str, Any], ...]:
+    return tuple((k, dtype if isinstance(v, torch.dtype) and v.is_floating_point else v) for k, v in kwargs)
 
 
 def _widen(value: Any, dtype: torch.dtype | None) -> Any:
@@ -67,7 +98,7 @@ def bind_sizes(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
     return env
 
 
-def concrete(value: Any, env: dict[str, int]) -> Any:
+def concrete(value: Any, env: Mapping[str, int]) -> Any:
     """An attribute with its sizes evaluated."""
     if isinstance(value, sympy.Expr):
         return evaluate(value, env)
