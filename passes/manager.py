@@ -1,0 +1,112 @@
+"""Runs passes in order with one callback between them, and reads passes from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..ir.errors import TilewrightError
+from ..ir.graph import Graph, order
+from .base import Notes, Pass
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass took: wall-clock seconds, and the number of nodes before and after."""
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+
+
+Callback = Callable[[Pass, Graph, Graph, PassRecord], None]
+"""Called after each pass with the pass, the graph before, the graph after and the record: verify, time, dump, diff."""
+
+
+class StageError(TilewrightError):
+    """Passes in an order that cannot work."""
+
+    template = "pass {name!r} needs a graph that is at least {needs}, and {graph!r} is {stage}: run {hint} before it"
+
+
+class PassSyntaxError(TilewrightError):
+    """A list of passes that cannot be read."""
+
+    template = "--passes {text!r}: {reason}"
+
+
+def run_passes(
+    graph: Graph, passes: Sequence[Pass], notes: Notes, callback: Callback | None = None, records: list[PassRecord] | None = None
+) -> Graph:
+    """The graph after all `passes`. `records`, where given, collects one PassRecord per pass. Raises StageError."""
+    for item in passes:
+        if graph.stage < item.needs:
+            hint = " or ".join(repr(p.name) for p in passes if p.leaves is not None and p.leaves >= item.needs) or "a pass that makes it so"
+            raise StageError(name=item.name, needs=item.needs.name.lower(), graph=graph.name, stage=graph.stage.name.lower(), hint=hint)
+        start = time.perf_counter()
+        after = item.run(graph, notes)
+        record = PassRecord(item.name, time.perf_counter() - start, len(order(graph)), len(order(after)))
+        if records is not None:
+            records.append(record)
+        if callback is not None:
+            callback(item, graph, after, record)
+        graph = after
+    return graph
+
+
+def options(kind: type[Pass]) -> dict[str, type]:
+    """Option name -> type of a pass: its fields."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+_ITEM = re.compile(r"\s*([a-zA-Z0-9_-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
+
+
+def parse_passes(text: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
+    """The passes of "fuse-regions,merge-linears{max_columns=4096}", looked up in `known` by name.
+
+    Raises PassSyntaxError: one sentence that lists what exists.
+    """
+    found: list[Pass] = []
+    position = 0
+    while position < len(text):
+        match = _ITEM.match(text, position)
+        if match is None:
+            raise PassSyntaxError(text=text, reason=f"expected name{{option=value, ...}} at {text[position:]!r}")
+        found.append(_pass(text, match[1].replace("_", "-"), match[2] or "", known))
+        position = match.end()
+    return found
+
+
+def _pass(text: str, name: str, body: str, known: Mapping[str, type[Pass]]) -> Pass:
+    kind = known.get(name)
+    if kind is None:
+        raise PassSyntaxError(text=text, reason=f"there is no pass {name!r}; passes are {', '.join(sorted(known))}")
+    fields = options(kind)
+    values: dict[str, object] = {}
+    for item in filter(None, (part.strip() for part in body.split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if key not in fields:
+            exist = f"its options are {', '.join(fields)}" if fields else "it has none"
+            raise PassSyntaxError(text=text, reason=f"pass {name!r} has no option {key!r}; {exist}")
+        if not equals:
+            raise PassSyntaxError(text=text, reason=f"option {key!r} of {name!r} is given as {key}=value")
+        values[key] = _value(text, f"option {key!r} of {name!r}", fields[key], value)
+    return kind(**values)
+
+
+_BOOLS = {"true": True, "false": False}
+
+
+def _value(text: str, what: str, kind: type, value: str) -> object:
+    try:
+        return _BOOLS[value.lower()] if kind is bool else kind(value)
+    except (KeyError, ValueError):
+        wanted = "true or false" if kind is bool else {int: "an integer", float: "a number"}.get(kind, kind.__name__)
+        raise PassSyntaxError(text=text, reason=f"{what} takes {wanted}, not {value!r}") from None
