@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
 from ..dims import same
 from ..graph import Graph, Node, is_scalar
 from ..op import Category
@@ -55,7 +54,7 @@ def _returns_alias(target: str) -> bool:
 
 
 def takes_memory(node: Node) -> bool:
-    """Whether the host can have the node computed into memory that it provides: our kernels, and products with an `out` that does not copy."""
+    """Whether the node can be computed into memory that the host provides: our kernels, and products whose `out` does not copy."""
     if node.op.name == "region":
         return True
     if node.op.name == "linear":
@@ -111,5 +110,3 @@ def _owners_of(nodes: Iterable[Node], owned: dict[Node, frozenset[Owner]]) -> se
 def owner_type(owner: Owner) -> TensorType:
     kind: Any = owner.node.type
     return kind[owner.index] if isinstance(kind, tuple) else kind
-
-

@@ -1,0 +1,218 @@
+"""Regions of a fused graph: each distinct one is lowered and compiled once, and called wherever it stands."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..ir.dims import hint
+from ..ir.graph import Graph, Node, order
+from ..ir.interpret import interpret
+from ..ir.op import Category
+from ..ir.rewrite import attr_key
+from ..ir.types import TensorType
+from .host import Host, Scope, Value
+from .kernel import Kernel
+from .target import Compiled, Target
+
+
+@dataclass
+class KernelInfo:
+    """A generated kernel, for receipts.
+
+    nodes: ops of the graph that one call computes; uses: places that call it; flops and bytes: of all its calls together, with
+    symbolic sizes at a plausible value.
+    """
+
+    name: str
+    label: str
+    sources: tuple[str, ...]
+    text: str
+    nodes: int
+    uses: int = 0
+    flops: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one distinct region became: a compiled kernel, or the reason why there is none."""
+
+    kernel: Kernel | None
+    compiled: Compiled | None
+    reason: str = ""
+
+
+@dataclass
+class Built:
+    """unit of each region, the kernels for receipts, and seconds spent in lower and compile."""
+
+    units: dict[Node, Unit] = field(default_factory=dict)
+    kernels: list[KernelInfo] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def build_regions(graph: Graph, targets: Mapping[str, Target]) -> Built:
+    """Lowers and compiles the regions of the graph. Nothing here raises for a region's sake: it gets a reason instead."""
+    regions = [n for n in order(graph) if n.op.name == "region"]
+    places: dict[Any, list[Node]] = {}
+    for node in regions:
+        places.setdefault(region_key(node.attrs["body"]), []).append(node)
+    start = time.perf_counter()
+    lowered = [_lower(i, nodes, targets) for i, nodes in enumerate(places.values())]
+    middle = time.perf_counter()
+    units = _compile(list(zip(lowered, places.values())), targets)
+    built = Built(seconds={"lower": middle - start, "compile": time.perf_counter() - middle})
+    for unit, nodes in zip(units, places.values()):
+        built.units.update(dict.fromkeys(nodes, unit))
+        if unit.compiled is not None:
+            built.kernels.append(_info(graph, unit.compiled, nodes))
+    return built
+
+
+def region_key(body: Graph) -> Any:
+    """Equal for bodies that compute the same, whatever their values are called and wherever they came from."""
+    steps = order(body)
+    number = {node: i for i, node in enumerate(steps)}
+    rows = tuple(
+        (n.op.name, tuple(number[i] for i in n.inputs), tuple((k, attr_key(v)) for k, v in n.attrs.items()), str(n.type)) for n in steps
+    )
+    return rows, tuple(number[n] for n in body.outputs)
+
+
+def _lower(index: int, nodes: Sequence[Node], targets: Mapping[str, Target]) -> Kernel | str:
+    """The kernel of a region, or the reason why there is none."""
+    device = device_type(nodes[0])
+    if device not in targets:
+        return f"no code generation for {device}"
+    from .lower import LoweringError, lower
+
+    label = nodes[0].attrs["label"]
+    words = re.sub(r"\W+", "_", label).strip("_")[:48].rstrip("_")
+    try:
+        return lower(nodes[0].attrs["body"], f"k{index}_{words}" if words else f"k{index}")
+    except LoweringError as error:
+        return str(error)
+
+
+def _compile(units: Sequence[tuple[Kernel | str, list[Node]]], targets: Mapping[str, Target]) -> list[Unit]:
+    """All kernels of one device in one batch."""
+    batches: dict[str, list[Kernel]] = {}
+    for kernel, nodes in units:
+        if isinstance(kernel, Kernel):
+            batches.setdefault(device_type(nodes[0]), []).append(kernel)
+    done: dict[Kernel, Unit] = {}
+    for device, kernels in batches.items():
+        for kernel, result in zip(kernels, targets[device].compile(kernels)):
+            ok = isinstance(result, Compiled)
+            done[kernel] = Unit(kernel, result if ok else None, "" if ok else result.reason)
+    return [done[kernel] if isinstance(kernel, Kernel) else Unit(None, None, kernel) for kernel, _ in units]
+
+
+def device_type(region: Node) -> str:
+    """ "cpu" or "cuda": where the region's results live."""
+    return region.attrs["body"].outputs[0].tensor.device.split(":")[0]
+
+
+def covered(body: Graph) -> list[Node]:
+    """The nodes of a body that compute something."""
+    return [n for n in order(body) if n.op.category not in (Category.VIEW, Category.CONSTANT)]
+
+
+def _info(graph: Graph, compiled: Compiled, nodes: Sequence[Node]) -> KernelInfo:
+    kernel, body = compiled.kernel, nodes[0].attrs["body"]
+    sources = tuple(dict.fromkeys(s for n in nodes for s in n.prov.sources)) or kernel.sources
+    info = KernelInfo(kernel.name, kernel.label or nodes[0].attrs["label"], sources, compiled.source, len(covered(body)), len(nodes))
+    for node in nodes:
+        flops, moved = cost(graph, node)
+        info.flops += flops
+        info.bytes += moved
+    return info
+
+
+def cost(graph: Graph, node: Node) -> tuple[int, int]:
+    """flops and bytes of a node, symbolic sizes at a plausible value."""
+    price = node.op.cost(tuple(n.type for n in node.inputs), node.type, node.attrs)
+    return hint(price.flops, graph.symbols), hint(price.bytes, graph.symbols)
+
+
+# -- in the host program
+
+
+def emit_region(host: Host, node: Node, unit: Unit, targets: Mapping[str, Target]) -> None:
+    """A call of the region's kernel, or its ops one by one."""
+    if unit.compiled is None:
+        _emit_ops(host, node)
+    else:
+        _emit_kernel(host, node, unit.compiled, targets[device_type(node)].pointers)
+
+
+def _result_types(node: Node) -> tuple[TensorType, ...]:
+    return node.type if isinstance(node.type, tuple) else (node.tensor,)
+
+
+def _emit_kernel(host: Host, node: Node, compiled: Compiled, pointers: bool) -> None:
+    operands = [_operand(host, node, i) for i in _read(node, compiled.kernel)]
+    results = _results(host, node)
+    if all(t.numel == 0 for t in _result_types(node)):
+        return
+    buffers = [*operands, *results]
+    shown = [host.address(v) if pointers else v.name for v in buffers]
+    function = host.bind(compiled.kernel.name, compiled.launch)
+    host.line(f"{function}({', '.join([*shown, *compiled.kernel.sizes])})", reads=buffers)
+
+
+def _read(node: Node, kernel: Kernel) -> list[int]:
+    """Which operands the kernel takes, in its order: buffers are named after the body's inputs."""
+    tensors = [i for i, n in enumerate(node.attrs["body"].inputs) if isinstance(n.type, TensorType)]
+    assert len(tensors) == len(kernel.inputs), f"{kernel.name} takes {len(kernel.inputs)} buffers for {len(tensors)} operands"
+    return tensors
+
+
+def _operand(host: Host, node: Node, i: int) -> Value:
+    return host.dense(host.values[node.inputs[i]], node.attrs["body"].inputs[i].attrs["strides"])
+
+
+def _results(host: Host, node: Node) -> list[Value]:
+    """Memory for the region's results; several results are named by their `item` nodes."""
+    if not isinstance(node.type, tuple):
+        return [host.memory(node, node.tensor, node.hint or _word(node))]
+    return [host.memory(host.items.get((node, i)), t, f"{_word(node)}_{i}") for i, t in enumerate(node.type)]
+
+
+def _word(node: Node) -> str:
+    return (node.hint or node.attrs["label"].split(" ")[-1] or "r").split("+")[-1]
+
+
+def _emit_ops(host: Host, node: Node) -> None:
+    """The body run op by op; its results are new memory, as a kernel's are."""
+    operands = [host.operand(n) for n in node.inputs]
+    function = host.bind(f"eager_{_word(node)}", interpreted(node.attrs["body"]))
+    sizes = ", ".join(f"{s}={s}" for s in host.symbols)
+    text = f"{function}({', '.join(operands)}{', ' if operands and sizes else ''}{sizes})"
+    if isinstance(node.type, tuple):
+        host.define(node, text, Scope.CALL, host.tensors(node.inputs))
+    else:
+        host.define(node, f"{text}[0]", Scope.CALL, host.tensors(node.inputs), True)
+
+
+def interpreted(body: Graph) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The body as a function of its operands and the sizes; each result is contiguous and shares memory with nothing else."""
+
+    def run(*operands: Any, **sizes: int) -> tuple[torch.Tensor, ...]:
+        taken = {t.untyped_storage().data_ptr() for t in operands if isinstance(t, torch.Tensor)}
+        results: list[torch.Tensor] = []
+        for value in interpret(body, operands, sizes=sizes):
+            value = value.contiguous()
+            if value.untyped_storage().data_ptr() in taken:
+                value = value.clone()
+            taken.add(value.untyped_storage().data_ptr())
+            results.append(value)
+        return tuple(results)
+
+    return run
