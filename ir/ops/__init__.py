@@ -8,7 +8,7 @@ from ..op import Op
 from .composites import COMPOSITES
 from .constants import CONSTANTS, tensor_type
 from .contractions import CONTRACTIONS
-from .gather import GATHERS
+from .gathers import GATHERS
 from .pointwise import POINTWISE, Promotion, operand_dtype
 from .reductions import REDUCTIONS
 from .structure import STRUCTURE, Ref

@@ -17,7 +17,7 @@ from ..op import Category, Cost, Op, streaming_cost
 from ..types import TensorType, Type, broadcast, compute_dtype, normalize_dim, one_device, promote
 from .constants import CONSTANTS
 from .contractions import CONTRACTIONS
-from .gather import GATHERS
+from .gathers import GATHERS
 from .pointwise import POINTWISE, check_native
 from .reductions import REDUCTIONS
 from .views import VIEWS

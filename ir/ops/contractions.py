@@ -129,6 +129,8 @@ def _infer_avg_pool(
 ) -> Type:  # fmt: skip
     if len(kernel) == 1 and divisor is not None:
         raise ValueError("in one dimension there is no divisor")
+    if len(kernel) == 3 and any(isinstance(d, int) and d < k for d, k in zip(x.shape[-3:], kernel)):
+        raise ValueError("in three dimensions the kernel may not be larger than x without padding")
     return _infer_pool(x, kernel=kernel, stride=stride, padding=padding, ceil=ceil)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..dims import Dim, dim, same
-from ..op import Category, Op
+from ..op import Category, Cost, Op, streaming_cost
 from ..types import TensorType, Type, broadcast, normalize_dim, one_device, promote
 from .views import slice_length
 
@@ -160,15 +160,25 @@ def _cache_update(cache: torch.Tensor, new: torch.Tensor, position: Any, *, dim:
     return cache.index_copy(dim, rows, new)
 
 
+def _cost_copy(types: tuple[Type, ...], out: Type, attrs: Any) -> Cost:
+    """Every operand read once, the result written once; nothing is computed."""
+    return Cost(0, streaming_cost(types, out).bytes)
+
+
+def _cost_read(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
+    """Only the rows asked for are read, not the whole table; then the index and the result."""
+    return Cost(0, dim(streaming_cost(types[1:], out).bytes + out.nbytes))  # type: ignore[union-attr]
+
+
 GATHERS: tuple[Op, ...] = (
-    Op("cat", Category.GATHER, _infer_cat, lambda *xs, dim: torch.cat(xs, dim)),
-    Op("pad", Category.GATHER, _infer_pad, _pad),
-    Op("gather", Category.GATHER, _infer_gather, lambda x, index, *, dim: torch.gather(x, dim, index)),
-    Op("index", Category.GATHER, _infer_index, lambda x, *indices, dims: torch.ops.aten.index(x, _full_index(indices, dims))),
-    Op("embedding", Category.GATHER, _infer_embedding, lambda weight, ids: torch.nn.functional.embedding(ids, weight)),
-    Op("scatter", Category.GATHER, _infer_scatter, _scatter),
-    Op("index_put", Category.GATHER, _infer_index_put, _index_put),
+    Op("cat", Category.GATHER, _infer_cat, lambda *xs, dim: torch.cat(xs, dim), _cost_copy),
+    Op("pad", Category.GATHER, _infer_pad, _pad, _cost_copy),
+    Op("gather", Category.GATHER, _infer_gather, lambda x, index, *, dim: torch.gather(x, dim, index), _cost_read),
+    Op("index", Category.GATHER, _infer_index, lambda x, *indices, dims: torch.ops.aten.index(x, _full_index(indices, dims)), _cost_read),
+    Op("embedding", Category.GATHER, _infer_embedding, lambda weight, ids: torch.nn.functional.embedding(ids, weight), _cost_read),
+    Op("scatter", Category.GATHER, _infer_scatter, _scatter, _cost_copy),
+    Op("index_put", Category.GATHER, _infer_index_put, _index_put, _cost_copy),
     Op("slice_scatter", Category.GATHER, _infer_slice_scatter,
-       lambda x, src, *, dim, start, stop, step: torch.slice_scatter(x, src, dim, start, stop, step)),
-    Op("cache_update", Category.GATHER, _infer_cache_update, _cache_update),
+       lambda x, src, *, dim, start, stop, step: torch.slice_scatter(x, src, dim, start, stop, step), _cost_copy),
+    Op("cache_update", Category.GATHER, _infer_cache_update, _cache_update, _cost_copy),
 )  # fmt: skip
