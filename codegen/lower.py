@@ -1,0 +1,374 @@
+"""Lowering: a region's body becomes a `Kernel`, each evaluated point one scalar.
+
+    region(x: f32[b, 384]) { y = relu(x); return y }   -->   for i in 384*b (grid): store out[i] = max(load x[i], 0)
+
+Operands are converted to the promoted dtype, widened (f16, bf16 compute in f32), then the op's scalar expression applies. Results of
+16-bit ops stay wide inside a kernel; only stores and explicit casts round.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from ..ir import ops
+from ..ir.analysis.indices import ONE, ZERO, Poly, Quotient, expression
+from ..ir.analysis.iteration import Placement, place
+from ..ir.analysis.points import Kind, Obstacle, Point, Refusal, dims_of
+from ..ir.analysis.primitives import expanded
+from ..ir.dims import Dim, dim, free_symbols
+from ..ir.errors import TilewrightError
+from ..ir.graph import Graph, Node
+from ..ir.scalar import Apply, Const, Scalar, apply, cast, lift, where
+from ..ir.types import ScalarType, compute_dtype
+from .hashcons import shared
+from .kernel import Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store, scalars
+
+REDUCE_OPS = {
+    "sum": "sum",
+    "prod": "prod",
+    "amax": "max",
+    "amin": "min",
+    "any": "any",
+    "all": "all",
+    "argmax": "argmax",
+    "argmin": "argmin",
+}
+
+
+class LoweringError(TilewrightError):
+    """A region that is not one kernel; `reason` is an Obstacle. The caller runs the region by its ops' eager meaning."""
+
+    template = "cannot lower region {name!r}: {detail}"
+
+    @property
+    def reason(self) -> Obstacle:
+        return self.fields["reason"]
+
+
+def lower(body: Graph, name: str, label: str = "", sources: tuple[str, ...] = ()) -> Kernel:
+    """The kernel that computes `body`: inputs and outputs in the order of the body's. Raises LoweringError."""
+    body = expanded(body, keep=())
+    try:
+        placement = place(body)
+        return _Lowering(body, placement).kernel(name, label, sources)
+    except Refusal as refusal:
+        source = refusal.node.prov.source if refusal.node else ""
+        raise LoweringError(source, name=name, detail=str(refusal), reason=refusal.reason) from refusal
+
+
+class _Lowering:
+    def __init__(self, body: Graph, placement: Placement) -> None:
+        self.body = body
+        self.placement = placement
+        self.axes, self.steps = placement.merged()
+        self.inner = tuple(a.name for a in self.axes if a.inner)
+        self.values: dict[Point, Scalar] = {}
+        self.names = _buffer_names(body, {a.name for a in self.axes} | set(placement.ranges.extents) | set(body.symbols))
+
+    def kernel(self, name: str, label: str, sources: tuple[str, ...]) -> Kernel:
+        for point in self.placement.points:
+            self.values[point] = _RULES[point.kind](self, point)
+        inputs = tuple(Buffer(self.names[n], n.dtype, _span(n)) for n in self.body.inputs if not isinstance(n.type, ScalarType))
+        outputs, stores = [], []
+        for k, out in enumerate(self.placement.outputs):
+            buffer = Buffer(self.names[k], out.node.dtype, out.node.tensor.numel)
+            outputs.append(buffer)
+            stores.append(Store(buffer.name, self.index(out.offset), _stored(self.values[out.point], buffer.dtype)))
+        axes = tuple(Axis(a.name, dim(expression(a.extent)), a.inner) for a in self.axes)
+        return Kernel(name, axes, inputs, tuple(outputs), shared(stores), _sizes(axes, stores, (*inputs, *outputs)), label, sources)
+
+    def polynomial(self, p: Poly) -> Poly:
+        for step in self.steps:
+            p = p.substitute(step, self.placement.ranges)
+        return p
+
+    def index(self, p: Poly):  # noqa: ANN201
+        return expression(self.polynomial(p))
+
+    def operands(self, point: Point) -> list[Scalar]:
+        return [self.values[p] for p in point.operands]
+
+    def integer(self, point: Point) -> Scalar:
+        """The point's index as an i64 scalar, computed positions included."""
+        computed = {n: cast(self.values[p], torch.int64) for n, p in zip(point.names, point.operands)}
+        return arithmetic(self.polynomial(point.index), computed)
+
+
+def arithmetic(p: Poly, computed: Mapping[str, Scalar]) -> Scalar:
+    """An index expression as a scalar: one Position, except around computed positions."""
+    if not p.names() & computed.keys():
+        return Position(torch.int64, expression(p))
+    plain = Poly({m: c for m, c in p.terms.items() if not Poly({m: 1}).names() & computed.keys()})
+    terms = [] if plain == ZERO else [arithmetic(plain, {})]
+    for m, c in p.terms.items():
+        factors = [a for a in m if Poly({(a,): 1}).names() & computed.keys()]
+        if factors:
+            rest = Poly({tuple(a for a in m if a not in factors): c})
+            values = [_atom(a, computed) for a in factors]
+            terms.append(functools.reduce(operator.mul, values if rest == ONE else [*values, arithmetic(rest, {})]))
+    return functools.reduce(operator.add, terms)
+
+
+def _atom(atom: str | Quotient, computed: Mapping[str, Scalar]) -> Scalar:
+    if isinstance(atom, str):
+        return computed[atom]
+    divisor = atom.args[1].constant
+    if divisor is None or atom.op not in ("//", "%"):
+        raise Refusal(Obstacle.NOT_EXPRESSIBLE, None, f"{atom} of a computed position")
+    return apply("floordiv" if atom.op == "//" else "mod", arithmetic(atom.args[0], computed), divisor)
+
+
+def _load(low: _Lowering, point: Point) -> Scalar:
+    assert point.node is not None
+    values = low.operands(point)
+    indirect = tuple((n, cast(v, torch.int64)) for n, v in zip(point.names, values))
+    mask = values[-1] if point.masked else None
+    return Load(compute_dtype(point.dtype), low.names[point.node], low.index(point.index), indirect, mask)
+
+
+def _const(low: _Lowering, point: Point) -> Scalar:
+    return lift(point.value, compute_dtype(point.dtype))
+
+
+def _position(low: _Lowering, point: Point) -> Scalar:
+    return low.integer(point)
+
+
+def _apply(low: _Lowering, point: Point) -> Scalar:
+    node = point.node
+    assert node is not None
+    values = low.operands(point)
+    if node.op.name == "cast":
+        return converted(values[0], node.attrs["dtype"])
+    wide = compute_dtype(ops.operand_dtype(node.op, tuple(i.type for i in node.inputs)))  # type: ignore[arg-type]
+    head = [values.pop(0)] if node.op.name == "where" else []
+    result = node.op.scalar(*head, *(cast(v, wide) for v in map(folded(wide), values)), **node.attrs)  # type: ignore[misc]
+    return cast(result, compute_dtype(point.dtype))
+
+
+def folded(dtype: torch.dtype) -> Callable[[Scalar], Scalar]:
+    """Converts a literal now; leaves the rest to a cast."""
+    return lambda value: lift(value.value, dtype) if isinstance(value, Const) and _lossless(value, dtype) else value
+
+
+def _lossless(value: Const, dtype: torch.dtype) -> bool:
+    return dtype != torch.bool and (dtype.is_floating_point or not value.dtype.is_floating_point)
+
+
+def converted(value: Scalar, dtype: torch.dtype) -> Scalar:
+    """The value as a tensor of `dtype` holds it, in compute dtype: a 16-bit float is rounded to and widened again."""
+    wide = compute_dtype(dtype)
+    value = value if value.dtype == wide else cast(folded(wide)(value), wide)
+    return value if wide == dtype else Apply(wide, "cast", (Apply(dtype, "cast", (value,)),))
+
+
+def _stored(value: Scalar, dtype: torch.dtype) -> Scalar:
+    """A store rounds to the buffer's dtype by itself."""
+    if isinstance(value, Apply) and value.op == "cast" and value.args[0].dtype == dtype and compute_dtype(dtype) != dtype:
+        rounded = value.args[0]
+        return rounded.args[0] if isinstance(rounded, Apply) and rounded.op == "cast" else value
+    return value
+
+
+def _iota(low: _Lowering, point: Point) -> Scalar:
+    """Float ranges are computed in f64, as by the op's meaning, then rounded once."""
+    assert point.node is not None
+    a = point.node.attrs
+    wide = torch.float64 if point.dtype.is_floating_point else torch.int64
+    value = cast(low.integer(point), wide) * lift(_number(a["step"]), wide) + lift(_number(a["start"]), wide)
+    return converted(value, point.dtype)
+
+
+def _number(value: object) -> bool | int | float:
+    if isinstance(value, (bool, int, float)):
+        return value
+    raise Refusal(Obstacle.NOT_EXPRESSIBLE, None, f"a range from {value}")
+
+
+def _inside(low: _Lowering, point: Point) -> Scalar:
+    index = low.integer(point)
+    below = index < arithmetic(low.polynomial(point.bound), {})
+    if point.value:
+        return below
+    return (index >= 0) & below
+
+
+def _both(low: _Lowering, point: Point) -> Scalar:
+    a, b = low.operands(point)
+    return a & b
+
+
+def _convert(low: _Lowering, point: Point) -> Scalar:
+    return converted(low.operands(point)[0], point.dtype)
+
+
+def _select(low: _Lowering, point: Point) -> Scalar:
+    condition, a, b = low.operands(point)
+    wide = compute_dtype(point.dtype)
+    return where(condition, *(cast(folded(wide)(v), wide) for v in (a, b)))
+
+
+def _wrap(low: _Lowering, point: Point) -> Scalar:
+    value = cast(low.operands(point)[0], torch.int64)
+    extent = arithmetic(low.polynomial(point.bound), {})
+    if point.value:
+        value = where(value < 0, value + extent, value)
+    return apply("max", apply("min", value, extent - 1), 0)
+
+
+def _reduce(low: _Lowering, point: Point) -> Scalar:
+    assert point.node is not None
+    name = point.node.op.name
+    if name not in REDUCE_OPS:
+        raise Refusal(Obstacle.NOT_EXPRESSIBLE, point.node, name)
+    op, wide = REDUCE_OPS[name], compute_dtype(point.dtype)
+    value = low.operands(point)[0]
+    if op in ("max", "min") and wide == torch.bool:
+        op = "any" if op == "max" else "all"
+    if not op.startswith("arg"):
+        value = cast(value, wide)
+    return Reduce(wide, op, value, low.inner) if low.inner else _single(op, value, wide)
+
+
+def _single(op: str, value: Scalar, dtype: torch.dtype) -> Scalar:
+    """A reduction over one element."""
+    return Const(dtype, 0) if op.startswith("arg") else value
+
+
+def _scan(low: _Lowering, point: Point) -> Scalar:
+    assert point.node is not None
+    wide = compute_dtype(point.dtype)
+    value = cast(low.operands(point)[0], wide)
+    return value if point.value else Scan(wide, point.node.op.name, value, low.inner[0])
+
+
+_RULES: dict[Kind, Callable[[_Lowering, Point], Scalar]] = {
+    Kind.LOAD: _load, Kind.CONST: _const, Kind.POSITION: _position, Kind.APPLY: _apply, Kind.IOTA: _iota, Kind.INSIDE: _inside,
+    Kind.BOTH: _both, Kind.CONVERT: _convert, Kind.SELECT: _select, Kind.WRAP: _wrap, Kind.REDUCE: _reduce, Kind.SCAN: _scan,
+}  # fmt: skip
+
+
+def _span(node: Node) -> Dim:
+    """Elements from the first to the last of a region input in memory."""
+    strides = node.attrs.get("strides")
+    if strides is None or any(d == ZERO for d in dims_of(node)):
+        return node.tensor.numel
+    return dim(1 + sum((d - 1) * s for d, s in zip(node.shape, strides)))
+
+
+def _sizes(axes: Sequence[Axis], stores: Sequence[Store], buffers: Sequence[Buffer]) -> tuple[str, ...]:
+    """Size symbols that extents, indices and buffers use, sorted."""
+    used = [a.extent for a in axes] + [b.size for b in buffers] + [s.index for s in stores]
+    used += [v.index for v in scalars(stores) if isinstance(v, (Load, Position))]
+    computed = {n for v in scalars(stores) if isinstance(v, Load) for n, _ in v.indirect}
+    return tuple(sorted({s.name for s in free_symbols(used)} - {a.name for a in axes} - computed))
+
+
+_RESERVED = frozenset(
+    [
+        "alignas",
+        "auto",
+        "bool",
+        "break",
+        "case",
+        "catch",
+        "char",
+        "class",
+        "const",
+        "continue",
+        "default",
+        "delete",
+        "do",
+        "double",
+        "else",
+        "enum",
+        "extern",
+        "false",
+        "float",
+        "for",
+        "goto",
+        "if",
+        "inline",
+        "int",
+        "long",
+        "namespace",
+        "new",
+        "operator",
+        "or",
+        "private",
+        "public",
+        "register",
+        "return",
+        "short",
+        "signed",
+        "sizeof",
+        "static",
+        "struct",
+        "switch",
+        "template",
+        "this",
+        "throw",
+        "true",
+        "try",
+        "typedef",
+        "union",
+        "unsigned",
+        "using",
+        "virtual",
+        "void",
+        "while",
+        "and",
+        "not",
+        "xor",
+        "def",
+        "del",
+        "elif",
+        "except",
+        "finally",
+        "from",
+        "global",
+        "import",
+        "in",
+        "is",
+        "lambda",
+        "None",
+        "nonlocal",
+        "pass",
+        "raise",
+        "True",
+        "False",
+        "with",
+        "yield",
+        "assert",
+        "async",
+        "await",
+    ]
+)
+
+
+def _buffer_names(body: Graph, taken: set[str]) -> dict[Node | int, str]:
+    """A readable unique name for every input node and, by position, every output."""
+    used = set(taken) | _RESERVED
+    names: dict[Node | int, str] = {}
+    for k, node in enumerate(body.inputs):
+        if node not in names:
+            names[node] = _unique(node.hint or f"in{k}", used)
+    for k, node in enumerate(body.outputs):
+        names[k] = _unique(node.hint or "out", used)
+    return names
+
+
+def _unique(hint: str, used: set[str]) -> str:
+    base = re.sub(r"\W", "_", hint)
+    base = base if base and not base[0].isdigit() and not base.startswith("_") else f"v{base}"
+    name, k = base, 1
+    while name in used:
+        k += 1
+        name = f"{base}_{k}"
+    used.add(name)
+    return name

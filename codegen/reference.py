@@ -1,0 +1,147 @@
+"""A slow evaluator of kernels with torch, whole axes at a time: it pins what the printers must compute, and tests lowering without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from ..ir.dims import FloorDiv, Mod, evaluate
+from ..ir.scalar import Apply, Const, Scalar
+from .kernel import Kernel, Load, Position, Reduce, Scan, scalars
+
+_BINARY: dict[str, Callable[..., torch.Tensor]] = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "floordiv": torch.floor_divide, "mod": torch.remainder,
+    "truncdiv": lambda a, b: torch.div(a, b, rounding_mode="trunc"), "fmod": torch.fmod, "min": torch.minimum, "max": torch.maximum,
+    "fmin": torch.fmin, "fmax": torch.fmax, "pow": torch.pow, "ipow": torch.pow, "atan2": torch.atan2, "copysign": torch.copysign,
+    "nextafter": torch.nextafter, "hypot": torch.hypot, "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor,
+    "not": torch.bitwise_not, "shl": torch.bitwise_left_shift, "shr": torch.bitwise_right_shift, "where": torch.where,
+    "fma": lambda a, b, c: a * b + c,
+}  # fmt: skip
+
+_EMPTY = {"sum": 0, "prod": 1, "any": False, "all": True}
+
+
+def run(kernel: Kernel, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> list[torch.Tensor]:
+    """The outputs of a kernel as flat tensors; inputs are flat buffers in the kernel's order."""
+    return _Run(kernel, inputs, sizes).outputs()
+
+
+class _Run:
+    """Every value is a tensor over all axes (extent 1 where it does not depend on one)."""
+
+    def __init__(self, kernel: Kernel, inputs: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> None:
+        self.kernel = kernel
+        self.sizes = dict(sizes)
+        self.memory = {b.name: x.reshape(-1) for b, x in zip(kernel.inputs, inputs, strict=True)}
+        self.extents = [evaluate(a.extent, self.sizes) for a in kernel.axes]
+        self.place = {a.name: k for k, a in enumerate(kernel.axes)}
+        self.names: dict[str, torch.Tensor] = {}
+        for k, (axis, n) in enumerate(zip(kernel.axes, self.extents)):
+            self.names[axis.name] = torch.arange(n).reshape([n if j == k else 1 for j in range(len(self.extents))])
+
+    def outputs(self) -> list[torch.Tensor]:
+        values: dict[Scalar, torch.Tensor] = {}
+        for value in scalars(self.kernel.stores):
+            result = self.value(value, values)
+            assert result.dtype == value.dtype, f"{value} gave {result.dtype}"
+            values[value] = result
+        found = {b.name: torch.zeros(evaluate(b.size, self.sizes), dtype=b.dtype) for b in self.kernel.outputs}
+        written = {name: torch.zeros_like(x, dtype=torch.int64) for name, x in found.items()}
+        for store in self.kernel.stores:
+            index, value = torch.broadcast_tensors(self.index(store.index, self.names), values[store.value])
+            found[store.buffer][index.reshape(-1)] = value.reshape(-1).to(found[store.buffer].dtype)
+            written[store.buffer].index_add_(0, index.reshape(-1), torch.ones_like(index.reshape(-1)))
+        assert all((w == 1).all() for w in written.values()), "every element is written exactly once"
+        return [found[b.name] for b in self.kernel.outputs]
+
+    def index(self, expr: sympy.Expr, names: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """An index expression over tensors of positions; the result has one dimension per axis."""
+        if expr.is_Integer:
+            return torch.full([1] * len(self.extents), int(expr))
+        if expr.is_Symbol:
+            name = expr.name  # type: ignore[attr-defined]
+            return names[name] if name in names else torch.full([1] * len(self.extents), self.sizes[name])
+        args = [self.index(a, names) for a in expr.args]  # type: ignore[arg-type]
+        result = args[0]
+        for a in args[1:]:
+            result = _INDEX[type(expr)](result, a)
+        return result
+
+    def value(self, value: Scalar, values: Mapping[Scalar, torch.Tensor]) -> torch.Tensor:
+        if isinstance(value, Const):
+            return torch.full([1] * len(self.extents), value.value, dtype=value.dtype)
+        if isinstance(value, Load):
+            return self.load(value, values)
+        if isinstance(value, Position):
+            return self.index(value.index, self.names)
+        if isinstance(value, Reduce):
+            return self.reduce(value, values[value.value])
+        if isinstance(value, Scan):
+            k = self.place[value.axis]
+            wide = self.spread(values[value.value], (k,))
+            return getattr(torch, value.op)(wide, k)
+        assert isinstance(value, Apply)
+        return _applied(value, [values[a] for a in value.args])
+
+    def load(self, value: Load, values: Mapping[Scalar, torch.Tensor]) -> torch.Tensor:
+        names = {**self.names, **{n: values[v] for n, v in value.indirect}}
+        index = self.index(value.index, names)
+        if value.mask is None:
+            return self.memory[value.buffer][index].to(value.dtype)
+        index, mask = torch.broadcast_tensors(index, values[value.mask])
+        buffer = self.memory[value.buffer]
+        if buffer.numel() == 0:
+            assert not mask.any(), "a masked load reads nothing where the mask is false"
+            return torch.full(index.shape, value.other, dtype=value.dtype)
+        read = buffer[torch.where(mask, index, 0)].to(value.dtype)
+        return torch.where(mask, read, torch.tensor(value.other, dtype=value.dtype))
+
+    def spread(self, value: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+        return value.expand([self.extents[k] if k in axes else n for k, n in enumerate(value.shape)])
+
+    def reduce(self, value: Reduce, operand: torch.Tensor) -> torch.Tensor:
+        axes = [self.place[a] for a in value.axes]
+        wide = self.spread(operand, axes)
+        order = [k for k in range(wide.dim()) if k not in axes] + axes
+        flat = wide.permute(order).flatten(wide.dim() - len(axes))
+        result = self._rows(value, flat)
+        return result.reshape([1 if k in axes else n for k, n in enumerate(wide.shape)])
+
+    def _rows(self, value: Reduce, flat: torch.Tensor) -> torch.Tensor:
+        if flat.shape[-1] == 0:
+            return torch.full(flat.shape[:-1], _identity(value), dtype=value.dtype)
+        if value.op in ("max", "min"):
+            return getattr(torch, "a" + value.op)(flat, -1)
+        if value.op in ("any", "all"):
+            return getattr(torch, value.op)(flat.to(torch.bool), -1)
+        result = getattr(torch, value.op)(flat, -1)
+        return result.to(value.dtype)
+
+
+def _identity(value: Reduce) -> bool | int | float:
+    if value.op in _EMPTY:
+        return _EMPTY[value.op]
+    if value.op.startswith("arg"):
+        return 0
+    info = torch.finfo(value.dtype) if value.dtype.is_floating_point else torch.iinfo(value.dtype)
+    low, high = (float("-inf"), float("inf")) if value.dtype.is_floating_point else (info.min, info.max)
+    return low if value.op == "max" else high
+
+
+_INDEX: dict[Any, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    sympy.Add: torch.add, sympy.Mul: torch.mul, sympy.Pow: torch.pow, FloorDiv: torch.floor_divide, Mod: torch.remainder,
+    sympy.Max: torch.maximum, sympy.Min: torch.minimum,
+}  # fmt: skip
+
+
+def _applied(value: Apply, args: list[torch.Tensor]) -> torch.Tensor:
+    if value.op == "cast":
+        return args[0].to(value.dtype)
+    if value.op == "bitcast":
+        return args[0].view(value.dtype)
+    if value.op in _BINARY:
+        return _BINARY[value.op](*args)
+    return getattr(torch, value.op)(*args) if value.op != "neg" else -args[0]

@@ -1,0 +1,179 @@
+"""Pull-based evaluation of a region: which loops one kernel needs, and what every output element reads.
+
+    place(body)  ->  Placement(axes, outputs, points)
+
+The axes come from an anchor: a reduction gives one grid axis per kept and one inner axis per reduced dimension; without
+reductions the dimensions of the largest output are the grid. Each output gets an index over the axes, and the evaluation
+follows the operands from there (`Puller`): views change the index, region inputs become loads, equal values at equal indices are
+one point. Fusion uses the result to prove a region legal and to price it, lowering maps its points to kernel scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ..graph import Graph, Node, order
+from ..op import Category
+from .indices import ONE, Poly, Ranges, linear, poly, product, variable
+from .points import Index, Kind, Obstacle, Point, Refusal, dims_of, reduced_dims, regroup
+from .pull import Puller
+
+GRID_NAMES = "ijklmn"
+INNER_NAMES = "rtuvwq"
+
+
+@dataclass(frozen=True)
+class LoopAxis:
+    """0 <= name < extent; `inner` axes are walked inside one grid point."""
+
+    name: str
+    extent: Poly
+    inner: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """A region output: the element at row-major `offset` is `point`, for every point of the axes that `offset` mentions."""
+
+    node: Node
+    offset: Poly
+    point: Point
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """A region as one loop nest. points: operands first, each once; every index is over the axes' names."""
+
+    axes: tuple[LoopAxis, ...]
+    outputs: tuple[Output, ...]
+    points: tuple[Point, ...]
+    ranges: Ranges = field(repr=False, default_factory=lambda: Ranges({}))
+
+    def merged(self) -> tuple[tuple[LoopAxis, ...], tuple[dict[str, Poly], ...]]:
+        """(axes, steps): adjacent axes made one where every index allows it; each step is a substitution to apply to indices in order."""
+        return _merge_axes(self)
+
+
+def place(body: Graph) -> Placement:
+    """The loop nest of a region whose nodes are primitives; raises Refusal where it is not one kernel."""
+    anchors = _anchors(body)
+    problem: Refusal | None = None
+    for anchor in anchors:
+        try:
+            return _place(body, anchor)
+        except Refusal as refusal:
+            problem = problem or refusal
+    assert problem is not None
+    raise problem
+
+
+def _anchors(body: Graph) -> list[Node | None]:
+    """Reductions and scans whose space may be the kernel's, one per distinct space, largest first; [None] where there are none."""
+    found: dict[tuple[tuple[Poly, ...], tuple[int, ...]], Node] = {}
+    for node in order(body):
+        if node.op.category in (Category.REDUCTION, Category.SCAN):
+            found.setdefault((dims_of(node.inputs[0]), reduced_dims(node)), node)
+    return list(found.values())[:4] or [None]
+
+
+def _place(body: Graph, anchor: Node | None) -> Placement:
+    ranges = Ranges(body.symbols)
+    space = dims_of(anchor.inputs[0]) if anchor else _largest(body)
+    inner = set(reduced_dims(anchor)) if anchor else set()
+    names = _axis_names(space, inner, body)
+    axes: list[LoopAxis] = []
+    index: list[Poly] = []
+    for d, extent in enumerate(space):
+        if extent == ONE:
+            index.append(poly(0))
+            continue
+        axes.append(LoopAxis(names[d], extent, d in inner))
+        index.append(ranges.add(names[d], extent))
+    loops = Loops(tuple(axes), space, tuple(index), inner)
+    puller = Puller(ranges, tuple(a.name for a in axes if a.inner), tuple(a.extent for a in axes if a.inner))
+    outputs = []
+    for node in body.outputs:
+        at = loops.output_index(node, ranges)
+        outputs.append(Output(node, ranges.recombine(linear(at, dims_of(node))), puller.at(node, at)))
+    ordered = sorted(axes, key=lambda a: a.inner)
+    return Placement(tuple(ordered), tuple(outputs), tuple(puller.points), ranges)
+
+
+@dataclass(frozen=True)
+class Loops:
+    """The axes of a kernel and how they number the dimensions of its anchor's space."""
+
+    axes: tuple[LoopAxis, ...]
+    space: tuple[Poly, ...]
+    index: Index
+    inner: set[int]
+
+    def output_index(self, node: Node, ranges: Ranges) -> Index:
+        """Where an output stands at the current point; raises Refusal(DIFFERENT_SPACE)."""
+        shape = dims_of(node)
+        if shape == self.space:
+            return self.index
+        kept = [d for d in range(len(self.space)) if d not in self.inner]
+        total = product(shape)
+        if total == product(self.space[d] for d in kept) and self.inner:
+            small = tuple(self.space[d] for d in kept)
+            at = tuple(self.index[d] for d in kept)
+            return regroup(at, small, shape, ranges)
+        if total == product(self.space):
+            return regroup(self.index, self.space, shape, ranges)
+        raise Refusal(Obstacle.DIFFERENT_SPACE, node, f"{node.type} beside a space of {list(self.space)}")
+
+
+def _largest(body: Graph) -> tuple[Poly, ...]:
+    """The shape of the first output that has as many elements as any provably has."""
+    best = dims_of(body.outputs[0])
+    for node in body.outputs[1:]:
+        shape = dims_of(node)
+        if len(shape) > len(best) and product(shape) == product(best):
+            best = shape
+    return best
+
+
+def _axis_names(space: Sequence[Poly], inner: set[int], body: Graph) -> list[str]:
+    taken = set(body.symbols) | {name for d in space for name in d.names()}
+    streams = (_fresh(GRID_NAMES, taken), _fresh(INNER_NAMES, taken))
+    return [next(streams[d in inner]) for d in range(len(space))]
+
+
+def _fresh(letters: str, taken: set[str]) -> Iterator[str]:
+    suffix = ""
+    count = 0
+    while True:
+        yield from (c + suffix for c in letters if c + suffix not in taken)
+        count += 1
+        suffix = str(count)
+
+
+def _indices(placement: Placement) -> set[Poly]:
+    used = {o.offset for o in placement.outputs}
+    for p in placement.points:
+        if p.kind in (Kind.LOAD, Kind.POSITION, Kind.IOTA, Kind.INSIDE):
+            used.add(p.index)
+    return used
+
+
+def _merge_axes(placement: Placement) -> tuple[tuple[LoopAxis, ...], tuple[dict[str, Poly], ...]]:
+    used = _indices(placement)
+    axes = list(placement.axes)
+    steps: list[dict[str, Poly]] = []
+    scans = any(p.kind is Kind.SCAN for p in placement.points)
+    k = len(axes) - 2
+    while k >= 0:
+        outer, low = axes[k], axes[k + 1]
+        if outer.inner == low.inner and not (scans and low.inner):
+            step = {low.name: variable(low.name) - low.extent * variable(outer.name)}
+            placement.ranges.add(low.name, outer.extent * low.extent)
+            moved = {p: p.substitute(step, placement.ranges) for p in used}
+            if not any(outer.name in p.names() for p in moved.values()):
+                used, steps = set(moved.values()), [*steps, step]
+                axes[k : k + 2] = [LoopAxis(low.name, outer.extent * low.extent, low.inner)]
+            else:
+                placement.ranges.add(low.name, low.extent)
+        k -= 1
+    return tuple(axes), tuple(steps)
