@@ -205,7 +205,8 @@ class _Verifier:
             if node not in nodes:
                 self._fail(None, f"the arena has a slot for {_label(node)}, which is not in the graph")
             nbytes = node.type.nbytes if isinstance(node.type, TensorType) else 0
-            if slot.offset < 0 or (isinstance(nbytes, int) and slot.size < nbytes):
+            negative = isinstance(slot.offset, int) and slot.offset < 0
+            if negative or (isinstance(nbytes, int) and isinstance(slot.size, int) and slot.size < nbytes):
                 self._fail(node, f"{_label(node)} of {nbytes} bytes does not fit its slot at {slot.offset} of {slot.size}")
 
 

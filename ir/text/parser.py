@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..dims import SymbolRange
+from ..dims import Dim, SymbolRange
 from ..errors import TilewrightError
 from ..graph import Data, Graph, Node, Slot, Stage, graph_input, lift
 from ..op import Op
@@ -197,9 +197,17 @@ class _GraphReader:
 
     def _slot(self) -> Slot:
         self.cursor.expect("@")
-        offset = self.cursor.integer()
+        offset = self._bytes()
         self.cursor.expect("+")
-        return Slot(offset, self.cursor.integer())
+        return Slot(offset, self._bytes())
+
+    def _bytes(self) -> Dim:
+        """A number, or a size in parentheses."""
+        if not self.cursor.take("("):
+            return self.cursor.integer()
+        count = self.values.dim()
+        self.cursor.expect(")")
+        return count
 
     # -- nodes
 

@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 import torch
 
-from ..dims import free_symbols
+from ..dims import Dim, free_symbols, to_source
 from ..graph import Graph, Node, Stage, order
 from ..ops.structure import Ref
 from ..provenance import NOWHERE
@@ -157,7 +157,11 @@ def _node_lines(graph: Graph, body: list[Node], names: dict[Node, str]) -> list[
 
 def _place(graph: Graph, node: Node) -> str:
     slot = graph.arena.get(node)
-    return type_source(node.type) + (f" @ {slot.offset}+{slot.size}" if slot else "")
+    return type_source(node.type) + (f" @ {_bytes(slot.offset)}+{_bytes(slot.size)}" if slot else "")
+
+
+def _bytes(count: Dim) -> str:
+    return str(count) if isinstance(count, int) else f"({to_source(count)})"
 
 
 def _comment(node: Node) -> str:
