@@ -59,7 +59,8 @@ class Node:
         return replace(self, prov=merged.with_rule(rule) if rule else merged)
 
     def __repr__(self) -> str:
-        return f"{self.op.name}({', '.join(n.hint or n.op.name for n in self.inputs)}): {self.type}"
+        operands = (str(n.attrs["value"]) if n.op.name == "scalar" else n.hint or n.op.name for n in self.inputs)
+        return f"{self.op.name}({', '.join(operands)}): {self.type}"
 
 
 @dataclass(frozen=True, eq=False)
