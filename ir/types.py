@@ -179,7 +179,7 @@ def promote(*types: TensorType | ScalarType) -> torch.dtype:
     return result
 
 
-_COMPLEX_OF = {torch.float64: torch.complex128, torch.float16: torch.complex32}
+_COMPLEX_OF: dict[torch.dtype | None, torch.dtype] = {torch.float64: torch.complex128, torch.float16: torch.complex32}
 
 
 def _weak_default(dtype: torch.dtype, strong: torch.dtype | None) -> torch.dtype:

@@ -9,7 +9,7 @@ from .composites import COMPOSITES
 from .constants import CONSTANTS, tensor_type
 from .contractions import CONTRACTIONS
 from .gathers import GATHERS
-from .pointwise import POINTWISE, Promotion, operand_dtype
+from .pointwise import POINTWISE, PROMOTION, Promotion, number_as, operand_dtype, unprintable
 from .reductions import REDUCTIONS
 from .structure import STRUCTURE, Ref
 from .views import VIEWS
@@ -32,4 +32,4 @@ def __getattr__(name: str) -> Op:
     raise AttributeError(f"there is no op named {name!r}")
 
 
-__all__ = ["OPS", "Op", "Promotion", "Ref", "op", "operand_dtype", "tensor_type"]
+__all__ = ["OPS", "PROMOTION", "Op", "Promotion", "Ref", "number_as", "op", "operand_dtype", "tensor_type", "unprintable"]

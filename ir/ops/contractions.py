@@ -127,6 +127,7 @@ def _infer_avg_pool(
     x: TensorType, *, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
     ceil: bool = False, count_padding: bool = True, divisor: int | None = None,
 ) -> Type:  # fmt: skip
+    """Means of windows; count_padding: padded zeros count as elements; divisor replaces the count."""
     if len(kernel) == 1 and divisor is not None:
         raise ValueError("in one dimension there is no divisor")
     if len(kernel) == 3 and any(isinstance(d, int) and d < k for d, k in zip(x.shape[-3:], kernel)):

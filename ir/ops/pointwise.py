@@ -73,19 +73,8 @@ def operand_dtype(op: Op, types: tuple[TensorType | ScalarType, ...]) -> torch.d
     return dtype
 
 
-def literal(op: Op, types: tuple[TensorType | ScalarType, ...], value: Number) -> bool | int | float:
-    """What `op` on operands of `types` computes with where the Python number `value` stands among them.
-
-    Integers wrap to the promoted dtype (300 beside uint8 is 44); in comparisons floats are rounded to it.
-    """
-    dtype = operand_dtype(op, types)
-    if dtype.is_floating_point and PROMOTION[op.name] is not Promotion.BOOL:
-        dtype = compute_dtype(dtype)
-    return number_as(value, dtype)
-
-
 def number_as(value: Number, dtype: torch.dtype) -> bool | int | float:
-    """A number converted to a dtype as torch converts numbers beside tensors: integers wrap, floats round."""
+    """A number converted to a dtype as torch converts numbers beside tensors: integers wrap (300 as uint8 is 44), floats round."""
     wide = torch.float64 if isinstance(value, float) else torch.int64
     return torch.tensor(value, dtype=wide).to(dtype).item()
 
@@ -98,7 +87,7 @@ def unprintable(op: Op, types: tuple[TensorType | ScalarType, ...]) -> str:
     if op.name not in _INTEGER_DIVISIONS or operand_dtype(op, types).is_floating_point:
         return ""
     divisor = types[1]
-    if isinstance(divisor, ScalarType) and isinstance(divisor.value, int) and literal(op, types, divisor.value):
+    if isinstance(divisor, ScalarType) and isinstance(divisor.value, int) and number_as(divisor.value, operand_dtype(op, types)):
         return ""
     return "integer division by a value that may be zero"
 
@@ -342,7 +331,8 @@ _COMMUTATIVE = {"add", "mul", "maximum", "minimum", "eq", "ne", "logical_and", "
 
 
 def _infer_cast(x: TensorType, *, dtype: torch.dtype) -> Type:
-    if (category(x.dtype) == 3) or category(dtype) == 3:
+    """x.to(dtype)"""
+    if category(x.dtype) == 3 or category(dtype) == 3:
         raise ValueError("complex arithmetic is left to ATen")
     return x.with_dtype(dtype)
 

@@ -45,7 +45,7 @@ def _infer_extremum(x: TensorType, *, dims: tuple[int, ...] = (), keepdim: bool 
 
 
 def _infer_bool(x: TensorType, *, dims: tuple[int, ...] = (), keepdim: bool = False) -> Type:
-    """uint8 is refused: there torch yields uint8."""
+    """Is any (are all) elements non-zero; uint8 is refused, there torch yields uint8."""
     if x.dtype == torch.uint8:
         raise ValueError("on uint8 its result is no bool")
     return TensorType(torch.bool, _reduced(x, dims, keepdim), x.device)

@@ -94,6 +94,7 @@ def _cost_region(types: tuple[Type, ...], out: Type, attrs: Any) -> Cost:
 
 
 def _infer_item(x: tuple[TensorType, ...], *, index: int) -> Type:
+    """One of the results of an op with several."""
     if not isinstance(x, tuple):
         raise ValueError("it takes a value with several results")
     if not 0 <= index < len(x):

@@ -25,6 +25,7 @@ def _infer_permute(x: TensorType, *, dims: tuple[int, ...]) -> Type:
 
 
 def _infer_expand(x: TensorType, *, shape: tuple[Dim, ...]) -> Type:
+    """Dimensions of size 1 repeated, new ones in front; every size is given, none is -1."""
     lead = len(shape) - x.rank
     if lead < 0:
         raise ValueError("the new shape has fewer dimensions")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import timeit
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -398,3 +399,10 @@ def test_every_op_is_covered() -> None:
     elsewhere = {op.name for op in OPS.values() if op.category in (Category.POINTWISE, Category.COMPOSITE)}
     assert here == set(OPS) - elsewhere
     assert set(DTYPES) == NATIVE_DTYPES and scalar_value(sym(2)) is None
+
+
+def test_the_table_of_ops_is_current() -> None:
+    from tilewright.ir.ops.__main__ import table
+
+    committed = Path(__file__).parents[2] / "docs" / "ops.md"
+    assert committed.read_text() == table(), "run: python -m tilewright.ir.ops > docs/ops.md"
