@@ -145,15 +145,23 @@ def _apply(low: _Lowering, point: Point) -> Scalar:
     values = low.operands(point)
     if node.op.name == "cast":
         return converted(values[0], node.attrs["dtype"])
-    wide = compute_dtype(ops.operand_dtype(node.op, tuple(i.type for i in node.inputs)))  # type: ignore[arg-type]
+    promoted = ops.operand_dtype(node.op, tuple(i.type for i in node.inputs))  # type: ignore[arg-type]
+    wide = compute_dtype(promoted)
+    fold = rounded(promoted) if ops.PROMOTION[node.op.name] is ops.Promotion.BOOL else folded(wide)
     head = [values.pop(0)] if node.op.name == "where" else []
-    result = node.op.scalar(*head, *(cast(v, wide) for v in map(folded(wide), values)), **node.attrs)  # type: ignore[misc]
+    result = node.op.scalar(*head, *(cast(v, wide) for v in map(fold, values)), **node.attrs)  # type: ignore[misc]
     return cast(result, compute_dtype(point.dtype))
 
 
 def folded(dtype: torch.dtype) -> Callable[[Scalar], Scalar]:
     """Converts a literal now; leaves the rest to a cast."""
     return lambda value: lift(value.value, dtype) if isinstance(value, Const) and _lossless(value, dtype) else value
+
+
+def rounded(dtype: torch.dtype) -> Callable[[Scalar], Scalar]:
+    """Comparisons see a literal as a tensor of `dtype` would hold it, as in torch: 0.1 beside a float16 tensor is float16's 0.1."""
+    wide = compute_dtype(dtype)
+    return lambda value: lift(ops.number_as(value.value, dtype), wide) if isinstance(value, Const) else value
 
 
 def _lossless(value: Const, dtype: torch.dtype) -> bool:

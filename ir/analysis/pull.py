@@ -9,7 +9,8 @@ import torch
 
 from ..graph import Node, scalar_value
 from ..op import Category
-from ..types import ScalarType, category, normalize_dim
+from ..ops import unprintable
+from ..types import NATIVE_DTYPES, ScalarType, normalize_dim
 from .indices import ONE, ZERO, Poly, Ranges, const, poly, variable
 from .points import (
     VIEW_INDEX,
@@ -27,12 +28,6 @@ from .points import (
 
 MAX_POINTS = 4000
 """A region with more values than this is refused: it would compile slowly and spill."""
-
-NATIVE_DTYPES = frozenset({
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-})  # fmt: skip
-
-DIVISIONS = frozenset({"floor_divide", "trunc_divide", "remainder", "fmod"})
 
 Mask = tuple[Point, ...]
 
@@ -154,18 +149,12 @@ def _axes_under(point: Point) -> set[str]:
 
 def check_native(node: Node) -> None:
     """Raises Refusal unless the op's element type and operands have a scalar form."""
-    if isinstance(node.type, tuple) or isinstance(node.type, ScalarType):
+    if isinstance(node.type, (tuple, ScalarType)):
         raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, f"{node.op.name} yields {node.type}")
     if node.dtype not in NATIVE_DTYPES:
         raise Refusal(Obstacle.UNSUPPORTED_DTYPE, node, str(node.type))
-    if node.op.name in DIVISIONS and category(node.dtype) < 2 and not scalar_literal(node.inputs[1]):
+    if node.op.category is Category.POINTWISE and unprintable(node.op, tuple(n.type for n in node.inputs)):  # type: ignore[arg-type]
         raise Refusal(Obstacle.RUNTIME_INTEGER_DIVISION, node, str(node.inputs[1].type))
-
-
-def scalar_literal(node: Node) -> bool:
-    """A scalar node holding a non-zero plain number."""
-    value = scalar_value(node)
-    return isinstance(value, (int, float)) and value != 0
 
 
 def _pointwise(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
@@ -389,4 +378,4 @@ _BY_NAME: dict[str, _Rule] = {
 FUSIBLE_NAMES = frozenset(_BY_NAME) - {"input"}
 FUSIBLE_CATEGORIES = frozenset(_BY_CATEGORY)
 
-__all__ = ["DIVISIONS", "FUSIBLE_CATEGORIES", "FUSIBLE_NAMES", "MAX_POINTS", "NATIVE_DTYPES", "Puller", "check_native"]
+__all__ = ["FUSIBLE_CATEGORIES", "FUSIBLE_NAMES", "MAX_POINTS", "Puller", "check_native"]
