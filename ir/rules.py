@@ -111,6 +111,14 @@ class Match:
         """
         return self._uses.get(self._bound[name]) == 1
 
+    def escaping(self, *more: Node) -> Node | None:
+        """An inner matched node (or one of `more`, found by a check) that something outside of the match reads too, or may read."""
+        inner = set(self.nodes) | set(more)
+        for node in inner - {self.root}:
+            if self._uses.get(node) != sum(node in reader.inputs for reader in inner):
+                return node
+        return None
+
 
 @dataclass(frozen=True)
 class _Trial:
