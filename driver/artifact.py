@@ -1,4 +1,4 @@
-"""The artifact: one file that holds an optimized model - IR text, weights, generated sources, receipt - and runs without the original source.
+"""The artifact: one file that holds an optimized model and runs without the original source.
 
 It is a safetensors file: the tensors are the weights; the metadata holds `tilewright` (manifest: format version, calling convention,
 sha256 of every other member), `graph` (IR text after all passes), `receipt` (JSON) and `kernels` (the generated source, to read). Nothing
@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +24,46 @@ from ..codegen.program import Program
 from ..ir.errors import TilewrightError
 from ..ir.graph import Graph, constants
 from ..ir.text import parse
-from .calling import Signature
+from .calling import CallingConvention
 from .compile import build_program
 from .errors import BadArtifact, CannotWrite
 from .receipt import Receipt
 
 FORMAT = 1
 MEMBERS = ("graph", "receipt", "kernels")
+STATE = "state "  # what the names of updated buffers begin with
 
 
-class Loaded:
-    """An optimized model: call it like the original. `receipt` says what was done to it, `graph` is its IR, `program` runs it."""
+@dataclass(frozen=True)
+class Optimized:
+    """An optimized model: call it like the original. `receipt` says what was done to it, `graph` is its IR, `program` runs it.
 
-    def __init__(self, graph: Graph, signature: Signature, receipt: Receipt, program: Program) -> None:
-        self.graph, self.signature, self.receipt, self.program = graph, signature, receipt, program
+    state: the buffers that the model updates as it runs, by name.
+    """
+
+    graph: Graph
+    convention: CallingConvention
+    program: Program
+    receipt: Receipt
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return self.signature.pack(self.program(self.signature.bind(args, kwargs)))
+        flat = self.convention.bind(args, kwargs) + [self.state[name] for name in self.convention.state]
+        return self.convention.pack(self.program(flat))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the artifact; raises CannotWrite."""
+        save(path, self)
 
 
-def save(path: str | Path, graph: Graph, signature: Signature, receipt: Receipt, kernels: str) -> None:
+def save(path: str | Path, model: Optimized) -> None:
     """Writes the artifact under a temporary name and renames it; raises CannotWrite and leaves nothing behind."""
-    members = {"graph": str(graph), "receipt": receipt.to_json(), "kernels": kernels}
-    tensors, names = _distinct({name: data.value for name, data in constants(graph).items() if data.value is not None})
+    members = {"graph": str(model.graph), "receipt": model.receipt.to_json(), "kernels": model.program.source}
+    weights = {name: data.value for name, data in constants(model.graph).items() if data.value is not None}
+    tensors, names = _distinct(weights | {f"{STATE}{name}": value for name, value in model.state.items()})
     manifest = {
         "format": FORMAT,
-        "signature": signature.to_json(),
+        "convention": model.convention.to_json(),
         "weights": names,
         "sha256": {m: _digest(text) for m, text in members.items()} | {f"weight {n}": _tensor_digest(t) for n, t in tensors.items()},
     }
@@ -93,7 +107,7 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
-def load(path: str | Path) -> Loaded:
+def load(path: str | Path) -> Optimized:
     """The optimized model in `path`, ready to call; builds its kernels unless this machine has them cached. Raises BadArtifact."""
     try:
         return _load(Path(path))
@@ -105,17 +119,17 @@ def load(path: str | Path) -> Loaded:
         raise BadArtifact(path=path, reason=str(error)) from error
 
 
-def _load(path: Path) -> Loaded:
+def _load(path: Path) -> Optimized:
     metadata, tensors = _read(path)
     manifest = json.loads(metadata["tilewright"])
     if manifest["format"] != FORMAT:
-        raise BadArtifact(
-            path=path, reason=f"it has format {manifest['format']}, this version reads format {FORMAT}; optimize the model again"
-        )
+        raise BadArtifact(path=path, reason=f"it has format {manifest['format']}, this version reads {FORMAT}; optimize the model again")
     _verify(path, manifest["sha256"], metadata, tensors)
-    graph = parse(metadata["graph"], {name: tensors[stored] for name, stored in manifest["weights"].items()})
-    receipt = Receipt.from_json(metadata["receipt"])
-    return Loaded(graph, Signature.from_json(manifest["signature"]), receipt, build_program(graph))
+    values = {name: tensors[stored] for name, stored in manifest["weights"].items()}
+    graph = parse(metadata["graph"], values)
+    convention = CallingConvention.from_json(manifest["convention"])
+    state = {name: values[f"{STATE}{name}"].clone() for name in convention.state}
+    return Optimized(graph, convention, build_program(graph), Receipt.from_json(metadata["receipt"]), state)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

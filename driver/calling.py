@@ -9,7 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch.export import ExportedProgram
 from torch.utils._pytree import TreeSpec
+
+from ..ir.capture import CapturedModule
 
 Tree = Any  # JSON: "leaf" | "none" | {"kind": tuple|list|dict|record, "keys": [...], "items": [Tree, ...]}
 
@@ -82,53 +85,69 @@ def _mismatch(where: str, wanted: str, value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Signature:
-    """names: the arguments in order; arguments: their trees; tensors: which flat leaves are graph inputs (the others were constants
-    at export); result: the tree of the result.
+class CallingConvention:
+    """How a model is called.
+
+    names: the arguments in order; arguments: their trees; tensors: which of their flat leaves are graph inputs (the others were constants
+    at export). result: the tree of the result; outputs: for each of its leaves the graph output, or None for a constant of `constants`
+    (leaf -> number, string or None). state: names of the buffers that the graph updates; they are its last inputs.
     """
 
     names: tuple[str, ...]
     arguments: tuple[Tree, ...]
     tensors: tuple[int, ...]
     result: Tree
+    outputs: tuple[int | None, ...]
+    constants: dict[int, Any]
+    state: tuple[str, ...] = ()
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-        """The graph inputs for a call; arguments may be passed by position or by name. Raises TypeError."""
-        given = dict(zip(self.names, args)) | kwargs
+        """The graph inputs (without state) for a call; arguments may be passed by position or by name. Raises TypeError."""
+        listed = ", ".join(self.names)
         if len(args) > len(self.names):
-            raise TypeError(f"the model takes {len(self.names)} arguments ({', '.join(self.names)}), {len(args)} were given")
+            raise TypeError(f"the model takes {len(self.names)} arguments ({listed}), {len(args)} were given")
+        given = dict(zip(self.names, args)) | kwargs
         unknown = [k for k in kwargs if k not in self.names]
         if unknown:
-            raise TypeError(f"the model has no argument {unknown[0]!r}; its arguments are {', '.join(self.names)}")
-        missing = [n for n, t in zip(self.names, self.arguments) if n not in given and self._needed(n)]
-        if missing:
-            raise TypeError(f"argument {missing[0]!r} is missing; the model takes {', '.join(self.names)}")
+            raise TypeError(f"the model has no argument {unknown[0]!r}; its arguments are {listed}")
         leaves: list[Any] = []
         for name, tree in zip(self.names, self.arguments):
-            leaves += flatten(tree, given[name], name) if name in given else [None] * _count(tree)
+            count = _count(tree)
+            needed = any(len(leaves) <= i < len(leaves) + count for i in self.tensors)
+            if needed and name not in given:
+                raise TypeError(f"argument {name!r} is missing; the model takes {listed}")
+            leaves += flatten(tree, given[name], name) if name in given else [None] * count
         return [leaves[i] for i in self.tensors]
 
-    def _needed(self, name: str) -> bool:
-        """An argument that was a constant at export may be left out."""
-        start = 0
-        for other, tree in zip(self.names, self.arguments):
-            count = _count(tree)
-            if other == name:
-                return any(start <= i < start + count for i in self.tensors)
-            start += count
-        return False
-
     def pack(self, outputs: Sequence[Any]) -> Any:
-        """The result of a call from the flat outputs."""
-        return unflatten(self.result, iter(outputs))
+        """The result of a call from the flat outputs of the graph."""
+        leaves = (self.constants.get(i) if n is None else outputs[n] for i, n in enumerate(self.outputs))
+        return unflatten(self.result, iter(leaves))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"constants": [list(pair) for pair in self.constants.items()]}
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> Signature:
-        lists = {k: tuple(data[k]) for k in ("names", "arguments", "tensors")}
-        return Signature(result=data["result"], **lists)
+    def from_json(data: dict[str, Any]) -> CallingConvention:
+        lists = {k: tuple(data[k]) for k in ("names", "arguments", "tensors", "outputs", "state")}
+        return CallingConvention(result=data["result"], constants=dict(data["constants"]), **lists)
+
+
+def convention_of(program: ExportedProgram, captured: CapturedModule) -> CallingConvention:
+    """The convention of an exported program and its graph; argument names as the original forward had them."""
+    signature = captured.signature
+    arguments, keywords = signature.in_spec.children()
+    entry = program.module_call_graph[0].signature
+    names = (entry.forward_arg_names if entry else None) or [f"input_{i}" for i in range(arguments.num_children)] + list(keywords.context)
+    return CallingConvention(
+        names=tuple(names),
+        arguments=tuple(tree_of(s) for s in (*arguments.children(), *keywords.children())),
+        tensors=tuple(i for i, n in enumerate(signature.inputs) if n is not None),
+        result=tree_of(signature.out_spec),
+        outputs=signature.outputs,
+        constants=dict(signature.results),
+        state=signature.state,
+    )
 
 
 def _count(tree: Tree) -> int:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,14 +23,12 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a .pt2 program, a TorchScript file, or package.module:callable")]
 InputsOption = Annotated[
     list[str],
-    typer.Option(
-        "--inputs", "-i", help='example inputs: a file (.npz, .pt, .safetensors) or "x=1x3x224x224:f32"; a letter is a varying size'
-    ),
+    typer.Option("--inputs", "-i", help='a file (.npz, .pt, .safetensors) or "x=1x3x224x224:f32"; a letter is a varying size'),
 ]
-OutputOption = Annotated[Optional[Path], typer.Option("--output", "-o", help="where to write the artifact; default: MODEL.tw")]
-PassesOption = Annotated[Optional[str], typer.Option(help='passes to run instead of the default list, e.g. "canonicalize,fuse-regions"')]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="where to write the artifact; default: MODEL.tw")]
+PassesOption = Annotated[str | None, typer.Option(help='passes to run instead of the default list, e.g. "canonicalize,fuse-regions"')]
 TrustOption = Annotated[bool, typer.Option("--trust-pickle", help="read pickled modules; they can run any code")]
-JsonOption = Annotated[Optional[Path], typer.Option("--json", help="also write the receipt as JSON")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="also write the receipt as JSON")]
 
 
 @app.command()

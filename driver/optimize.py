@@ -6,47 +6,27 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..codegen.program import Program
-from ..ir.capture import CapturedProgram, from_exported
+from ..ir.capture import CapturedModule, from_exported
 from ..ir.errors import CaptureError
-from ..ir.graph import Graph
 from ..ir.interpret import interpret
-from . import artifact
 from .accuracy import ErrorCheck, check
-from .calling import Signature, tree_of
+from .artifact import Optimized
+from .calling import convention_of
 from .compile import Options, compile_graph
 from .errors import CannotOptimize
 from .inputs import Example
 from .loading import Model, export_module
-from .receipt import Receipt, Speed
+from .receipt import Speed
 
 EAGER_TRUST = 1e-2  # eager further than this from float64 means that the reference is not the user's model
 MEASURE_SECONDS = 2.0
 
 Stages = Callable[[str], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class Optimized:
-    """An optimized model: call it like the original; `receipt` says what was done, `save` writes the artifact."""
-
-    graph: Graph
-    signature: Signature
-    program: Program
-    receipt: Receipt
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return self.signature.pack(self.program(self.signature.bind(args, kwargs)))
-
-    def save(self, path: str | Path) -> None:
-        artifact.save(path, self.graph, self.signature, self.receipt, self.program.source)
 
 
 def optimize(
@@ -73,37 +53,34 @@ def optimize_model(model: Model, passes: str | None = None, stage: Stages = lamb
         captured = _captured(model)
     with stage("rewriting and building kernels"):
         compiled = compile_graph(captured.graph, Options(passes=passes))
-    optimized = Optimized(compiled.graph, _signature(captured), compiled.program, compiled.receipt)
+    convention = convention_of(model.program, captured)
+    # measuring runs the model, which may update its buffers: that happens on copies
+    scratch = {name: value.clone() for name, value in captured.state.items()}
+    optimized = Optimized(compiled.graph, convention, compiled.program, compiled.receipt, scratch)
     with stage("checking against float64"):
         error = _error(model, captured, optimized)
     with stage("measuring speed against eager"):
         speed = _speed(model, optimized)
-    return replace(optimized, receipt=replace(compiled.receipt, error=error, speed=speed))
+    return replace(optimized, receipt=replace(compiled.receipt, error=error, speed=speed), state=captured.state)
 
 
-def _captured(model: Model) -> CapturedProgram:
+def _captured(model: Model) -> CapturedModule:
     try:
         return from_exported(model.program, model.name)
     except CaptureError as error:
         raise CannotOptimize(path=model.name, reason=error.fields["reason"]) from error
 
 
-def _signature(captured: CapturedProgram) -> Signature:
-    arguments, keywords = captured.in_spec.children()
-    trees = tuple(tree_of(s) for s in (*arguments.children(), *keywords.children()))
-    return Signature(captured.names, trees, captured.tensor_leaves, tree_of(captured.out_spec))
-
-
-def _error(model: Model, captured: CapturedProgram, optimized: Optimized) -> ErrorCheck:
+def _error(model: Model, captured: CapturedModule, optimized: Optimized) -> ErrorCheck:
     """By the float64 rule on the example. The reference is the captured graph, interpreted in float64; that it is the user's model is
     seen from eager being near it."""
-    args, kwargs = model.example.args, model.example.kwargs
-    flat = optimized.signature.bind(args, dict(kwargs))
+    args, kwargs = model.example.args, dict(model.example.kwargs)
+    convention = optimized.convention
+    flat = convention.bind(args, kwargs) + [captured.state[name] for name in convention.state]
     with torch.no_grad():
-        reference = optimized.signature.pack(interpret(captured.graph, _copies(flat), torch.float64))
+        reference = convention.pack(interpret(captured.graph, _copies(flat), torch.float64))
         eager = model.module(*args, **kwargs)
-        ours = optimized(*args, **kwargs)
-    result = check(ours, eager, reference)
+    result = check(optimized(*args, **kwargs), eager, reference)
     if result.eager > EAGER_TRUST:
         reason = f"the captured graph does not compute what the model does (they differ by {result.eager:.1e})"
         raise CannotOptimize(path=model.name, reason=reason)

@@ -1,0 +1,240 @@
+"""`Receipt`: what was done to one graph: kernels, library calls, fallbacks and refusals with reasons, times, coverage. JSON and tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..codegen.program import Fallback, LibraryCall, Program
+from ..passes.base import Applied, Notes
+from .accuracy import ErrorCheck
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Median seconds per call, over `runs` calls of each."""
+
+    eager: float
+    ours: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class KernelLine:
+    """A generated kernel: what it computes, from which source lines, how many ops one call covers, how many places call it.
+
+    flops and bytes are those of all its calls together.
+    """
+
+    name: str
+    label: str
+    sources: tuple[str, ...]
+    nodes: int
+    uses: int
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rewrite that was declined `count` times for one reason; `what`, `source` and `value` are those of the first."""
+
+    rule: str
+    what: str
+    reason: str
+    source: str
+    value: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """A quantity by where it runs: in our kernels, in library calls that we schedule, by torch's own ops."""
+
+    kernels: int = 0
+    library: int = 0
+    fallback: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.kernels + self.library + self.fallback
+
+    def __str__(self) -> str:
+        total = max(self.total, 1)
+        return " | ".join(f"{100 * part / total:.1f}%" for part in (self.kernels, self.library, self.fallback))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """nodes: ops that compute (views and constants do not); flops; bytes read and written. Symbolic sizes at a plausible value."""
+
+    nodes: Share = Share()
+    flops: Share = Share()
+    bytes: Share = Share()
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """See the fields' classes. seconds: per pass, and for "lower" and "compile". arena: bytes of the arena, an expression where sizes vary.
+
+    copies: values that are laid out anew when they do not come row-major. failure: why the whole graph runs by eager, "" if it does not.
+    error, speed: where they were measured.
+    """
+
+    graph: str
+    kernels: tuple[KernelLine, ...] = ()
+    library: tuple[LibraryCall, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+    applied: tuple[Applied, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    coverage: Coverage = Coverage()
+    arena: str = "0"
+    copies: tuple[str, ...] = ()
+    failure: str = ""
+    error: ErrorCheck | None = None
+    speed: Speed | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Receipt:
+        """The receipt written by `to_json`; raises ValueError or KeyError for anything else."""
+        data = json.loads(text)
+        for name, kind in _ROWS.items():
+            data[name] = tuple(_row(kind, row) for row in data[name])
+        data["coverage"] = Coverage(**{k: Share(**v) for k, v in data["coverage"].items()})
+        data["copies"] = tuple(data["copies"])
+        for name, kind in (("error", ErrorCheck), ("speed", Speed)):
+            data[name] = None if data[name] is None else kind(**data[name])
+        return Receipt(**data)
+
+    def render(self, console: Console | None = None, details: bool = False) -> None:
+        """Prints the receipt as tables; `details` adds every rewrite, refusal and time."""
+        from rich.console import Console
+
+        out = console or Console()
+        out.print(f"[bold]{self.graph}[/bold]  {self.summary}")
+        if self.failure:
+            out.print(f"  runs by eager: {self.failure}", markup=False)
+        for title, columns, rows in self._tables(details):
+            if rows:
+                out.print(_table(title, columns, rows))
+
+    @property
+    def summary(self) -> str:
+        """One line: counts, coverage, error and speed."""
+        parts = [f"{len(self.kernels)} kernels, {len(self.library)} library calls, {len(self.fallbacks)} fallbacks"]
+        parts.append(f"nodes in kernels | library | fallback: {self.coverage.nodes}")
+        if self.error is not None:
+            parts.append(f"error {self.error.ours:.1e} (eager {self.error.eager:.1e}, allowed {self.error.allowed:.1e})")
+        if self.speed is not None:
+            ours, eager = self.speed.ours, self.speed.eager
+            parts.append(f"{1e3 * ours:.3g} ms (eager {1e3 * eager:.3g} ms, {eager / ours:.2f}x)")
+        return "; ".join(parts)
+
+    def _tables(self, details: bool) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
+        coverage = [(f.name, *(f"{n:,}" for n in dataclasses.astuple(s)), str(s)) for f, s in _fields(self.coverage)]
+        library = Counter(c.node for c in self.library)
+        tables = [
+            ("coverage", ("", "our kernels", "library", "fallback", "shares"), coverage),
+            ("kernels", ("kernel", "computes", "ops", "places", "MB", "source"),
+             [(k.name, k.label, k.nodes, k.uses, f"{k.bytes / 1e6:.2f}", _few(k.sources)) for k in self.kernels]),
+            ("library calls", ("op", "calls"), list(library.items())),
+            ("fallbacks", ("op", "source", "reason"), [(f.node, f.source, f.reason) for f in self.fallbacks]),
+            ("refused", ("rule", "what", "reason", "value", "source", "times"),
+             [(r.rule, r.what, r.reason, r.value, r.source, r.count) for r in self.refused]),
+        ]  # fmt: skip
+        if details:
+            tables.append(("applied", ("rule", "what", "source"), [(a.rule, a.what, a.source) for a in self.applied]))
+            tables.append(("time", ("step", "ms"), [(k, f"{1e3 * s:.1f}") for k, s in self.seconds.items()]))
+            tables.append(("memory", ("", ""), [("arena bytes", self.arena), ("laid out anew if need be", _few(self.copies, 8))]))
+        return tables
+
+
+_ROWS: dict[str, type] = {"kernels": KernelLine, "library": LibraryCall, "fallbacks": Fallback, "applied": Applied, "refused": Refusal}
+
+
+def _row(kind: type, row: dict[str, Any]) -> Any:
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+
+
+def _fields(value: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
+    return [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+
+
+def _few(items: Sequence[str], count: int = 3) -> str:
+    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))  # as text: brackets in a name are no markup
+    return table
+
+
+def make_receipt(program: Program, notes: Notes, seconds: Mapping[str, float]) -> Receipt:
+    """The receipt of a compiled graph. seconds: of each pass."""
+    return Receipt(
+        graph=program.name,
+        kernels=tuple(KernelLine(k.name, k.label, k.sources, k.nodes, k.uses, k.flops, k.bytes) for k in program.kernels),
+        library=tuple(program.library),
+        fallbacks=tuple(program.fallbacks),
+        applied=tuple(notes.applied),
+        refused=_grouped(notes),
+        seconds={**seconds, **program.seconds},
+        coverage=_coverage(program),
+        arena=str(program.arena_bytes),
+        copies=program.copies,
+    )
+
+
+def failed_receipt(graph: str, reason: str, nodes: int) -> Receipt:
+    """The receipt of a graph of that many ops which runs by eager as a whole."""
+    fallback = Fallback(graph, "", reason, nodes)
+    return Receipt(graph, fallbacks=(fallback,), coverage=Coverage(nodes=Share(fallback=nodes)), failure=reason)
+
+
+def _coverage(program: Program) -> Coverage:
+    def share(quantity: str) -> Share:
+        kernels = sum(k.nodes * k.uses if quantity == "nodes" else getattr(k, quantity) for k in program.kernels)
+        library = sum(1 if quantity == "nodes" else getattr(c, quantity) for c in program.library)
+        return Share(kernels, library, sum(getattr(f, quantity) for f in program.fallbacks))
+
+    return Coverage(share("nodes"), share("flops"), share("bytes"))
+
+
+def _grouped(notes: Notes) -> tuple[Refusal, ...]:
+    counts = Counter((d.rule, d.reason) for d in notes.declined)
+    first = {(d.rule, d.reason): d for d in reversed(notes.declined)}
+    return tuple(
+        Refusal(rule, d.what, reason.value, d.source, d.value, counts[rule, reason]) for (rule, reason), d in reversed(list(first.items()))
+    )
+
+
+_RECEIPTS: deque[Receipt] = deque(maxlen=4096)
+
+
+def record(receipt: Receipt) -> None:
+    _RECEIPTS.append(receipt)
+
+
+def receipts() -> list[Receipt]:
+    """The receipts of every graph that torch.compile gave us in this process, newest last; the last 4096 are kept."""
+    return list(_RECEIPTS)
