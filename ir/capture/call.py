@@ -19,11 +19,6 @@ from .sizes import Sizes
 Result = Union[Node, "tuple[Node | None, ...]", None]
 Converter = Callable[..., Result]
 
-NATIVE_DTYPES = frozenset({
-    torch.float64, torch.float32, torch.float16, torch.bfloat16,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-})  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Call:

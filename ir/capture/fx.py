@@ -17,8 +17,8 @@ from ..errors import CaptureError, TypeInferenceError
 from ..graph import Data, Graph, Node, graph_input, lift, make_graph, order, visit
 from ..ops import OPS
 from ..provenance import Provenance
-from ..types import ScalarType, TensorType, same_type
-from .call import NATIVE_DTYPES, Call, Converter, cast
+from ..types import NATIVE_DTYPES, ScalarType, TensorType, same_type
+from .call import Call, Converter, cast
 from .extern import extern, results, target_name
 from .origin import clean_path, identifier, provenance
 from .sizes import Sizes, contiguous_strides
