@@ -23,7 +23,7 @@ _RANDOM = "bernoulli rrelu rrelu_with_noise native_dropout multinomial normal".s
 
 # not in torch's core table
 _ADDED = (
-    "_native_batch_norm_legit_functional linalg_vector_norm native_batch_norm_backward native_layer_norm_backward pixel_shuffle im2col"
+    "_native_batch_norm_legit_functional linalg_vector_norm native_batch_norm_backward native_layer_norm_backward pixel_shuffle im2col elu"
 ).split()
 
 
