@@ -1,0 +1,104 @@
+"""The dimensions of a printed block: which axes lie along which dimension, how long it is, and the variables that index and mask it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ...ir.dims import to_source
+from ..kernel import Axis, Kernel
+from .indices import Span
+from .schedule import Schedule, group_block, inner_groups
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One dimension of the block. `constant`: name of its constexpr length; `block`: that length; looped: walked in chunks."""
+
+    span: Span
+    constant: str
+    block: int
+    looped: bool = False
+
+    @property
+    def masked(self) -> bool:
+        """False when blocks tile the extent exactly."""
+        extent = self.span.extent
+        if not isinstance(extent, int):
+            return True
+        return extent % self.block != 0 if extent else True
+
+    @property
+    def mask(self) -> str:
+        return f"mask_{self.span.flat}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`grid` lies along dimension 0 of a block when it has more than one point per program; the inner groups follow."""
+
+    grid: Span
+    points: Dimension | None
+    groups: tuple[Dimension, ...]
+
+    @property
+    def dimensions(self) -> tuple[Dimension, ...]:
+        return ((self.points,) if self.points else ()) + self.groups
+
+    @property
+    def rank(self) -> int:
+        return len(self.dimensions)
+
+    @property
+    def shape(self) -> str:
+        return f"[{', '.join(d.constant for d in self.dimensions)}]"
+
+    def position(self, dimension: Dimension) -> int:
+        return self.dimensions.index(dimension)
+
+    def spread(self, dimension: Dimension) -> str:
+        """The subscript that puts a row of points along a dimension: "[:, None]"."""
+        if self.rank == 1:
+            return ""
+        return f"[{', '.join(':' if d is dimension else 'None' for d in self.dimensions)}]"
+
+    def group_of(self, axis: str) -> Dimension | None:
+        return next((g for g in self.groups if any(a.name == axis for a in g.span.axes)), None)
+
+    def along(self, axes: Iterable[str]) -> tuple[Dimension, ...]:
+        """The dimensions a value over these axes extends along."""
+        names = set(axes)
+        return tuple(d for d in self.dimensions if any(a.name in names for a in d.span.axes))
+
+
+def layout_of(kernel: Kernel, schedule: Schedule) -> Layout:
+    """The block of a legalized kernel under a schedule."""
+    groups = inner_groups(kernel)
+    grid = Span(kernel.grid, _flat(kernel.grid, "point", kernel))
+    scalar = not kernel.grid or (schedule.xblock == 1 and bool(groups))
+    points = None if scalar else Dimension(grid, "XBLOCK", schedule.xblock)
+    dimensions = []
+    for n, group in enumerate(groups):
+        span = Span(group, _flat(group, f"inner{n or ''}", kernel))
+        constant = f"RBLOCK{n or ''}"
+        dimensions.append(Dimension(span, constant, group_block(group, schedule), looped=not schedule.persistent))
+    return Layout(grid, points, tuple(dimensions))
+
+
+def _flat(axes: tuple[Axis, ...], many: str, kernel: Kernel) -> str:
+    """A single axis is its own flat point."""
+    if len(axes) == 1:
+        return axes[0].name
+    taken = {a.name for a in kernel.axes} | set(kernel.sizes)
+    while many in taken:
+        many += "_"
+    return many
+
+
+def constexprs(kernel: Kernel, schedule: Schedule) -> dict[str, int]:
+    """The block lengths a launch passes, by parameter name."""
+    return {d.constant: d.block for d in layout_of(kernel, schedule).dimensions}
+
+
+def extent_source(span: Span) -> str:
+    return to_source(span.extent)

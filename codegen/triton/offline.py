@@ -1,0 +1,98 @@
+"""Compiles a printed kernel for a GPU that need not be there: registers, spills, shared memory and the binary, on any machine.
+
+Triton's wheel carries what it takes: LLVM for both vendors, `ptxas` and `cuobjdump` for NVIDIA.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from ...ir.errors import TilewrightError
+from ..kernel import Kernel
+from .layout import constexprs
+from .legalize import legalize
+from .printer import function_name, print_kernel
+from .runtime import launch_options, load
+from .schedule import Schedule, default_schedule
+
+TARGETS: dict[str, GPUTarget] = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_POINTERS: dict[torch.dtype, str] = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
+    torch.uint64: "*u64", torch.uint32: "*u32", torch.uint16: "*u16", torch.uint8: "*u8", torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
+}  # fmt: skip
+
+
+class OfflineError(TilewrightError):
+    template = "cannot compile {kernel} for {target}: {reason}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for `target`.
+
+    registers: per thread; spills: registers spilled to memory (NVIDIA: bytes of local memory per thread); shared: bytes per program.
+    binary: cubin or hsaco; stages: text of each stage ("ttir", "ttgir", "llir", "ptx" or "amdgcn").
+    """
+
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    binary: bytes
+    stages: Mapping[str, str]
+
+
+def compile_offline(kernel: Kernel, schedule: Schedule | None = None, target: str = "sm_90") -> Compiled:
+    """Compiles a kernel for one of TARGETS; raises OfflineError for another target or when Triton fails, naming the reason."""
+    if target not in TARGETS:
+        raise OfflineError(kernel=kernel.name, target=target, reason=f"known targets are {', '.join(TARGETS)}")
+    schedule = schedule or default_schedule(kernel)
+    function = load(print_kernel(kernel, schedule))[function_name(kernel)]
+    if not isinstance(function, JITFunction):
+        raise OfflineError(kernel=kernel.name, target=target, reason="TRITON_INTERPRET is set")
+    blocks = constexprs(legalize(kernel), schedule)
+    pointers = [_POINTERS[b.dtype] for b in (*kernel.inputs, *kernel.outputs)]
+    kinds = [*pointers, *("i64" if schedule.wide else "i32" for _ in kernel.sizes), *("constexpr" for _ in blocks)]
+    aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(pointers))}
+    source = ASTSource(function, dict(zip(function.arg_names, kinds)), blocks, aligned)
+    try:
+        compiled = triton.compile(source, target=TARGETS[target], options=launch_options(schedule))
+    except Exception as error:
+        raise OfflineError(kernel=kernel.name, target=target, reason=f"{type(error).__name__}: {error}") from error
+    binary = compiled.asm["cubin" if "cubin" in compiled.asm else "hsaco"]
+    stages = {name: text for name, text in compiled.asm.items() if isinstance(text, str)}
+    registers, spills = _amd_usage(stages["amdgcn"]) if "amdgcn" in stages else _nvidia_usage(binary)
+    return Compiled(target, registers, spills, compiled.metadata.shared, binary, stages)
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """Vector registers and spilled vector registers, from the metadata at the end of the assembly."""
+    counts = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly)}
+    return counts["vgpr_count"], counts["vgpr_spill_count"]
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory per thread, as `cuobjdump` reads them from the binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]

@@ -1,0 +1,181 @@
+"""The Triton printer: a kernel and a schedule become a module that a person could have written.
+
+One program takes XBLOCK points of the flattened grid. Without inner axes that is all. With them a block has one more dimension per inner
+group: the whole extent at once (persistent), or a loop over chunks of RBLOCK with one pass per level of reductions - a pass reloads and
+recomputes what it needs, accumulates in a block, and reduces the block once after the loop.
+"""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Sequence
+
+from ...ir.scalar import Scalar
+from ..kernel import Kernel, Reduce, Store, operands, scalars
+from .expressions import Expressions
+from .layout import Dimension, Layout, extent_source, layout_of
+from .legalize import UnsupportedByTriton, legalize
+from .reductions import HELPERS
+from .schedule import Schedule, inner_groups, needs_whole_block
+
+_HEADER = "import triton\nimport triton.language as tl\n"
+_LIBDEVICE = "from triton.language.extra import libdevice\n"
+
+
+def print_kernel(kernel: Kernel, schedule: Schedule) -> str:
+    """A Python module with the kernel as one @triton.jit function, named `function_name(kernel)`.
+
+    Its parameters: a pointer `<buffer>_ptr` per input, then per output; the sizes; the block lengths (constexpr).
+    Raises UnsupportedByTriton.
+    """
+    return print_module([(kernel, schedule)])
+
+
+def print_module(kernels: Sequence[tuple[Kernel, Schedule]]) -> str:
+    """One module that holds several kernels and the helpers they need, each helper once."""
+    functions = [_Printer(kernel, schedule).function() for kernel, schedule in kernels]
+    body = "\n\n".join(functions)
+    helpers = [text.strip("\n") + "\n" for name, text in HELPERS.items() if f"{name}(" in body or f"combine_fn={name}" in body]
+    imports = _HEADER + (_LIBDEVICE if "libdevice." in body else "")
+    return "\n\n".join([imports, *helpers, body])
+
+
+def function_name(kernel: Kernel) -> str:
+    """The kernel's name as a Python identifier."""
+    name = "".join(c if c.isalnum() or c == "_" else "_" for c in kernel.name)
+    return f"k_{name}" if not name or name[0].isdigit() or keyword.iskeyword(name) else name
+
+
+class _Printer:
+    """State of printing one kernel: the lines of the function so far and the expressions already written."""
+
+    def __init__(self, kernel: Kernel, schedule: Schedule) -> None:
+        self.kernel = legalize(kernel)
+        self.schedule = schedule
+        self.layout: Layout = layout_of(self.kernel, schedule)
+        if not schedule.persistent and needs_whole_block(self.kernel, inner_groups(self.kernel)):
+            raise UnsupportedByTriton(
+                what=kernel.name, reason="a value spans two inner axes that are reduced apart; only a persistent schedule can"
+            )
+        self.expressions = Expressions(self.kernel, self.layout, schedule)
+
+    def function(self) -> str:
+        self._prologue()
+        if self.layout.groups and not self.schedule.persistent:
+            self._passes()
+        else:
+            self._straight()
+        lines = "\n".join(f"    {line}" for line in self.expressions.outer.lines)
+        return f"{self._comment()}@triton.jit\ndef {function_name(self.kernel)}({self._parameters()}):\n{lines}\n"
+
+    def _comment(self) -> str:
+        title = f"# {self.kernel.name}: {self.kernel.label}" if self.kernel.label else f"# {self.kernel.name}"
+        return "".join(f"{line}\n" for line in (title, *(f"#   {source}" for source in self.kernel.sources)))
+
+    def _parameters(self) -> str:
+        pointers = [f"{b.name}_ptr" for b in (*self.kernel.inputs, *self.kernel.outputs)]
+        lengths = [f"{d.constant}: tl.constexpr" for d in self.layout.dimensions]
+        return ", ".join([*pointers, *self.kernel.sizes, *lengths])
+
+    def _prologue(self) -> None:
+        """The points of this program, and the inner points of a persistent block."""
+        lines = self.expressions.outer.lines
+        cast = ".to(tl.int64)" if self.schedule.wide else ""
+        points = self.layout.points
+        if points is None and self.kernel.grid:
+            lines.append(f"{self.layout.grid.flat} = tl.program_id(0){cast}")
+        if points is not None:
+            row = f"tl.program_id(0){cast} * XBLOCK + tl.arange(0, XBLOCK)"
+            spread = self.layout.spread(points)
+            lines.append(f"{points.span.flat} = " + (f"({row}){spread}" if spread else row))
+            lines.extend(_mask(points))
+        for group in self.layout.groups:
+            if not group.looped:
+                lines.append(f"{group.span.flat} = tl.arange(0, {group.constant}){self.layout.spread(group)}{cast}")
+                lines.extend(_mask(group))
+
+    def _straight(self) -> None:
+        """Every value once, then the stores: so nothing is overwritten before it was read."""
+        stores = [self._store(store) for store in self.kernel.stores]
+        self.expressions.outer.lines.extend(stores)
+
+    def _store(self, store: Store) -> str:
+        self._prepare(store.value)
+        return self.expressions.store(store)
+
+    def _prepare(self, root: Scalar) -> None:
+        """Writes what `root` is computed from, operands first (without recursion: chains may be long)."""
+        stack: list[tuple[Scalar, bool]] = [(root, False)]
+        while stack:
+            value, ready = stack.pop()
+            if self.expressions.known(value):
+                continue
+            if ready:
+                self.expressions.text(value)
+                continue
+            stack.append((value, True))
+            stack.extend((v, False) for v in reversed(operands(value)))
+
+    def _passes(self) -> None:
+        """One loop per level of reductions and group; what depends on no inner axis is stored at the end."""
+        work, final = self._work()
+        for (_, position), (reductions, stores) in sorted(work.items(), key=lambda item: item[0]):
+            self._pass(self.layout.groups[position], reductions, stores)
+        lines = [self._store(store) for store in final]
+        self.expressions.outer.lines.extend(lines)
+
+    def _work(self) -> tuple[dict[tuple[int, int], tuple[list[Reduce], list[Store]]], list[Store]]:
+        """(level, group) -> what its pass reduces and stores; and the stores that belong to no pass.
+
+        An output that shares memory with an input is stored in the last pass: earlier ones would overwrite what later ones read again.
+        """
+        levels = _levels(self.kernel)
+        groups = self.layout.groups
+        work: dict[tuple[int, int], tuple[list[Reduce], list[Store]]] = {}
+        for value in levels:
+            if isinstance(value, Reduce):
+                (group,) = self.layout.along(value.axes)
+                work.setdefault((levels[value.value], groups.index(group)), ([], []))[0].append(value)
+        last = max([level for level, _ in work] + [levels[s.value] for s in self.kernel.stores], default=0)
+        shared = {output for output, _ in self.kernel.inplace}
+        final: list[Store] = []
+        for store in self.kernel.stores:
+            along = [d for d in self.expressions.domain(store) if d in groups]
+            if not along:
+                final.append(store)
+                continue
+            level = last if store.buffer in shared else levels[store.value]
+            work.setdefault((level, groups.index(along[0])), ([], []))[1].append(store)
+        return work, final
+
+    def _pass(self, group: Dimension, reductions: Sequence[Reduce], stores: Sequence[Store]) -> None:
+        expressions = self.expressions
+        flat, extent = group.span.flat, extent_source(group.span)
+        body = expressions.enter()
+        cast = ".to(tl.int64)" if self.schedule.wide else ""
+        body.lines.append(f"{flat} = {flat}_start + tl.arange(0, {group.constant}){self.layout.spread(group)}{cast}")
+        body.lines.extend(_mask(group))
+        finishing: list[tuple[Reduce, list[str]]] = []
+        for reduction in reductions:
+            self._prepare(reduction.value)
+            finishing.append((reduction, expressions.accumulate(reduction)))
+        lines = [self._store(store) for store in stores]
+        body.lines.extend(lines)
+        expressions.leave()
+        outer = expressions.outer.lines
+        outer.append(f"for {flat}_start in range(0, {extent}, {group.constant}):")
+        outer.extend(f"    {line}" for line in body.lines)
+        for reduction, names in finishing:
+            expressions.finish(reduction, names)
+
+
+def _mask(dimension: Dimension) -> list[str]:
+    return [f"{dimension.mask} = {dimension.span.flat} < {extent_source(dimension.span)}"] if dimension.masked else []
+
+
+def _levels(kernel: Kernel) -> dict[Scalar, int]:
+    """Scalar -> how many reductions deep what it is computed from lies: the pass that can compute it."""
+    levels: dict[Scalar, int] = {}
+    for value in scalars(kernel.stores):
+        levels[value] = max((levels[v] + isinstance(v, Reduce) for v in operands(value)), default=0)
+    return levels

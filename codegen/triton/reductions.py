@@ -1,0 +1,124 @@
+"""Reductions and scans as Triton text: identities, combining functions, and the helper functions a printed module defines for them.
+
+`tl.max` and `tl.argmax` drop NaN, so floating-point extrema and arg-reductions use combining functions of our own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ...ir.scalar import Const
+from ..kernel import Reduce
+from .scalars import Text, constant
+
+HELPERS: dict[str, str] = {
+    "_maximum": '''
+@triton.jit
+def _maximum(a, b):
+    """The larger; NaN if either is NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+''',
+    "_minimum": '''
+@triton.jit
+def _minimum(a, b):
+    """The smaller; NaN if either is NaN."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+''',
+    "_product": """
+@triton.jit
+def _product(a, b):
+    return a * b
+""",
+    "_argmax": '''
+@triton.jit
+def _argmax(a, i, b, j):
+    """The larger value and its position; NaN is largest, the lower position wins ties."""
+    tie = (a == b) | (a != a) & (b != b)
+    first = (a > b) | (a != a) & (b == b) | tie & (i < j)
+    return tl.where(first, a, b), tl.where(first, i, j)
+''',
+    "_argmin": '''
+@triton.jit
+def _argmin(a, i, b, j):
+    """The smaller value and its position; NaN is smallest, the lower position wins ties."""
+    tie = (a == b) | (a != a) & (b != b)
+    first = (a < b) | (a != a) & (b == b) | tie & (i < j)
+    return tl.where(first, a, b), tl.where(first, i, j)
+''',
+    "_ipow": '''
+@triton.jit
+def _ipow(a, b):
+    """a ** b on integers, b >= 0, by squaring; wraps like multiplication."""
+    power = a
+    result = a * 0 + 1
+    for bit in tl.static_range(b.dtype.primitive_bitwidth - 1):
+        result = tl.where((b >> bit) & 1 != 0, result * power, result)
+        power = power * power
+    return result
+''',
+}
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """How one reduction is written.
+
+    word: what its result is called; dtype: of the accumulator; identity: literal of an empty reduction;
+    helper: the combining function, or "" where `whole` is a function of `tl` that reduces a block.
+    """
+
+    word: str
+    dtype: torch.dtype
+    identity: Text
+    helper: str = ""
+    whole: str = ""
+
+    def over(self, block: str, axis: int, keep: bool) -> str:
+        """The reduction of a block along one of its dimensions."""
+        dims = f"axis={axis}, keep_dims=True" if keep else f"axis={axis}"
+        return f"{self.whole}({block}, {dims})" if self.whole else f"tl.reduce({block}, combine_fn={self.helper}, {dims})"
+
+    def combined(self, accumulator: str, value: Text) -> str:
+        """The line that takes one more block of values into the accumulator."""
+        if self.whole == "tl.sum":
+            return f"{accumulator} += {value.code}"
+        function = self.helper or {"tl.max": "tl.maximum", "tl.min": "tl.minimum"}[self.whole]
+        return f"{accumulator} = {function}({accumulator}, {value.code})"
+
+
+_WORDS = {"sum": "total", "prod": "product", "max": "largest", "min": "smallest", "any": "found", "all": "every",
+          "argmax": "largest", "argmin": "smallest"}  # fmt: skip
+
+
+def reducer(value: Reduce) -> Reducer:
+    """How `value` is reduced; argmax and argmin accumulate pairs (value, position), of which this describes the value."""
+    word = _WORDS[value.op]
+    if value.op in ("any", "all"):
+        return Reducer(word, torch.int32, Text(str(int(value.op == "all"))), whole="tl.max" if value.op == "any" else "tl.min")
+    if value.op in ("argmax", "argmin"):
+        dtype = value.value.dtype
+        return Reducer(word, dtype, _extreme(dtype, value.op == "argmin"), helper=f"_{value.op}")
+    dtype = value.dtype
+    if value.op in ("sum", "prod"):
+        identity = constant(Const(dtype, 0 if value.op == "sum" else 1))
+        return Reducer(word, dtype, identity, whole="tl.sum") if value.op == "sum" else Reducer(word, dtype, identity, "_product")
+    largest = value.op == "max"
+    if dtype.is_floating_point:
+        return Reducer(word, dtype, _extreme(dtype, not largest), helper="_maximum" if largest else "_minimum")
+    return Reducer(word, dtype, _extreme(dtype, not largest), whole="tl.max" if largest else "tl.min")
+
+
+def _extreme(dtype: torch.dtype, highest: bool) -> Text:
+    """The highest or lowest value of a dtype."""
+    if dtype.is_floating_point:
+        return constant(Const(dtype, math.inf if highest else -math.inf))
+    limits = torch.iinfo(dtype)
+    return constant(Const(dtype, limits.max if highest else limits.min))
+
+
+def small_integer(dtype: torch.dtype) -> bool:
+    """Whether `tl.sum` and its like return a wider type than this one."""
+    return not dtype.is_floating_point and dtype != torch.bool and dtype.itemsize < 4

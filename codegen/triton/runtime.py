@@ -1,0 +1,250 @@
+"""Runs printed kernels: on a GPU, and in Triton's interpreter, which needs none (and no environment variable).
+
+program = build(kernel)                                  # prints the kernel under its default schedule
+launch(program, {"x": x, "out": out}, {"n": 1000})       # GPU tensors: compiled; CPU tensors: interpreted
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import linecache
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle
+from triton.runtime.jit import JITFunction
+
+from ...ir.dims import evaluate, product
+from ...ir.errors import TilewrightError
+from ..kernel import Kernel
+from .layout import constexprs, layout_of
+from .legalize import legalize
+from .printer import function_name, print_kernel
+from .schedule import Schedule, default_schedule
+
+
+class LaunchError(TilewrightError):
+    """The tensors or sizes given to a kernel do not fit it."""
+
+    template = "cannot launch {kernel}: {reason}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A printed kernel. `source` is its module; `interpreted` and compiled functions are made from it on demand by `load`."""
+
+    kernel: Kernel
+    schedule: Schedule
+    source: str
+
+    @property
+    def name(self) -> str:
+        return function_name(self.kernel)
+
+
+def build(kernel: Kernel, schedule: Schedule | None = None) -> Program:
+    """The kernel printed under a schedule (by default its default schedule). Raises UnsupportedByTriton."""
+    schedule = schedule or default_schedule(kernel)
+    return Program(kernel, schedule, print_kernel(kernel, schedule))
+
+
+_LOADED: dict[tuple[str, bool], dict[str, Any]] = {}
+
+
+def load(source: str, interpreted: bool = False, directory: Path | None = None) -> dict[str, Any]:
+    """The names of a printed module, its kernels compiled by Triton on first launch or interpreted.
+
+    Triton reads a function's source again, so the module is registered with `linecache`; with a `directory` it is also written
+    there, atomically, for people and profilers. Modules are loaded once per process.
+    """
+    key = (source, interpreted)
+    if key not in _LOADED:
+        filename = _file_name(source, directory)
+        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+        names: dict[str, Any] = {"__name__": f"tilewright_triton_{hashlib.sha256(source.encode()).hexdigest()[:16]}"}
+        exec(compile(source, filename, "exec"), names)  # noqa: S102  (source that this package printed)
+        _LOADED[key] = {name: _converted(name, value, interpreted) for name, value in names.items()}
+        for value in _LOADED[key].values():
+            if isinstance(value, (JITFunction, InterpretedFunction)):
+                value.fn.__globals__.update({k: v for k, v in _LOADED[key].items() if not k.startswith("__")})
+    return _LOADED[key]
+
+
+def _converted(name: str, value: Any, interpreted: bool) -> Any:
+    """`triton.jit` decides by an environment variable which of the two it makes; here the caller does."""
+    if interpreted and name == "libdevice":
+        return INTERPRETED_LIBDEVICE
+    kind, other = (InterpretedFunction, JITFunction) if interpreted else (JITFunction, InterpretedFunction)
+    return kind(value.fn) if isinstance(value, other) else value
+
+
+def _file_name(source: str, directory: Path | None) -> str:
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    if directory is None:
+        return f"<tilewright triton {digest}>"
+    path = directory / f"{digest}.py"
+    if not path.exists() or path.read_text() != source:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=directory, suffix=".tmp", delete=False) as file:
+            file.write(source)
+        os.replace(file.name, path)
+    return str(path)
+
+
+def launch(program: Program, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int] | None = None) -> None:
+    """Runs the program on buffers: contiguous tensors by buffer name, inputs and outputs, all on one device.
+
+    sizes: the value of each size symbol. CPU tensors are interpreted, slowly. Raises LaunchError where something does not fit.
+    """
+    sizes = dict(sizes or {})
+    kernel = program.kernel
+    _check_sizes(kernel, sizes)
+    arguments = _arguments(kernel, tensors, sizes)
+    points = evaluate(product(a.extent for a in kernel.grid), sizes)
+    if points == 0:
+        return
+    _check_blocks(program, sizes)
+    blocks = constexprs(legalize(kernel), program.schedule)
+    grid = (-(-points // blocks.get("XBLOCK", 1)),)
+    interpreted = any(t.device.type == "cpu" for t in tensors.values())
+    function = load(program.source, interpreted)[program.name]
+    if interpreted:
+        with _interpreting():
+            function[grid](*arguments, **blocks)
+        return
+    function[grid](*arguments, **blocks, **launch_options(program.schedule))
+
+
+def launch_options(schedule: Schedule) -> dict[str, Any]:
+    """Options of Triton's compiler. No contraction of a*b+c: eager rounds the product, and x*x - x*x is 0."""
+    return {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages, "enable_fp_fusion": False}
+
+
+def _arguments(kernel: Kernel, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> list[Any]:
+    arguments: list[Any] = []
+    for buffer in (*kernel.inputs, *kernel.outputs):
+        tensor = tensors.get(buffer.name)
+        if tensor is None:
+            raise LaunchError(kernel=kernel.name, reason=f"there is no tensor for {buffer.name!r}")
+        if tensor.dtype != buffer.dtype:
+            raise LaunchError(kernel=kernel.name, reason=f"{buffer.name} is {tensor.dtype}, not {buffer.dtype}")
+        arguments.append(tensor)
+    return [*arguments, *(sizes[s] for s in kernel.sizes)]
+
+
+def _check_sizes(kernel: Kernel, sizes: Mapping[str, int]) -> None:
+    missing = [s for s in kernel.sizes if s not in sizes]
+    if missing:
+        raise LaunchError(kernel=kernel.name, reason=f"there is no value for the size {missing[0]!r}")
+
+
+def _check_blocks(program: Program, sizes: Mapping[str, int]) -> None:
+    """A persistent block must hold the whole inner extent; a symbolic one is known only now."""
+    for group in layout_of(legalize(program.kernel), program.schedule).groups:
+        extent = evaluate(group.span.extent, sizes)
+        if not group.looped and extent > group.block:
+            raise LaunchError(kernel=program.name, reason=f"an inner extent of {extent} does not fit the persistent block of {group.block}")
+
+
+def run(
+    program: Program, inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int] | None = None, device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
+    """Launches on freshly allocated outputs and returns them, flat, by buffer name."""
+    device = device or next((t.device for t in inputs.values()), torch.device("cpu"))
+    env = dict(sizes or {})
+    _check_sizes(program.kernel, env)
+    outputs = {b.name: torch.empty(evaluate(b.size, env), dtype=b.dtype, device=device) for b in program.kernel.outputs}
+    for output, source in program.kernel.inplace:
+        outputs[output] = inputs[source]
+    launch(program, {**inputs, **outputs}, env)
+    return outputs
+
+
+# The interpreter evaluates blocks with numpy; it has no libdevice, for which torch stands in.
+
+_TORCH_NAMES = {"rint": "round"}
+_FUNCTIONS = [
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log2",
+    "log10",
+    "log1p",
+    "sin",
+    "cos",
+    "tan",
+    "asin",
+    "acos",
+    "atan",
+    "atan2",
+    "sinh",
+    "cosh",
+    "tanh",
+    "asinh",
+    "acosh",
+    "atanh",
+    "erf",
+    "erfc",
+    "lgamma",
+    "pow",
+    "trunc",
+    "rint",
+    "copysign",
+    "nextafter",
+    "hypot",
+    "fmod",
+]
+
+
+def _interpreted_function(name: str) -> Any:
+    function = getattr(torch, _TORCH_NAMES.get(name, name))
+
+    def call(*args: Any) -> Any:
+        block = next(a for a in args if isinstance(a, tl.tensor))
+        values = [torch.from_numpy(np.array(a.handle.data if isinstance(a, tl.tensor) else a, block.handle.data.dtype)) for a in args]
+        data = function(*values).numpy()
+        kind = (
+            tl.block_type(block.dtype, list(data.shape)) if any(a.type.is_block() for a in args if isinstance(a, tl.tensor)) else block.type
+        )
+        return tl.tensor(TensorHandle(data, block.dtype), kind)
+
+    return call
+
+
+INTERPRETED_LIBDEVICE = SimpleNamespace(**{name: _interpreted_function(name) for name in _FUNCTIONS})
+_STANDARD = ("sum", "max", "min", "cumsum", "cumprod")
+
+
+@contextlib.contextmanager
+def _interpreting() -> Iterator[None]:
+    """Lets the interpreter call those functions of `tl` that are themselves kernels, and leaves `tl` as it was."""
+    namespaces = (tl, tl.core, tl.math, tl.tensor)
+    before = [dict(vars(n)) for n in namespaces]
+    for name in _STANDARD:
+        function = getattr(tl, name)
+        if isinstance(function, JITFunction):
+            setattr(tl, name, InterpretedFunction(function.fn))
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    finally:
+        for namespace, names in zip(namespaces, before):
+            _restore(namespace, names)
+
+
+def _restore(namespace: Any, names: Mapping[str, Any]) -> None:
+    for name in set(vars(namespace)) - set(names):
+        delattr(namespace, name)
+    for name, value in names.items():
+        if vars(namespace).get(name) is not value:
+            setattr(namespace, name, value)
