@@ -28,6 +28,10 @@ class Obstacle(enum.Enum):
     UNSUPPORTED_DTYPE = "dtype without native arithmetic"
     LAYOUT = "the memory layout cannot be expressed in the index"
     TOO_LARGE = "the kernel would grow too large"
+    RECOMPUTE = "recomputation would cost more than the bytes saved"
+    CYCLE = "fusing would make the kernels wait for each other"
+    LIBRARY_CALL = "one side is a library call"
+    DIFFERENT_DEVICE = "operands live on different devices"
 
 
 class Refusal(Exception):

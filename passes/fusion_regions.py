@@ -1,0 +1,181 @@
+"""Regions while they grow: members, body, key, price; and who waits for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+
+from ..ir.analysis.iteration import place
+from ..ir.analysis.points import Obstacle, Refusal
+from ..ir.dims import free_symbols
+from ..ir.graph import Graph, Node, graph_input, is_scalar, lift, scalar_value
+from ..ir.rewrite import attr_key
+from ..ir.types import TensorType
+from .fusion_cost import Price, price
+from .fusion_units import Units
+
+
+@dataclass(eq=False)
+class Region:
+    """A set of units that will be one kernel. `bits`: one bit per member; `after`: the bits of everything that waits for it."""
+
+    members: tuple[Node, ...]
+    bits: int
+    after: int = 0
+    next: set[Region] = field(default_factory=set)
+    previous: set[Region] = field(default_factory=set)
+    price: Price | None = None
+
+
+@dataclass
+class Builder:
+    """Bodies, keys and prices of sets of units. Equal bodies (modulo which values they read) are analysed once and shared."""
+
+    units: Units
+    position: dict[Node, int] = field(default_factory=dict)
+    bodies: dict[Any, Graph] = field(default_factory=dict)
+    prices: dict[Any, Price | Refusal] = field(default_factory=dict)
+    heads: dict[Node, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.position = {n: k for k, n in enumerate(self.units.nodes)}
+        self._roots = set(self.units.graph.roots)
+
+    def outputs(self, members: Iterable[Node]) -> tuple[Node, ...]:
+        """Members whose value is needed outside: by other units, through views, or as a result."""
+        inside = set(members)
+        return tuple(n for n in inside_order(inside, self.position) if self._escapes(n, inside))
+
+    def _escapes(self, node: Node, inside: set[Node]) -> bool:
+        stack = [node]
+        while stack:
+            value = stack.pop()
+            if value in self._roots:
+                return True
+            for reader in self.units.readers[value]:
+                if reader in self.units.transparent:
+                    stack.append(reader)
+                elif reader not in inside:
+                    return True
+        return False
+
+    def needed(self, members: Iterable[Node]) -> tuple[list[Node], list[Node]]:
+        """(nodes of the body: members and transparent nodes, in order; the values it reads from outside)."""
+        inside = set(members)
+        outside: set[Node] = set()
+        stack = list(inside)
+        seen = set(inside)
+        while stack:
+            for operand in stack.pop().inputs:
+                if operand in seen or operand in outside:
+                    continue
+                if operand in self.units.transparent:
+                    seen.add(operand)
+                    stack.append(operand)
+                else:
+                    outside.add(operand)
+        return inside_order(seen, self.position), inside_order(outside, self.position)
+
+    def key(self, members: Iterable[Node]) -> Any:
+        """Equal for bodies that compute the same from different values."""
+        inside, outside = self.needed(members)
+        number = {n: k for k, n in enumerate((*outside, *inside))}
+        reads = tuple((str(n.type), n.attrs.get("strides") if n.op.name == "input" else None) for n in outside)
+        nodes = tuple((self._head(n), tuple(number[i] for i in n.inputs)) for n in inside)
+        return reads, nodes, tuple(number[n] for n in self.outputs(members))
+
+    def _head(self, node: Node) -> Any:
+        if node not in self.heads:
+            attrs = tuple((k, attr_key(v)) for k, v in node.attrs.items())
+            self.heads[node] = (node.op.name, attrs, str(node.type))
+        return self.heads[node]
+
+    def body(self, members: Iterable[Node]) -> Graph:
+        """The members as a graph of their own."""
+        key = self.key(members)
+        if key not in self.bodies:
+            self.bodies[key] = self._build(members)
+        return self.bodies[key]
+
+    def _build(self, members: Iterable[Node]) -> Graph:
+        inside, outside = self.needed(members)
+        new: dict[Node, Node] = {}
+        for node in outside:
+            new[node] = graph_input(node.hint, node.type, node.attrs.get("strides") if node.op.name == "input" else None, node.prov)
+        inputs = [new[n] for n in outside] + [graph_input(s.name, lift(s).type) for s in loose_sizes(inside, outside)]  # type: ignore[attr-defined]
+        for node in inside:
+            if is_scalar(node):
+                new[node] = lift(scalar_value(node))
+            else:
+                new[node] = replace(node, inputs=tuple(new[i] for i in node.inputs))
+        outputs = tuple(new[n] for n in self.outputs(members))
+        return Graph("region", tuple(inputs), outputs, symbols=self.units.graph.symbols)
+
+    def price(self, members: tuple[Node, ...]) -> Price | Refusal:
+        """What one kernel for all of them costs, or why there is none."""
+        key = self.key(members)
+        if key not in self.prices:
+            body = self.body(members)
+            try:
+                self.prices[key] = price(body, place(body))
+            except Refusal as refusal:
+                self.prices[key] = refusal
+        return self.prices[key]
+
+
+def inside_order(nodes: Iterable[Node], position: dict[Node, int]) -> list[Node]:
+    return sorted(nodes, key=position.__getitem__)
+
+
+def loose_sizes(inside: Iterable[Node], outside: Iterable[Node]) -> list[sympy.Symbol]:
+    """Size symbols of a body that are no dimension of a value it reads: they are passed as operands."""
+    bound = {d for n in outside if isinstance(n.type, TensorType) for d in n.type.shape if isinstance(d, sympy.Symbol)}
+    used: set[Any] = set()
+    for node in (*inside, *outside):
+        if isinstance(node.type, TensorType):
+            used |= free_symbols(node.type.shape)
+        value = scalar_value(node)
+        used |= free_symbols([value]) if isinstance(value, sympy.Expr) else set()
+        for attr in node.attrs.values():
+            used |= free_symbols(attr if isinstance(attr, tuple) else (attr,))
+    return sorted(used - bound, key=lambda s: s.name)
+
+
+def connect(regions: dict[Node, Region], units: Units) -> None:
+    """Fills next, previous and after of one-unit regions given in topological order."""
+    for node, region in regions.items():
+        for source in units.sources[node]:
+            if source in regions:
+                regions[source].next.add(region)
+                region.previous.add(regions[source])
+    for region in reversed(list(regions.values())):
+        for later in region.next:
+            region.after |= later.after | later.bits
+
+
+def waits(a: Region, b: Region) -> bool:
+    """Whether b needs a through something else, so that they cannot be one kernel."""
+    return any(later is not b and later.after & b.bits for later in a.next)
+
+
+def merge(a: Region, b: Region, members: tuple[Node, ...], cost: Price, regions: Iterable[Region]) -> Region:
+    """One region in place of two; `regions` are all others, whose `after` is brought up to date."""
+    made = Region(members, a.bits | b.bits, (a.after | b.after) & ~(a.bits | b.bits), price=cost)
+    made.next = (a.next | b.next) - {a, b}
+    made.previous = (a.previous | b.previous) - {a, b}
+    for later in made.next:
+        later.previous -= {a, b}
+        later.previous.add(made)
+    for earlier in made.previous:
+        earlier.next -= {a, b}
+        earlier.next.add(made)
+    for region in regions:
+        if region.after & made.bits:
+            region.after |= made.after | made.bits
+    return made
+
+
+__all__ = ["Builder", "Obstacle", "Region", "connect", "inside_order", "loose_sizes", "merge", "waits"]

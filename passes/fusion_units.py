@@ -1,0 +1,152 @@
+"""The graph as fusion sees it: units that compute, with views and cheap values between them looked through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..ir.analysis.indices import poly
+from ..ir.analysis.points import VIEW_INDEX, Obstacle, Refusal, dense_order
+from ..ir.analysis.pull import FUSIBLE_CATEGORIES, FUSIBLE_NAMES, NATIVE_DTYPES, check_native
+from ..ir.dims import hint
+from ..ir.graph import Graph, Node, is_scalar, order, scalar_value, users
+from ..ir.op import Category
+
+INLINE_FLOPS = 8
+"""Values that cost at most this many flops per element, read almost nothing and have several readers are recomputed by each."""
+
+FILLS = frozenset({"full", "iota"})
+
+
+@dataclass
+class Units:
+    """nodes: in topological order. barriers: units that run as they are, with the refusal where fusion was possible by kind.
+
+    transparent: views, fills and cheap values, which belong to whoever reads them. sources: unit -> the units it reads.
+    """
+
+    graph: Graph
+    nodes: list[Node]
+    readers: dict[Node, list[Node]]
+    transparent: set[Node] = field(default_factory=set)
+    barriers: dict[Node, Refusal | None] = field(default_factory=dict)
+    sources: dict[Node, tuple[Node, ...]] = field(default_factory=dict)
+
+    def computes(self, node: Node) -> bool:
+        """Whether the node can be part of a region."""
+        return node not in self.transparent and node not in self.barriers
+
+    def seen_through(self, operands: Iterable[Node]) -> tuple[Node, ...]:
+        """The units that `operands` are or read, looking through transparent nodes."""
+        found: dict[Node, None] = {}
+        stack = list(operands)[::-1]
+        while stack:
+            node = stack.pop()
+            if node in self.transparent:
+                stack.extend(reversed(node.inputs))
+            else:
+                found[node] = None
+        return tuple(found)
+
+
+def find_units(graph: Graph) -> Units:
+    """Classifies every node of an expanded graph."""
+    units = Units(graph, order(graph), users(graph))
+    for node in units.nodes:
+        if _is_transparent(node):
+            units.transparent.add(node)
+        else:
+            refusal = _refusal(node)
+            if refusal is not None or not _computes(node):
+                units.barriers[node] = refusal
+    _inline_cheap(units)
+    for node in units.nodes:
+        if node not in units.transparent:
+            units.sources[node] = units.seen_through(node.inputs)
+    return units
+
+
+def _is_transparent(node: Node) -> bool:
+    if is_scalar(node):
+        return scalar_value(node) is not None
+    if node.op.name == "as_strided":
+        x = node.inputs[0]
+        return dense_order([poly(d) for d in x.shape], [poly(s) for s in node.attrs["of"]]) is not None
+    if node.op.name == "flip":
+        return False
+    return node.op.name in VIEW_INDEX or (node.op.name in FILLS and node.dtype in NATIVE_DTYPES)
+
+
+def _computes(node: Node) -> bool:
+    return node.op.category in FUSIBLE_CATEGORIES or node.op.name in FUSIBLE_NAMES or node.op.name == "flip"
+
+
+def _refusal(node: Node) -> Refusal | None:
+    """Why a node that could be fused by its kind cannot by its types."""
+    if not _computes(node):
+        return None
+    try:
+        check_native(node)
+    except Refusal as refusal:
+        return refusal
+    tensors = [i for i in node.inputs if not is_scalar(i)]
+    for x in tensors:
+        if isinstance(x.type, tuple) or x.dtype not in NATIVE_DTYPES:
+            return Refusal(Obstacle.UNSUPPORTED_DTYPE, node, str(x.type))
+        if x.tensor.device != node.tensor.device:
+            return Refusal(Obstacle.DIFFERENT_DEVICE, node, f"{x.type} and {node.type}")
+    return None
+
+
+def _inline_cheap(units: Units) -> None:
+    """Marks cheap values that read almost nothing (masks from ranges, scaled scalars) as transparent where all readers can recompute them."""
+    symbols = units.graph.symbols
+    roots = set(units.graph.roots)
+    flops: dict[Node, int] = {}
+    leaves: dict[Node, int] = {}
+    for node in units.nodes:
+        if node in units.transparent:
+            flops[node] = sum(flops.get(i, 0) for i in node.inputs)
+            leaves[node] = sum(leaves.get(i, 0) for i in node.inputs)
+            continue
+        size = 0 if is_scalar(node) or isinstance(node.type, tuple) else hint(node.tensor.nbytes, symbols)
+        flops[node], leaves[node] = 0, size
+        if node.op.category is not Category.POINTWISE or not units.computes(node) or node in roots:
+            continue
+        price = flops_per_element(node, units.graph) + sum(flops[i] for i in node.inputs)
+        read = sum(leaves[i] for i in node.inputs)
+        if price <= INLINE_FLOPS and 16 * read <= size and _recomputable(node, units):
+            units.transparent.add(node)
+            flops[node], leaves[node] = price, read
+
+
+def _recomputable(node: Node, units: Units) -> bool:
+    """Several readers, every one able to fuse (through views)."""
+    readers = _readers_through_views(node, units)
+    return len(readers) > 1 and all(units.computes(r) or r in units.transparent for r in readers) and None not in readers
+
+
+def _readers_through_views(node: Node, units: Units) -> set[Node | None]:
+    """Nodes that read the value or a view of it; None stands for the graph's result."""
+    roots = set(units.graph.roots)
+    found: set[Node | None] = set()
+    stack = [node]
+    while stack:
+        value = stack.pop()
+        if value in roots:
+            found.add(None)
+        for reader in units.readers[value]:
+            if reader.op.name in VIEW_INDEX:
+                stack.append(reader)
+            else:
+                found.add(reader)
+    return found
+
+
+def flops_per_element(node: Node, graph: Graph) -> int:
+    """Arithmetic operations for one element of the node's space, by its op's cost."""
+    if isinstance(node.type, tuple) or is_scalar(node):
+        return 0
+    space = node.inputs[0].tensor if node.op.category is Category.REDUCTION else node.tensor
+    total = node.op.cost(tuple(i.type for i in node.inputs), node.type, node.attrs).flops
+    return hint(total, graph.symbols) // max(1, hint(space.numel, graph.symbols))
