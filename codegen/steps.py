@@ -79,7 +79,8 @@ def _as_strided(host: Host, node: Node, x: Value) -> tuple[str, bool]:
 def _layout(host: Host, node: Node, x: Value) -> tuple[str, bool]:
     strides = node.attrs["strides"]
     plain = all(same(a, b) for a, b in zip(strides, row_major(node.shape)))
-    return f"laid_out({x.name}, {host.literal(strides)})", plain
+    own = ", own=True" if node.attrs["own"] else ""
+    return f"laid_out({x.name}, {host.literal(strides)}{own})", plain
 
 
 _VIEWS: dict[str, Callable[[Host, Node, Value], tuple[str, bool]]] = {

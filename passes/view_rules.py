@@ -198,13 +198,15 @@ def pad_nothing(node: Node, site: Site) -> Outcome:
 
 def layout_row_major(node: Node, site: Site) -> Outcome:
     """layout(x, strides of a contiguous tensor) --> x: that is how values lie anyway"""
+    if node.attrs["own"]:
+        return None
     return node.inputs[0] if same_shape(node.attrs["strides"], row_major(node.shape)) else None
 
 
 def layout_of_layout(node: Node, site: Site) -> Outcome:
     """layout(layout(x, s), t) --> layout(x, t)"""
     (x,) = node.inputs
-    return site.make("layout", x.inputs[0], strides=node.attrs["strides"]) if x.op.name == "layout" else None
+    return site.make("layout", x.inputs[0], **node.attrs) if x.op.name == "layout" else None
 
 
 def strided_identity(node: Node, site: Site) -> Outcome:

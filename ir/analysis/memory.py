@@ -42,6 +42,8 @@ def may_share(node: Node) -> tuple[Node, ...]:
     """
     if node.op.name in ("region", "attention") or node.op.category in _FRESH_CATEGORIES:
         return ()
+    if node.op.name == "layout" and node.attrs["own"]:
+        return ()
     if node.op.name == "extern" and not _returns_alias(node.attrs["target"]):
         return ()
     return tuple(n for n in node.inputs if not is_scalar(n))

@@ -15,6 +15,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from ..dims import Dim, free_symbols, same
 from ..errors import CaptureError, TypeInferenceError
 from ..graph import Data, Graph, Node, graph_input, lift, make_graph, order, visit
+from ..op import Category
 from ..ops import OPS
 from ..provenance import Provenance
 from ..types import NATIVE_DTYPES, ScalarType, TensorType, same_type
@@ -275,6 +276,7 @@ class _Walker:
         outputs: list[Node] = []
         returns: list[int | None] = []
         numbers: dict[Any, int] = {}
+        memory = {made: {_storage(fx)} for fx, made in self.placeholders.items()}
         for i, value in enumerate(self.returned):
             if i in self.binding.written:
                 self._write_back(self.binding.written[i], value)
@@ -282,13 +284,17 @@ class _Walker:
                 continue
             if value is not None and value not in numbers:
                 numbers[value] = len(outputs)
-                outputs.append(self._returned(value))
+                outputs.append(self._returned(value, memory))
             returns.append(None if value is None else numbers[value])
         inputs = [n for n in self.inputs if n not in self.late] + self.late
         graph = make_graph(identifier(name) or "graph", inputs, outputs, writes=tuple(self.writes.items()))
         return Captured(replace(graph, symbols=self._symbols(graph)), tuple(returns))
 
-    def _returned(self, value: Any) -> Node:
+    def _returned(self, value: Any, memory: dict[Node, set[int]]) -> Node:
+        """`memory`: the fake storages that each input and each value returned so far lies in.
+
+        A copy is its operand here; where it leaves the graph beside its operand, it is given memory of its own.
+        """
         if not isinstance(value, torch.fx.Node):
             return lift(value)
         made = self.placeholders.get(value, self.values[value])
@@ -297,8 +303,14 @@ class _Walker:
         if not isinstance(made, Node):
             return lift(made)
         fake = value.meta.get("val")
-        strides = _uncommon_strides(fake, self.sizes) if isinstance(fake, torch.Tensor) and value not in self.placeholders else None
-        return made if strides is None else OPS["layout"](made, strides=strides, prov=made.prov, hint=made.hint)
+        if not isinstance(fake, torch.Tensor) or value in self.placeholders:
+            return made
+        strides, held = _uncommon_strides(fake, self.sizes), memory.setdefault(_viewed(made), {_storage(value)})
+        own = _storage(value) not in held
+        held.add(_storage(value))
+        if strides is None and not own:
+            return made
+        return OPS["layout"](made, strides=strides or contiguous_strides(made.shape), own=own, prov=made.prov, hint=made.hint)
 
     def _symbols(self, graph: Graph) -> dict[str, Any]:
         """Ranges of the symbols the graph uses; every one must be bindable from the inputs."""
@@ -351,6 +363,19 @@ def _uncommon_strides(value: torch.Tensor, sizes: Sizes) -> tuple[Dim, ...] | No
     if any(isinstance(n, int) and n == 0 for n in shape):
         return None
     return None if all(same(n, 1) or same(a, b) for n, a, b in zip(shape, strides, common)) else strides
+
+
+def _storage(node: torch.fx.Node) -> int:
+    """Identity of the memory of an fx value, as the fake tensors share it; 0 for what is no tensor."""
+    fake = node.meta.get("val")
+    return fake.untyped_storage()._cdata if isinstance(fake, torch.Tensor) else 0
+
+
+def _viewed(node: Node) -> Node:
+    """What a chain of views looks at."""
+    while node.op.category is Category.VIEW:
+        node = node.inputs[0]
+    return node
 
 
 def _hint(node: torch.fx.Node) -> str:

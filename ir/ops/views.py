@@ -77,9 +77,9 @@ def _infer_as_strided(x: TensorType, *, shape: tuple[Dim, ...], strides: tuple[D
     return x.with_shape(shape)
 
 
-def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """x with exactly these strides (a copy unless it has them); along a stride of 0 all elements of x must be equal."""
-    if x.stride() == tuple(strides):
+def laid_out(x: torch.Tensor, strides: tuple[int, ...], own: bool = False) -> torch.Tensor:
+    """x with exactly these strides: a copy unless it has them, always one if `own`; along a stride of 0 all elements of x must be equal."""
+    if not own and x.stride() == tuple(strides):
         return x
     once = x
     for d, stride in enumerate(strides):
@@ -99,7 +99,8 @@ def _slice(x: torch.Tensor, *, dim: int, start: int, stop: int, step: int) -> to
     return x[tuple(index)]
 
 
-def _infer_layout(x: TensorType, *, strides: tuple[Dim, ...]) -> Type:
+def _infer_layout(x: TensorType, *, strides: tuple[Dim, ...], own: bool = False) -> Type:
+    """own: in memory that nothing else shares: a copy of an input, or of what is returned already."""
     if len(strides) != x.rank:
         raise ValueError(f"strides must have one entry for each of the {x.rank} dimensions")
     return x
@@ -114,5 +115,5 @@ VIEWS: tuple[Op, ...] = (
     Op("flip", Category.VIEW, _infer_flip, lambda x, *, dims: x.flip(dims), no_cost),
     Op("as_strided", Category.VIEW, _infer_as_strided, _as_strided, no_cost),
     # the same values, laid out in memory with these strides: how a graph returns a tensor as eager lays it out
-    Op("layout", Category.VIEW, _infer_layout, lambda x, *, strides: laid_out(x, strides), no_cost),
+    Op("layout", Category.VIEW, _infer_layout, lambda x, *, strides, own: laid_out(x, strides, own), no_cost),
 )
