@@ -65,6 +65,7 @@ def test_softmax(name: str, dtype: torch.dtype) -> None:
     check(name, edge, dim=1)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_norms(dtype: torch.dtype) -> None:
     x, w, b = values(3, 4, 8, dtype=dtype) * 3 + 1, values(8, dtype=dtype, seed=1), values(8, dtype=dtype, seed=2)

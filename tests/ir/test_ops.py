@@ -70,6 +70,7 @@ REDUCTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:var")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_reductions(name: str, dtype: torch.dtype) -> None:
@@ -172,7 +173,7 @@ def convolutions() -> Iterator[tuple[Any, ...]]:
         yield t(2, 4, *(5,) * space), t(4, 3, *(3,) * space), (2,) * space, (1,) * space, (1,) * space, 2, True, (1,) * space
 
 
-@pytest.mark.parametrize("case", convolutions())
+@pytest.mark.parametrize("case", list(convolutions()))
 def test_convolutions(case: Any) -> None:
     x, w, stride, padding, dilation, groups, transposed, extra = case
     space = x.dim() - 2
