@@ -110,7 +110,7 @@ def _infer(name: str, arity: int, rule: Promotion) -> Callable[..., Type]:
         dtype = operand_dtype(OPS_BY_NAME[name], types)
         if dtype not in NATIVE_DTYPES or not domain.allows(dtype):
             raise ValueError(domain.value or f"{dtype} arithmetic is left to ATen")
-        if name in _STRICT and (reason := _STRICT[name](types)):
+        if name in _REFUSALS and (reason := _REFUSALS[name](types)):
             raise ValueError(reason)
         shape = tensors[0].shape if len(tensors) == 1 else broadcast(*(t.shape for t in tensors))
         return TensorType(torch.bool if rule is Promotion.BOOL else dtype, shape, one_device(*tensors))
@@ -135,7 +135,7 @@ def _pow_refusal(types: tuple[Any, ...]) -> str:
     return "integers to negative integer powers are not allowed" if negative and category(types[0].dtype) < 2 else ""
 
 
-_STRICT: dict[str, Callable[[tuple[Any, ...]], str]] = {"sub": _sub_refusal, "pow": _pow_refusal}
+_REFUSALS: dict[str, Callable[[tuple[Any, ...]], str]] = {"sub": _sub_refusal, "pow": _pow_refusal}
 
 _DOMAIN: dict[str, Domain] = {
     **dict.fromkeys(("floor_divide", "trunc_divide", "remainder", "fmod", "pow", "neg", "abs", "square"), Domain.NUMBER),
@@ -157,10 +157,6 @@ def _relu(x: Scalar) -> Scalar:
 
 def _sigmoid(x: Scalar) -> Scalar:
     return 1 / (1 + apply("exp", -x))
-
-
-def _tanh(x: Scalar) -> Scalar:
-    return apply("tanh", x)
 
 
 def _sign(x: Scalar) -> Scalar:
@@ -213,10 +209,6 @@ def _unary(name: str) -> Callable[[Scalar], Scalar]:
 
 
 def _binary(name: str) -> Callable[[Scalar, Scalar], Scalar]:
-    return lambda a, b: apply(name, a, b)
-
-
-def _compare(name: str) -> Callable[[Scalar, Scalar], Scalar]:
     return lambda a, b: apply(name, a, b)
 
 
@@ -291,7 +283,7 @@ _TABLE: tuple[tuple[str, int, Promotion, Callable[..., Any], Callable[..., Scala
     ("atan", 1, F, torch.atan, _unary("atan"), 20),
     ("sinh", 1, F, torch.sinh, _unary("sinh"), 20),
     ("cosh", 1, F, torch.cosh, _unary("cosh"), 20),
-    ("tanh", 1, F, torch.tanh, _tanh, 14),
+    ("tanh", 1, F, torch.tanh, _unary("tanh"), 14),
     ("asinh", 1, F, torch.asinh, _unary("asinh"), 20),
     ("acosh", 1, F, torch.acosh, _unary("acosh"), 20),
     ("atanh", 1, F, torch.atanh, _unary("atanh"), 20),
@@ -303,12 +295,12 @@ _TABLE: tuple[tuple[str, int, Promotion, Callable[..., Any], Callable[..., Scala
     ("silu", 1, S, torch.nn.functional.silu, lambda x: x / (1 + apply("exp", -x)), 13),
     ("clamp", 3, S, _eager_clamp, _clamp, 2),
     ("where", 3, C, torch.where, where, 1),
-    ("eq", 2, B, _scalars_as_tensors(torch.eq), _compare("eq"), 1),
-    ("ne", 2, B, _scalars_as_tensors(torch.ne), _compare("ne"), 1),
-    ("lt", 2, B, _scalars_as_tensors(torch.lt), _compare("lt"), 1),
-    ("le", 2, B, _scalars_as_tensors(torch.le), _compare("le"), 1),
-    ("gt", 2, B, _scalars_as_tensors(torch.gt), _compare("gt"), 1),
-    ("ge", 2, B, _scalars_as_tensors(torch.ge), _compare("ge"), 1),
+    ("eq", 2, B, _scalars_as_tensors(torch.eq), _binary("eq"), 1),
+    ("ne", 2, B, _scalars_as_tensors(torch.ne), _binary("ne"), 1),
+    ("lt", 2, B, _scalars_as_tensors(torch.lt), _binary("lt"), 1),
+    ("le", 2, B, _scalars_as_tensors(torch.le), _binary("le"), 1),
+    ("gt", 2, B, _scalars_as_tensors(torch.gt), _binary("gt"), 1),
+    ("ge", 2, B, _scalars_as_tensors(torch.ge), _binary("ge"), 1),
     ("logical_and", 2, B, _scalars_as_tensors(torch.logical_and), _logical("and"), 1),
     ("logical_or", 2, B, _scalars_as_tensors(torch.logical_or), _logical("or"), 1),
     ("logical_xor", 2, B, _scalars_as_tensors(torch.logical_xor), _logical("xor"), 1),
