@@ -13,7 +13,7 @@ A pattern is matched from its root down against operands already rewritten. Comm
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Union
 
@@ -98,11 +98,6 @@ class Match:
 
     def get(self, name: str) -> Any:
         return self._bound.get(name)
-
-    @property
-    def values(self) -> set[Node]:
-        """Every node bound to a name."""
-        return {n for v in self._bound.values() for n in (v if isinstance(v, tuple) else (v,))}
 
     def single(self, name: str) -> bool:
         """True if exactly one node, output or write-back reads the value bound to `name`.
@@ -344,16 +339,16 @@ class _Sweep:
         if structural_key(made) == structural_key(root):
             raise RuleError(root.prov.source, rule=rule.name, reason=f"yields what it matched, {root}: it loops")
         self.trace.applied.append(Applied(rule.name, repr(root), repr(made), root.prov.source))
-        return _marked(made, match, rule.name)
+        return _marked(made, match, rule.name, self.uses)
 
 
-def _marked(made: Node, match: Match, rule: str) -> Node:
-    """The new nodes under `made` with the provenance of everything matched and the name of the rule; the root keeps its name."""
-    old: set[Node] = set(match.nodes) | match.values
-    for node in match.nodes:
-        old.update(node.inputs)
+def _marked(made: Node, match: Match, rule: str, known: Container[Node]) -> Node:
+    """The new nodes under `made` with the provenance of everything matched and the name of the rule; the root keeps its name.
+
+    known: the nodes of the graph, which a check may have reached beyond the pattern.
+    """
     fresh: list[Node] = []
-    visit(made, set(), fresh, old)
+    visit(made, set(), fresh, known)
     origin = Provenance().union(*(n.prov for n in match.nodes)).with_rule(rule)
     new: dict[Node, Node] = {}
     for node in fresh:
