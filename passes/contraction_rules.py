@@ -44,14 +44,18 @@ def fold_leading_dims(node: Node, site: Site) -> Outcome:
 
 def fold_batch_dims(node: Node, site: Site) -> Outcome:
     """matmul(reshape(a: [b, h, m, k], [b * h, m, k]), reshape(b: [b, h, k, n], ...)) --> reshape(matmul(a, b), [b * h, m, n])"""
-    if any(i.op.name != "reshape" or i.tensor.rank != 3 for i in node.inputs):
+    if any(i.op.name != "reshape" or i.tensor.rank != 3 or not _keeps_matrix(i) for i in node.inputs):
         return None
-    a, b = (i.inputs[0] for i in node.inputs)
-    if a.tensor.rank < 4 or a.tensor.rank != b.tensor.rank or not same_shape(a.shape[:-2], b.shape[:-2]):
-        return None
-    if not all(same_shape(i.shape[-2:], x.shape[-2:]) for i, x in zip(node.inputs, (a, b))):
-        return None
+    sources = [i.inputs[0] for i in node.inputs]
+    lead = min((s.shape[:-2] for s in sources), key=len)  # the other one may be split further, by heads that share a key
+    a, b = (s if same_shape(s.shape[:-2], lead) else site.make("reshape", s, shape=(*lead, *s.shape[-2:])) for s in sources)
     return site.make("reshape", site.make("matmul", a, b), shape=node.shape)
+
+
+def _keeps_matrix(flat: Node) -> bool:
+    """A reshape that joins leading dimensions into one and leaves the last two alone."""
+    source = flat.inputs[0]
+    return source.tensor.rank > 3 and same_shape(source.shape[-2:], flat.shape[-2:])
 
 
 def bias_into_linear(node: Node, site: Site) -> Outcome:

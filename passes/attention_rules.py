@@ -1,0 +1,236 @@
+"""Rules of `recognize` for attention: matmul, scale, mask, softmax, matmul."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..ir.dims import product, same
+from ..ir.errors import TypeInferenceError
+from ..ir.graph import Node
+from ..ir.ops import OPS
+from ..ir.rules import Match, Refusal, Rule, Var, pat
+from ..ir.types import ScalarType, same_type
+from .base import Reason
+from .facts import literal, same_shape
+from .weights import value_of
+
+_FAR_BELOW = -1e30
+"""Added to a logit, it leaves nothing of it: exp(logit + fill - max) is 0 beside any attended key."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The operands of an attention under construction; `inner` are the nodes it swallows."""
+
+    product: Node
+    scale: float = 1.0
+    mask: Node | None = None
+    causal: bool = False
+    inner: tuple[Node, ...] = field(default=())
+
+
+def _attends(m: Match) -> bool | Refusal:
+    found = _analyse(m)
+    if isinstance(found, Refusal):
+        return found
+    shared = m.escaping(*found.inner)
+    if shared is not None:
+        return Refusal(Reason.SHARED, shared)
+    made = _build(found, m["v"])
+    return True if made is not None and same_type(made.type, m.root.type) else Refusal(Reason.SHAPE_MISMATCH, m.root)
+
+
+def _rewritten(m: Match) -> Node:
+    found = _analyse(m)
+    made = None if isinstance(found, Refusal) else _build(found, m["v"])
+    assert made is not None, "the check has built it before"
+    return made
+
+
+def _analyse(m: Match) -> _Parts | Refusal:
+    logits, last = m["logits"], m["logits"].tensor.rank - 1
+    if last < 2 or m["p"].attrs["dim"] not in (last, -1):
+        return Refusal(Reason.SHAPE_MISMATCH, m["p"])
+    parts = _masked(logits)
+    if isinstance(parts, Refusal):
+        return parts
+    if not same_shape(parts.product.shape, logits.shape) or parts.product.dtype != logits.dtype:
+        return Refusal(Reason.SHAPE_MISMATCH, parts.mask)
+    return parts
+
+
+# -- from the softmax down to the product
+
+
+def _masked(logits: Node) -> _Parts | Refusal:
+    """The mask, then the scale, then the product."""
+    if logits.op.name == "where":
+        return _where_mask(logits)
+    if logits.op.name != "add":
+        return _scaled(logits) or Refusal(Reason.SHAPE_MISMATCH, logits)
+    for value, mask in (logits.inputs, logits.inputs[::-1]):
+        parts = _scaled(value)
+        if parts is not None:
+            return _added_mask(logits, parts, mask)
+    return Refusal(Reason.SHAPE_MISMATCH, logits)
+
+
+def _scaled(node: Node) -> _Parts | None:
+    """matmul(q, kt), times or divided by numbers."""
+    scale, inner = 1.0, []
+    while node.op.name in ("mul", "div"):
+        number = _factor(node)
+        if number is None:
+            return None
+        scale *= number
+        inner.append(node)
+        node = node.inputs[0]
+    return _Parts(node, scale, inner=(*inner, node)) if node.op.name == "matmul" else None
+
+
+def _factor(node: Node) -> float | None:
+    """What a product or quotient by a number multiplies its first operand with."""
+    x, by = node.inputs
+    number = literal(by)
+    if isinstance(x.type, ScalarType) or x.dtype != node.dtype or not isinstance(number, (int, float)) or number == 0:
+        return None
+    if not same_shape(x.shape, node.shape):
+        return None
+    return float(number) if node.op.name == "mul" else 1.0 / number
+
+
+def _added_mask(logits: Node, parts: _Parts, mask: Node) -> _Parts | Refusal:
+    inner = (*parts.inner, logits)
+    if isinstance(mask.type, ScalarType) or mask.tensor.rank < 2 or mask.dtype != parts.product.dtype:
+        return Refusal(Reason.SHAPE_MISMATCH, mask)
+    value = value_of(mask)
+    if value is not None and _lower_triangle(value == 0) and bool((value[value != 0] <= _FAR_BELOW).all()):
+        return replace(parts, causal=True, inner=inner)
+    return replace(parts, mask=mask, inner=inner)
+
+
+def _where_mask(node: Node) -> _Parts | Refusal:
+    """where(keep, logits, fill) or where(drop, fill, logits)."""
+    condition, a, b = node.inputs
+    for value, fill, keep in ((a, b, True), (b, a, False)):
+        number, parts = literal(fill), None if isinstance(value.type, ScalarType) else _scaled(value)
+        if parts is not None and isinstance(number, (int, float)) and number <= _FAR_BELOW:
+            return _filled(node, parts, condition, float(number), keep)
+    return Refusal(Reason.SHAPE_MISMATCH, node)
+
+
+def _filled(node: Node, parts: _Parts, condition: Node, fill: float, keep: bool) -> _Parts | Refusal:
+    inner = (*parts.inner, node)
+    attended = condition if keep else OPS["logical_not"](condition)
+    if is_causal(attended):
+        return replace(parts, causal=True, inner=inner)
+    if math.isinf(fill):
+        return Refusal(Reason.NOT_FINITE, "a row that is masked everywhere yields NaN, as one op it would yield 0")
+    if condition.tensor.rank < 2:
+        return Refusal(Reason.SHAPE_MISMATCH, condition)
+    dtype, device = parts.product.dtype, parts.product.tensor.device
+    nothing, low = (OPS["full"](shape=(), value=v, dtype=dtype, device=device) for v in (0.0, fill))
+    return replace(parts, mask=OPS["where"](attended, nothing, low), inner=inner)
+
+
+def is_causal(keep: Node) -> bool:
+    """`keep` is True exactly where key position <= query position, both counted from 0."""
+    value = value_of(keep)
+    if value is not None:
+        return value.dtype == torch.bool and _lower_triangle(value)
+    if keep.op.name == "logical_not":
+        flipped = {"lt": "ge", "gt": "le"}.get(keep.inputs[0].op.name)
+        return flipped is not None and _compares(flipped, *keep.inputs[0].inputs)
+    return keep.op.name in ("ge", "le") and _compares(keep.op.name, *keep.inputs)
+
+
+def _compares(op: str, a: Node, b: Node) -> bool:
+    rows, columns = (a, b) if op == "ge" else (b, a)
+    return _counts(rows, 2) and _counts(columns, 1)
+
+
+def _counts(node: Node, axis: int) -> bool:
+    """0, 1, 2, ... along the last (1) or last but one (2) dimension."""
+    shape: tuple[object, ...] = getattr(node.type, "shape", ())
+    while node.op.name in ("reshape", "cast") and node.inputs:
+        node = node.inputs[0]
+    counted = node.op.name == "iota" and node.attrs["start"] == 0 and node.attrs["step"] == 1
+    return counted and len(shape) >= axis and same(shape[-axis], node.shape[0])  # type: ignore[arg-type]
+
+
+def _lower_triangle(value: torch.Tensor) -> bool:
+    if value.dim() < 2 or value.numel() != value.shape[-1] * value.shape[-2]:
+        return False
+    flat = value.reshape(value.shape[-2:])
+    return torch.equal(flat, torch.ones_like(flat, dtype=torch.bool).tril())
+
+
+# -- operands
+
+
+def _build(parts: _Parts, v: Node) -> Node | None:
+    """The attention node, or None where the operands do not fit."""
+    q, kt = parts.product.inputs
+    q, q_scale = _unscaled(q)
+    kt, outer = _unscaled(kt)
+    k, k_scale = _unscaled(_transposed(kt))
+    if q.tensor.rank < 3 or not q.tensor.rank == k.tensor.rank == v.tensor.rank:
+        return None
+    few_k, few_v = _ungrouped(k), _ungrouped(v)
+    if few_k is not None and few_v is not None and same(few_k.shape[-3], few_v.shape[-3]):
+        k, v = few_k, few_v
+    if not same(k.shape[-3], v.shape[-3]) or not q.dtype == k.dtype == v.dtype:
+        return None
+    heads, groups = q.shape[-3], k.shape[-3]
+    if not same(heads, groups) and not (isinstance(heads, int) and isinstance(groups, int) and groups and heads % groups == 0):
+        return None
+    operands = (q, k, v) if parts.mask is None else (q, k, v, parts.mask)
+    try:
+        return OPS["attention"](*operands, causal=parts.causal, scale=parts.scale * q_scale * outer * k_scale)
+    except TypeInferenceError:
+        return None
+
+
+def _unscaled(node: Node) -> tuple[Node, float]:
+    """x and s for x * s."""
+    scale = 1.0
+    while node.op.name in ("mul", "div"):
+        number = _factor(node)
+        if number is None:
+            break
+        scale, node = scale * number, node.inputs[0]
+    return node, scale
+
+
+def _transposed(kt: Node) -> Node:
+    """kt with its last two dimensions swapped, as one view of what kt views."""
+    rank = kt.tensor.rank
+    dims = (*range(rank - 2), rank - 1, rank - 2)
+    if kt.op.name != "permute":
+        return OPS["permute"](kt, dims=dims)
+    composed = tuple(kt.attrs["dims"][d] for d in dims)
+    return kt.inputs[0] if composed == tuple(range(rank)) else OPS["permute"](kt.inputs[0], dims=composed)
+
+
+def _ungrouped(x: Node) -> Node | None:
+    """The g key heads of reshape(expand(reshape(x: [b, g, n, d], [b, g, 1, n, d]), [b, g, r, n, d]), [b, g * r, n, d])."""
+    if x.op.name != "reshape" or x.inputs[0].op.name != "expand":
+        return None
+    wide = x.inputs[0]
+    source = wide.inputs[0]
+    *lead, g, r, n, d = wide.shape if wide.tensor.rank > 3 else (0, 0, 0, 0)
+    if wide.tensor.rank != x.tensor.rank + 1 or not same_shape(source.shape, (*lead, g, 1, n, d)):
+        return None
+    if not same_shape(x.shape, (*lead, product((g, r)), n, d)):
+        return None
+    few = (*lead, g, n, d)
+    direct = source.op.name == "reshape" and same_shape(source.inputs[0].shape, few)
+    return source.inputs[0] if direct else OPS["reshape"](source, shape=few)
+
+
+ATTENTION_RULES: list[Rule] = [
+    Rule("attention", pat("matmul", pat("softmax", Var("logits"), name="p"), Var("v")), rewrite=_rewritten, check=_attends),
+]
