@@ -12,6 +12,18 @@ from dataclasses import dataclass
 from ..ir.errors import TilewrightError
 from ..ir.graph import Graph, order
 from .base import Notes, Pass
+from .canonicalize import Canonicalize
+from .fold_constants import FoldConstants
+from .fold_norms import FoldNorms
+from .fuse_regions import FuseRegions
+from .merge_linears import MergeLinears
+from .plan_memory import PlanMemory
+from .recognize import Recognize
+
+_KINDS = (Canonicalize, FoldConstants, FoldNorms, FuseRegions, MergeLinears, PlanMemory, Recognize)
+
+PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _KINDS}
+"""What `--passes` knows, by name."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ def options(kind: type[Pass]) -> dict[str, type]:
 _ITEM = re.compile(r"\s*([a-zA-Z0-9_-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
 
 
-def parse_passes(text: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
+def parse_passes(text: str, known: Mapping[str, type[Pass]] = PASSES) -> list[Pass]:
     """The passes of "fuse-regions,merge-linears{max_columns=4096}", looked up in `known` by name.
 
     Raises PassSyntaxError: one sentence that lists what exists.

@@ -167,7 +167,9 @@ def _affine(m: Match) -> Answer:
 def _with_parameter(m: Match) -> Node:
     norm, p = m["norm"], m["p"]
     if norm.op.name == "group_norm":
-        p = OPS["reshape"](p, shape=(norm.shape[1],))
+        vector = (norm.shape[1],)
+        direct = p.op.name == "reshape" and same_shape(p.inputs[0].shape, vector)
+        p = p.inputs[0] if direct else OPS["reshape"](p, shape=vector)
     return OPS[norm.op.name](*norm.inputs, p, **norm.attrs)
 
 

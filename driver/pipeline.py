@@ -1,0 +1,29 @@
+"""The pipeline: one flat list of passes, in order, with a reason per line."""
+
+from __future__ import annotations
+
+from ..passes.base import Pass
+from ..passes.canonicalize import Canonicalize
+from ..passes.fold_constants import FoldConstants
+from ..passes.fold_norms import FoldNorms
+from ..passes.fuse_regions import FuseRegions
+from ..passes.manager import parse_passes
+from ..passes.merge_linears import MergeLinears
+from ..passes.plan_memory import PlanMemory
+from ..passes.recognize import Recognize
+
+DEFAULT_PASSES: tuple[Pass, ...] = (
+    Canonicalize(),  # one form for each thing: every later pass looks for one only
+    Recognize(),  # before folding, which would hide causal masks and scales in constants
+    FoldConstants(),  # before fold-norms and merge-linears, which want weights that are plain constants
+    FoldNorms(),  # before merge-linears: each weight takes the scale of the norm in front of it, then they merge
+    MergeLinears(),  # once weights are final
+    Canonicalize(),  # slices of merged products and views of composites compose with what reads them
+    FuseRegions(),  # sees the final ops: kernels are decided here
+    PlanMemory(),  # last: lifetimes are those of kernels
+)
+
+
+def passes_from(text: str | None) -> list[Pass]:
+    """The passes of `--passes`, None for the default list. Raises PassSyntaxError."""
+    return list(DEFAULT_PASSES) if text is None else parse_passes(text)
