@@ -1,1 +1,25 @@
 """tilewright: a graph-IR compiler and auto-optimizer for PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .driver.artifact import load
+    from .driver.optimize import optimize
+    from .driver.receipt import receipts
+
+_API = {"load": ".driver.artifact", "optimize": ".driver.optimize", "receipts": ".driver.receipt"}
+_PACKAGES = ("codegen", "driver", "ir", "passes", "search")
+
+__all__ = ["load", "optimize", "receipts"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public functions and the packages, imported when first used: importing tilewright stays fast."""
+    if name in _PACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _API:
+        return getattr(importlib.import_module(_API[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

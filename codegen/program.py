@@ -1,4 +1,4 @@
-"""`compile_program(graph) -> Program`: a fused graph made runnable: kernels for its regions, library calls, and the host program around them."""
+"""`compile_program(graph) -> Program`: a fused graph made runnable: kernels for its regions, and the host program around them."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def compile_program(graph: Graph, targets: Mapping[str, Target] = TARGETS) -> Pr
     """
     built = build_regions(graph, targets)
     host = Host(graph)
-    host.names.update(empty=_EMPTY, slot=slot, dense=dense, laid_out=laid_out)
+    host.names.update(empty=_EMPTY, slot=slot, dense=dense, laid_out=laid_out, get_num_threads=torch.get_num_threads)
     _emit_inputs(host)
     for node in order(graph):
         _emit(host, node, built, targets)
@@ -143,6 +143,7 @@ def _emit_inputs(host: Host) -> None:
     if names:
         host.line(f"{', '.join(names)}, = inputs", reads=[host.values[n] for n in host.graph.inputs])
     host.line("inputs.clear()")
+    host.line("threads = get_num_threads()")
 
 
 def _bare_sizes(node: Node) -> list[tuple[str, str]]:

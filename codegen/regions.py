@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from ..ir.rewrite import attr_key
 from ..ir.types import TensorType
 from .host import Host, Scope, Value
 from .kernel import Kernel
-from .target import Compiled, Target
+from .target import Compiled, Failed, Target
 
 
 @dataclass
@@ -95,9 +96,22 @@ def _lower(index: int, nodes: Sequence[Node], targets: Mapping[str, Target]) -> 
     label = nodes[0].attrs["label"]
     words = re.sub(r"\W+", "_", label).strip("_")[:48].rstrip("_")
     try:
-        return lower(nodes[0].attrs["body"], f"k{index}_{words}" if words else f"k{index}")
+        return lower(nodes[0].attrs["body"], f"k{index}_{words}" if words else f"k{index}", label, _sources(nodes))
     except LoweringError as error:
         return str(error)
+    except Exception as error:  # a fault of ours costs this region its kernel, not the user the model
+        return internal_error(label, error)
+
+
+def internal_error(what: str, error: Exception) -> str:
+    """The reason that a receipt lists for a fault of ours; warns once per fault."""
+    reason = f"internal error: {type(error).__name__}: {error}"
+    warnings.warn(f"tilewright could not compile {what!r}, which now runs by eager; please report this. {reason}", RuntimeWarning, 3)
+    return reason
+
+
+def _sources(nodes: Sequence[Node]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(s for n in nodes for s in n.prov.sources))
 
 
 def _compile(units: Sequence[tuple[Kernel | str, list[Node]]], targets: Mapping[str, Target]) -> list[Unit]:
@@ -108,10 +122,18 @@ def _compile(units: Sequence[tuple[Kernel | str, list[Node]]], targets: Mapping[
             batches.setdefault(device_type(nodes[0]), []).append(kernel)
     done: dict[Kernel, Unit] = {}
     for device, kernels in batches.items():
-        for kernel, result in zip(kernels, targets[device].compile(kernels)):
+        for kernel, result in zip(kernels, _attempt(targets[device], kernels), strict=True):
             ok = isinstance(result, Compiled)
             done[kernel] = Unit(kernel, result if ok else None, "" if ok else result.reason)
     return [done[kernel] if isinstance(kernel, Kernel) else Unit(None, None, kernel) for kernel, _ in units]
+
+
+def _attempt(target: Target, kernels: Sequence[Kernel]) -> Sequence[Compiled | Failed]:
+    try:
+        return target.compile(kernels)
+    except Exception as error:  # as above
+        reason = internal_error(f"{target.name} kernels", error)
+        return [Failed(kernel, reason) for kernel in kernels]
 
 
 def device_type(region: Node) -> str:
@@ -126,8 +148,7 @@ def covered(body: Graph) -> list[Node]:
 
 def _info(graph: Graph, compiled: Compiled, nodes: Sequence[Node]) -> KernelInfo:
     kernel, body = compiled.kernel, nodes[0].attrs["body"]
-    sources = tuple(dict.fromkeys(s for n in nodes for s in n.prov.sources)) or kernel.sources
-    info = KernelInfo(kernel.name, kernel.label or nodes[0].attrs["label"], sources, compiled.source, len(covered(body)), len(nodes))
+    info = KernelInfo(kernel.name, kernel.label, _sources(nodes), compiled.source, len(covered(body)), len(nodes))
     for node in nodes:
         flops, moved = cost(graph, node)
         info.flops += flops
@@ -149,22 +170,22 @@ def emit_region(host: Host, node: Node, unit: Unit, targets: Mapping[str, Target
     if unit.compiled is None:
         _emit_ops(host, node)
     else:
-        _emit_kernel(host, node, unit.compiled, targets[device_type(node)].pointers)
+        _emit_kernel(host, node, unit.compiled, targets[device_type(node)].native)
 
 
 def _result_types(node: Node) -> tuple[TensorType, ...]:
     return node.type if isinstance(node.type, tuple) else (node.tensor,)
 
 
-def _emit_kernel(host: Host, node: Node, compiled: Compiled, pointers: bool) -> None:
+def _emit_kernel(host: Host, node: Node, compiled: Compiled, native: bool) -> None:
     operands = [_operand(host, node, i) for i in _read(node, compiled.kernel)]
     results = _results(host, node)
     if all(t.numel == 0 for t in _result_types(node)):
         return
     buffers = [*operands, *results]
-    shown = [host.address(v) if pointers else v.name for v in buffers]
+    shown = [host.address(v) if native else v.name for v in buffers]
     function = host.bind(compiled.kernel.name, compiled.launch)
-    host.line(f"{function}({', '.join([*shown, *compiled.kernel.sizes])})", reads=buffers)
+    host.line(f"{function}({', '.join([*shown, *compiled.kernel.sizes, *(['threads'] if native else [])])})", reads=buffers)
 
 
 def _read(node: Node, kernel: Kernel) -> list[int]:

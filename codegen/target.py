@@ -13,7 +13,8 @@ from .kernel import Kernel
 class Compiled:
     """A kernel ready to run.
 
-    launch(*inputs, *outputs, *sizes): buffers in the kernel's order, as data pointers or tensors (`Target.pointers`), then sizes as ints.
+    launch(*inputs, *outputs, *sizes): buffers in the kernel's order, then sizes as ints. Buffers are data pointers and the number of
+    threads comes last if `Target.native`, else they are tensors.
     source: the text it was compiled from.
     """
 
@@ -34,12 +35,12 @@ class Failed:
 class Target:
     """compile(kernels): all of them, in parallel where it can; it never raises for a single kernel's fault.
 
-    pointers: whether `launch` takes addresses (C++) or tensors (Triton).
+    native: whether `launch` is a C function: addresses, sizes, threads; else (Triton) it takes tensors and sizes.
     """
 
     name: str
     compile: Callable[[Sequence[Kernel]], list[Union[Compiled, Failed]]]
-    pointers: bool
+    native: bool
 
 
 def _compile_cpp(kernels: Sequence[Kernel]) -> list[Union[Compiled, Failed]]:
@@ -48,4 +49,4 @@ def _compile_cpp(kernels: Sequence[Kernel]) -> list[Union[Compiled, Failed]]:
     return compile_kernels(kernels)
 
 
-TARGETS: dict[str, Target] = {"cpu": Target("cpp", _compile_cpp, pointers=True)}
+TARGETS: dict[str, Target] = {"cpu": Target("cpp", _compile_cpp, native=True)}

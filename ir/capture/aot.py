@@ -26,8 +26,8 @@ def compile_fx(
     """A callable in place of `gm`, a Dynamo graph.
 
     compile_graph gets each captured graph (inference, or forward and backward of training, named `<name>`, `<name>_forward`, `<name>_backward`)
-    and returns a function from the values of its inputs, in order, to those of its outputs. A graph that cannot be captured goes to
-    on_failure, with the reason, and is run by eager.
+    and returns a function from the values of its inputs, in order, to those of its outputs. A graph that cannot be captured, or for which
+    compile_graph raises CaptureError, goes to on_failure with the reason, and is run by eager.
     """
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -53,10 +53,10 @@ def _compiled(
 
     try:
         captured = capture_fx(gm, inputs, name)
+        run = compile_graph(captured.graph)
     except CaptureError as error:
         on_failure(error)
         return make_boxed_func(gm.forward)
-    run = compile_graph(captured.graph)
 
     def boxed(args: list[Any]) -> list[Any]:
         """AOTAutograd's calling convention: the callee owns the list and empties it."""

@@ -1,0 +1,109 @@
+"""`compile_graph`: passes, then code generation: what every door does with a captured graph."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..codegen.program import Program, compile_program
+from ..ir.analysis.memory import Owner, owners
+from ..ir.capture.sizes import contiguous_strides
+from ..ir.graph import Graph, Node, is_scalar, order
+from ..ir.ops import OPS
+from ..ir.verify import verify
+from ..passes.base import Notes, Pass
+from ..passes.manager import Callback, PassRecord, run_passes
+from .pipeline import passes_from
+from .receipt import Receipt, make_receipt
+
+
+@dataclass(frozen=True)
+class Options:
+    """passes: as on the command line, None for the default list. verify: check the graph after every pass.
+
+    dump: a directory that gets the graph after every pass and the generated program, as text.
+    """
+
+    passes: str | None = None
+    verify: bool = False
+    dump: str | None = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """graph: after all passes; what `build_program` needs to make `program` again."""
+
+    graph: Graph
+    program: Program
+    receipt: Receipt
+
+
+def compile_graph(graph: Graph, options: Options = Options()) -> Compiled:  # noqa: B008 - frozen
+    """Runs the passes and compiles. Raises what a broken pass raises; a region that cannot be compiled is a fallback, never an error."""
+    notes, records = Notes(), list[PassRecord]()
+    start = time.perf_counter()
+    fused = kept_apart(graph, run_passes(graph, passes_from(options.passes), notes, _callback(options), records))
+    program = build_program(fused)
+    seconds = {r.name: r.seconds for r in records}
+    receipt = make_receipt(program, notes, {**seconds, "total": time.perf_counter() - start})
+    if options.dump is not None:
+        _write(options.dump, f"{graph.name}.program", program.source)
+        _write(options.dump, f"{graph.name}.receipt.json", receipt.to_json())
+    return Compiled(fused, program, receipt)
+
+
+def build_program(graph: Graph) -> Program:
+    """The program of a graph that has been through the passes."""
+    return compile_program(graph)
+
+
+def kept_apart(before: Graph, after: Graph) -> Graph:
+    """`after`, the rewritten `before`, with a copy where passes made outputs share memory that were apart: x + 0 became x, two equal
+    values became one."""
+    free, taken = _sharing(before), _sharing(after)
+    if all(now <= then for now, then in zip(taken, free)):
+        return after
+    outputs = tuple(n if now <= then else _own(n) for n, now, then in zip(after.outputs, taken, free))
+    return replace(after, outputs=outputs)
+
+
+def _sharing(graph: Graph) -> list[set[tuple[str, int]]]:
+    """For each output the inputs and earlier outputs whose memory it may share."""
+    owned = owners(order(graph))
+    seen: dict[Owner, set[tuple[str, int]]] = {Owner(n): {("input", i)} for i, n in enumerate(graph.inputs)}
+    found: list[set[tuple[str, int]]] = []
+    for i, node in enumerate(graph.outputs):
+        mine = () if is_scalar(node) else owned[node]
+        found.append({place for owner in mine for place in seen.get(owner, ())})
+        for owner in mine:
+            seen.setdefault(owner, set()).add(("output", i))
+    return found
+
+
+def _own(node: Node) -> Node:
+    if node.op.name == "layout":
+        return OPS["layout"](node.inputs[0], strides=node.attrs["strides"], own=True, hint=node.hint, prov=node.prov)
+    return OPS["layout"](node, strides=contiguous_strides(node.shape), own=True, hint=node.hint, prov=node.prov)
+
+
+def _callback(options: Options) -> Callback | None:
+    """Verifies and dumps between passes."""
+    if not options.verify and options.dump is None:
+        return None
+    count = 0
+
+    def after(item: Pass, before: Graph, graph: Graph, record: PassRecord) -> None:
+        nonlocal count
+        if options.verify:
+            verify(graph)
+        if options.dump is not None:
+            _write(options.dump, f"{graph.name}.{count:02}.{item.name}.txt", str(graph))
+        count += 1
+
+    return after
+
+
+def _write(directory: str, name: str, text: str) -> None:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    (Path(directory) / name).write_text(text)
