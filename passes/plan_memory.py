@@ -120,4 +120,6 @@ def _aligned(size: Dim) -> Dim:
 
 
 def _bytes(size: Dim) -> str:
-    return f"{size / 2**20:.2f} MiB" if isinstance(size, int) else f"{size} bytes"
+    if not isinstance(size, int):
+        return f"{size} bytes"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
