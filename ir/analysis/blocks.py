@@ -46,6 +46,7 @@ def cut_points(graph: Graph, source: Node | None = None, output: Node | None = N
 def _dominators(graph: Graph, sources: Sequence[Node], sinks: Sequence[Node]) -> list[Node]:
     """Every node that all paths from the sources to the sinks go through, in order; empty if there is no path."""
     flow: nx.DiGraph = nx.DiGraph()
+    flow.add_node("source")
     flow.add_edges_from(("source", n) for n in sources)
     flow.add_edges_from((n, "sink") for n in sinks)
     flow.add_edges_from((operand, n) for n in order(graph) for operand in n.inputs)
@@ -73,31 +74,24 @@ def isomorphic_regions(graph: Graph) -> list[list[Block]]:
 
 
 def blocks(graph: Graph) -> list[list[Block]]:
-    """The repeated layers of a model: for each maximal run of equal successive stretches, its blocks in order.
+    """The repeated layers of a model: classes of at least two equal stretches of segments, each class in order.
 
-    A stretch is the shortest period of the run, so an encoder of six layers gives one class of six blocks.
+    A stretch is the shortest period of a run, so an encoder of six layers gives one class of six blocks.
     """
-    found: list[list[Block]] = []
+    classes: dict[str, list[Block]] = {}
     taken: set[Node] = set()
+    known: set[tuple[str, ...]] = set()
     readers = users(graph)
     for segments in _chains(graph, readers):
         digests = [_block(graph, s, readers).digest for s in segments]
-        for start, period, count in _runs(digests, [len(s) for s in segments], 0, len(segments)):
-            stretches = [segments[start + i * period : start + (i + 1) * period] for i in range(count)]
-            groups = [[n for segment in stretch for n in segment] for stretch in stretches]
-            if any(taken & set(group) for group in groups):
-                continue
-            taken.update(n for group in groups for n in group)
-            found += _classes([_block(graph, group, readers) for group in groups])
-    return found
-
-
-def _classes(run: list[Block]) -> list[list[Block]]:
-    """The blocks of a run by digest; joined segments may differ in what they share even where the segments do not."""
-    classes: dict[str, list[Block]] = {}
-    for block in run:
-        classes.setdefault(block.digest, []).append(block)
-    return [c for c in classes.values() if len(c) > 1]
+        for start, period, count in _runs(digests, [len(s) for s in segments], 0, len(segments), known):
+            for i in range(start, start + period * count, period):
+                group = [n for segment in segments[i : i + period] for n in segment]
+                if not taken & set(group):
+                    taken.update(group)
+                    block = _block(graph, group, readers)  # joined segments may share what the segments do not
+                    classes.setdefault(block.digest, []).append(block)
+    return [found for found in classes.values() if len(found) > 1]
 
 
 def _block(graph: Graph, group: Sequence[Node], readers: dict[Node, list[Node]]) -> Block:
@@ -159,25 +153,27 @@ def _segments(graph: Graph, cuts: list[Node], readers: dict[Node, list[Node]]) -
 # -- runs of equal segments
 
 
-def _runs(digests: list[str], sizes: list[int], start: int, stop: int) -> list[tuple[int, int, int]]:
+def _runs(digests: list[str], sizes: list[int], start: int, stop: int, known: set[tuple[str, ...]]) -> list[tuple[int, int, int]]:
     """(start, period, count) of repeated stretches in digests[start:stop]: the run that covers most nodes, then those beside it.
 
-    Of runs that cover the same, the one with the shortest period, then the last: a layer ends in the norm that follows it.
+    A stretch that is `known` from another run may stand alone. Of runs that cover the same: the one whose stretch occurs most often in
+    all, then the shortest period, then the last, for a layer ends in the norm that follows it.
     """
-    best = (0, 0, 0, 0)
-    for period in range(1, (stop - start) // 2 + 1):
-        at = start
-        while at + 2 * period <= stop:
+    best = (0, 0, 0, 0, 0)
+    for period in range(1, stop - start + 1):
+        for at in range(start, stop - period + 1):
+            unit = tuple(digests[at : at + period])
             count = _count(digests, at, period, stop)
-            covered = sum(sizes[at : at + count * period]) if count > 1 else 0
-            if covered > best[0] or (covered == best[0] and covered and period == best[2]):
-                best = (covered, at, period, count)
-            at += 1
-    covered, at, period, count = best
+            covered = sum(sizes[at : at + count * period]) if count > 1 or unit in known else 0
+            if covered and covered >= best[0]:
+                best = max(best, (covered, _occurrences(digests, unit), -period, at, count))
+    covered, _, negative, at, count = best
     if not covered:
         return []
-    end = at + period * count
-    return [*_runs(digests, sizes, start, at), (at, period, count), *_runs(digests, sizes, end, stop)]
+    period = -negative
+    known.add(tuple(digests[at : at + period]))
+    left = _runs(digests, sizes, start, at, known)
+    return [*left, (at, period, count), *_runs(digests, sizes, at + period * count, stop, known)]
 
 
 def _count(digests: list[str], at: int, period: int, stop: int) -> int:
@@ -186,3 +182,13 @@ def _count(digests: list[str], at: int, period: int, stop: int) -> int:
     while at + (count + 1) * period <= stop and digests[at : at + period] == digests[at + count * period : at + (count + 1) * period]:
         count += 1
     return count
+
+
+def _occurrences(digests: list[str], unit: tuple[str, ...]) -> int:
+    """How often the stretch occurs without overlap."""
+    found = at = 0
+    while at + len(unit) <= len(digests):
+        same = tuple(digests[at : at + len(unit)]) == unit
+        found += same
+        at += len(unit) if same else 1
+    return found

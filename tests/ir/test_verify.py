@@ -30,9 +30,13 @@ def broken(graph: Graph, reason: str) -> str:
 
 def test_a_good_graph_passes():
     verify(
-        parse(
-            'graph f(x: f32[b, 4], n: int) where b in 1..8 { w = constant "w" : f32[4] y = mul(x, w) z = add(y, n) write x = z return z, n }'
-        )
+        parse("""graph f(x: f32[b, 4], n: int) where b in 1..8 {
+          w = constant "w" : f32[4]
+          y = mul(x, w)
+          z = add(y, n)
+          write x = z
+          return z, n
+        }""")
     )
 
 
