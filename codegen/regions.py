@@ -129,11 +129,13 @@ def _compile(units: Sequence[tuple[Kernel | str, list[Node]]], targets: Mapping[
 
 
 def _attempt(target: Target, kernels: Sequence[Kernel]) -> Sequence[Compiled | Failed]:
+    """All at once; one by one where that shows a fault of ours."""
     try:
         return target.compile(kernels)
     except Exception as error:  # as above
-        reason = internal_error(f"{target.name} kernels", error)
-        return [Failed(kernel, reason) for kernel in kernels]
+        if len(kernels) == 1:
+            return [Failed(kernels[0], internal_error(kernels[0].name, error))]
+        return [result for kernel in kernels for result in _attempt(target, [kernel])]
 
 
 def device_type(region: Node) -> str:

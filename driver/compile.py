@@ -45,7 +45,9 @@ def compile_graph(graph: Graph, options: Options = Options()) -> Compiled:  # no
     start = time.perf_counter()
     fused = kept_apart(graph, run_passes(graph, passes_from(options.passes), notes, _callback(options), records))
     program = build_program(fused)
-    seconds = {r.name: r.seconds for r in records}
+    seconds: dict[str, float] = {}
+    for r in records:
+        seconds[r.name] = seconds.get(r.name, 0.0) + r.seconds
     receipt = make_receipt(program, notes, {**seconds, "total": time.perf_counter() - start})
     if options.dump is not None:
         _write(options.dump, f"{graph.name}.program", program.source)
