@@ -13,6 +13,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import sympy
 import torch
 
 from ..ir import ops
@@ -22,7 +23,7 @@ from ..ir.analysis.points import Kind, Obstacle, Point, Refusal, dims_of
 from ..ir.analysis.primitives import expanded
 from ..ir.dims import Dim, dim, free_symbols
 from ..ir.errors import TilewrightError
-from ..ir.graph import Graph, Node
+from ..ir.graph import Graph, Node, order
 from ..ir.scalar import Apply, Const, Scalar, apply, cast, lift, where
 from ..ir.types import ScalarType, compute_dtype
 from .hashcons import shared
@@ -55,17 +56,22 @@ def lower(body: Graph, name: str, label: str = "", sources: tuple[str, ...] = ()
     body = expanded(body, keep=())
     try:
         placement = place(body)
-        return _Lowering(body, placement).kernel(name, label, sources)
+        return _Lowering(body, placement).kernel(name, label, sources or tuple(_sources(body)))
     except Refusal as refusal:
         source = refusal.node.prov.source if refusal.node else ""
         raise LoweringError(source, name=name, detail=str(refusal), reason=refusal.reason) from refusal
+
+
+def _sources(body: Graph) -> dict[str, None]:
+    """The user's source lines behind a body's nodes, in order."""
+    return dict.fromkeys(s for n in order(body) if n.op.name != "input" for s in n.prov.sources)
 
 
 class _Lowering:
     def __init__(self, body: Graph, placement: Placement) -> None:
         self.body = body
         self.placement = placement
-        self.axes, self.steps = placement.merged()
+        self.axes, self.final = placement.normal_form()
         self.inner = tuple(a.name for a in self.axes if a.inner)
         self.values: dict[Point, Scalar] = {}
         self.names = _buffer_names(body, {a.name for a in self.axes} | set(placement.ranges.extents) | set(body.symbols))
@@ -82,13 +88,8 @@ class _Lowering:
         axes = tuple(Axis(a.name, dim(expression(a.extent)), a.inner) for a in self.axes)
         return Kernel(name, axes, inputs, tuple(outputs), shared(stores), _sizes(axes, stores, (*inputs, *outputs)), label, sources)
 
-    def polynomial(self, p: Poly) -> Poly:
-        for step in self.steps:
-            p = p.substitute(step, self.placement.ranges)
-        return p
-
-    def index(self, p: Poly):  # noqa: ANN201
-        return expression(self.polynomial(p))
+    def index(self, p: Poly) -> sympy.Expr:
+        return expression(self.final[p])
 
     def operands(self, point: Point) -> list[Scalar]:
         return [self.values[p] for p in point.operands]
@@ -96,7 +97,7 @@ class _Lowering:
     def integer(self, point: Point) -> Scalar:
         """The point's index as an i64 scalar, computed positions included."""
         computed = {n: cast(self.values[p], torch.int64) for n, p in zip(point.names, point.operands)}
-        return arithmetic(self.polynomial(point.index), computed)
+        return arithmetic(self.final[point.index], computed)
 
 
 def arithmetic(p: Poly, computed: Mapping[str, Scalar]) -> Scalar:
@@ -200,7 +201,7 @@ def _number(value: object) -> bool | int | float:
 
 def _inside(low: _Lowering, point: Point) -> Scalar:
     index = low.integer(point)
-    below = index < arithmetic(low.polynomial(point.bound), {})
+    below = index < arithmetic(point.bound, {})
     if point.value:
         return below
     return (index >= 0) & below
@@ -223,7 +224,7 @@ def _select(low: _Lowering, point: Point) -> Scalar:
 
 def _wrap(low: _Lowering, point: Point) -> Scalar:
     value = cast(low.operands(point)[0], torch.int64)
-    extent = arithmetic(low.polynomial(point.bound), {})
+    extent = arithmetic(point.bound, {})
     if point.value:
         value = where(value < 0, value + extent, value)
     return apply("max", apply("min", value, extent - 1), 0)

@@ -99,7 +99,7 @@ def _refusal(node: Node) -> Refusal | None:
 
 
 def _inline_cheap(units: Units) -> None:
-    """Marks cheap values that read almost nothing (masks from ranges, scaled scalars) as transparent where all readers can recompute them."""
+    """Cheap values that read almost nothing (masks from ranges) become transparent where all their readers can recompute them."""
     symbols = units.graph.symbols
     roots = set(units.graph.roots)
     flops: dict[Node, int] = {}

@@ -120,6 +120,19 @@ def _names(p: Poly) -> frozenset[str]:
     return frozenset(found)
 
 
+@functools.lru_cache(maxsize=65536)
+def quotients(p: Poly) -> tuple[Quotient, ...]:
+    """Every `//` and `%` in p, inner ones first."""
+    found: dict[Quotient, None] = {}
+    for m in p.terms:
+        for atom in m:
+            if isinstance(atom, Quotient):
+                found.update(dict.fromkeys(q for a in atom.args for q in quotients(a)))
+                if atom.op in ("//", "%"):
+                    found[atom] = None
+    return tuple(found)
+
+
 def _substitute_atom(atom: Atom, values: Mapping[str, Poly], ranges: Ranges) -> Poly:
     if isinstance(atom, str):
         return values.get(atom) or variable(atom)
@@ -344,7 +357,7 @@ class Ranges:
         candidates = {_divisor(m, c, dm, dc, self.extents) for m, c in p.terms.items() if m}
         for gm, gc in sorted(candidates, key=lambda t: (len(t[0]), t[1]), reverse=True):
             g = Poly({gm: gc})
-            if g == ONE or g == d:
+            if g in (ONE, d):
                 continue
             a, r = divide(p, g)
             if a.terms and self.inside(r, g):

@@ -10,17 +10,23 @@ one point. Fusion uses the result to prove a region legal and to price it, lower
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..graph import Graph, Node, order
 from ..op import Category
-from .indices import ONE, Poly, Ranges, linear, poly, product, variable
+from .indices import ONE, Poly, Ranges, divide, linear, poly, product, quotients, variable
 from .points import Index, Kind, Obstacle, Point, Refusal, dims_of, reduced_dims, regroup
 from .pull import Puller
 
 GRID_NAMES = "ijklmn"
 INNER_NAMES = "rtuvwq"
+
+MAX_SPLITS = 6
+"""Axes that may be added to spare divisions in the innermost loops."""
+
+Step = dict[str, Poly]
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,13 @@ class Placement:
     points: tuple[Point, ...]
     ranges: Ranges = field(repr=False, default_factory=lambda: Ranges({}))
 
-    def merged(self) -> tuple[tuple[LoopAxis, ...], tuple[dict[str, Poly], ...]]:
-        """(axes, steps): adjacent axes made one where every index allows it; each step is a substitution to apply to indices in order."""
-        return _merge_axes(self)
+    def normal_form(self) -> tuple[tuple[LoopAxis, ...], dict[Poly, Poly]]:
+        """(axes, index -> the same index over these axes): as few divisions as possible, and as few axes."""
+        form = _Form(list(self.axes), {p: p for p in _indices(self)}, self.ranges)
+        scans = any(p.kind is Kind.SCAN for p in self.points)
+        form.split(lambda axis: not (scans and axis.inner))
+        form.merge(lambda axis: not (scans and axis.inner))
+        return tuple(form.axes), form.used
 
 
 def place(body: Graph) -> Placement:
@@ -150,30 +160,61 @@ def _fresh(letters: str, taken: set[str]) -> Iterator[str]:
         suffix = str(count)
 
 
-def _indices(placement: Placement) -> set[Poly]:
-    used = {o.offset for o in placement.outputs}
-    for p in placement.points:
-        if p.kind in (Kind.LOAD, Kind.POSITION, Kind.IOTA, Kind.INSIDE):
-            used.add(p.index)
-    return used
+def _indices(placement: Placement) -> list[Poly]:
+    used = [o.offset for o in placement.outputs]
+    used += [p.index for p in placement.points if p.kind in (Kind.LOAD, Kind.POSITION, Kind.IOTA, Kind.INSIDE)]
+    return list(dict.fromkeys(used))
 
 
-def _merge_axes(placement: Placement) -> tuple[tuple[LoopAxis, ...], tuple[dict[str, Poly], ...]]:
-    used = _indices(placement)
-    axes = list(placement.axes)
-    steps: list[dict[str, Poly]] = []
-    scans = any(p.kind is Kind.SCAN for p in placement.points)
-    k = len(axes) - 2
-    while k >= 0:
-        outer, low = axes[k], axes[k + 1]
-        if outer.inner == low.inner and not (scans and low.inner):
-            step = {low.name: variable(low.name) - low.extent * variable(outer.name)}
-            placement.ranges.add(low.name, outer.extent * low.extent)
-            moved = {p: p.substitute(step, placement.ranges) for p in used}
-            if not any(outer.name in p.names() for p in moved.values()):
-                used, steps = set(moved.values()), [*steps, step]
-                axes[k : k + 2] = [LoopAxis(low.name, outer.extent * low.extent, low.inner)]
-            else:
-                placement.ranges.add(low.name, low.extent)
-        k -= 1
-    return tuple(axes), tuple(steps)
+class _Form:
+    """The axes on their way to fewest divisions and fewest axes."""
+
+    def __init__(self, axes: list[LoopAxis], used: dict[Poly, Poly], ranges: Ranges) -> None:
+        self.axes, self.used, self.ranges = axes, used, ranges
+
+    def split(self, allowed: Callable[[LoopAxis], bool]) -> None:
+        """An axis i that indices take apart as i // d and i % d becomes two: i = d*i_hi + i_lo."""
+        for _ in range(MAX_SPLITS):
+            found = next(((a, d) for a in self.axes if allowed(a) for d in self._divisors(a)), None)
+            if found is None:
+                return
+            axis, d = found
+            high = LoopAxis(self._fresh(axis.name), self.ranges.floordiv(axis.extent, d), axis.inner)
+            step = {axis.name: self.ranges.add(high.name, high.extent) * d + variable(axis.name)}
+            self.ranges.add(axis.name, d)
+            self.used = self._moved(step)
+            at = self.axes.index(axis)
+            self.axes[at : at + 1] = [high, LoopAxis(axis.name, d, axis.inner)]
+
+    def _divisors(self, axis: LoopAxis) -> list[Poly]:
+        """Divisors of the axis' extent by which an index divides the bare axis, greatest first."""
+        found: dict[Poly, None] = {}
+        own = variable(axis.name)
+        for p in self.used.values():
+            for atom in quotients(p):
+                if atom.args[0] == own and not divide(axis.extent, atom.args[1])[1].terms and atom.args[1] != axis.extent:
+                    found[atom.args[1]] = None
+        return sorted(found, key=lambda d: (d.constant or 0, str(d)), reverse=True)
+
+    def _fresh(self, name: str) -> str:
+        taken = self.ranges.extents.keys() | self.ranges.symbols.keys()
+        return next(n for n in (f"{name}{k}" for k in itertools.count(1)) if n not in taken)
+
+    def merge(self, allowed: Callable[[LoopAxis], bool]) -> None:
+        """Adjacent axes i, j become one where every index has them as extent*i + j."""
+        k = len(self.axes) - 2
+        while k >= 0:
+            outer, low = self.axes[k], self.axes[k + 1]
+            if outer.inner == low.inner and allowed(low):
+                step = {low.name: variable(low.name) - low.extent * variable(outer.name)}
+                self.ranges.add(low.name, outer.extent * low.extent)
+                moved = self._moved(step)
+                if not any(outer.name in p.names() for p in moved.values()):
+                    self.used = moved
+                    self.axes[k : k + 2] = [LoopAxis(low.name, outer.extent * low.extent, low.inner)]
+                else:
+                    self.ranges.add(low.name, low.extent)
+            k -= 1
+
+    def _moved(self, step: Step) -> dict[Poly, Poly]:
+        return {p: now.substitute(step, self.ranges) for p, now in self.used.items()}

@@ -90,8 +90,8 @@ def regroup(index: Index, outer: Sequence[Poly], inner: Sequence[Poly], ranges: 
     """The index in shape `inner` of the element at `index` of shape `outer` (same elements, row-major), group by matching group."""
     if tuple(outer) == tuple(inner):
         return index
-    if ZERO in outer or ZERO in inner:
-        return (ZERO,) * len(inner)
+    if ZERO in outer or ZERO in inner:  # no element: any index will do that keeps the read inside the empty loops
+        return (sum(index, start=ZERO), *(ZERO,) * len(inner))[: len(inner)]
     found: list[Poly] = []
     start = begin = 0
     cuts = _prefixes(outer)
@@ -203,6 +203,8 @@ def reduced_dims(node: Node) -> tuple[int, ...]:
 def input_offset(node: Node, index: Index) -> Poly:
     """Element offset in the memory of a region input: by its strides where it carries them, else row-major."""
     strides = node.attrs.get("strides")
+    if ZERO in dims_of(node):  # nothing to read: the offset must only stay inside the empty loops
+        return sum(index, start=ZERO)
     if strides is None:
         return linear(index, dims_of(node))
     return sum((i * poly(s) for i, s in zip(index, strides)), start=ZERO)
