@@ -27,8 +27,7 @@ from .schedule import Schedule
 _INLINE_LENGTH = 72
 _RESERVED = {"tl", "triton", "libdevice"} | set(keyword.kwlist) | set(dir(builtins))
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
-_METHODS = {"cast", "bitcast", "signbit"}
-_ROUNDING = {"floor", "ceil", "trunc", "round"}
+_METHODS = {"cast", "bitcast", "signbit", "ipow"}
 _WORDS = {
     "add": "added", "sub": "difference", "mul": "scaled", "div": "ratio", "neg": "negated", "where": "chosen", "cast": "converted",
     "max": "larger", "min": "smaller", "and": "both", "or": "either", "xor": "differs", "not": "inverse", "abs": "magnitude",
@@ -57,7 +56,6 @@ class Expressions:
         values = scalars(kernel.stores)
         self._uses = Counter(v for value in values for v in operands(value))
         self._uses.update(store.value for store in kernel.stores)
-        self._exact = {a for v in values if isinstance(v, Apply) and v.op in _ROUNDING for a in v.args}
         self._cast = {a for v in values if isinstance(v, Apply) and v.op in _METHODS for a in v.args}
         self._run_names: dict[str, str] = {}
         self._names: dict[Scalar | None, str] = {}
@@ -122,7 +120,7 @@ class Expressions:
             return reducer(value).word
         if isinstance(value, Position):
             return "position"
-        op = value.op  # type: ignore[attr-defined]
+        op: str = value.op  # type: ignore[attr-defined]
         return _WORDS.get(op, op)
 
     def _variable(self, word: str, code: str, scope: Scope, value: Scalar | None = None) -> str:
@@ -147,9 +145,7 @@ class Expressions:
     def _apply(self, value: Apply) -> Text:
         if value.op in _COMPARISONS and all(_is_integer_literal(a) or isinstance(a, Position) for a in value.args):
             return scalar_text(value, [self._plain_position(a) for a in value.args])
-        if value.op == "div" and value in self._exact and value.dtype == torch.float32:
-            return Text(f"tl.div_rn({self._argument(value.args[0]).code}, {self._argument(value.args[1]).code})")
-        if is_infix(value.op) and not all(isinstance(a, Const) for a in value.args):
+        if is_infix(value) and not all(isinstance(a, Const) for a in value.args):
             return scalar_text(value, [self.text(a) for a in value.args])
         return scalar_text(value, [self._argument(a) for a in value.args])
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from ...ir.dims import Dim, FloorDiv, Mod, dim, product, same, symbol, to_source
+from ...ir.dims import Dim, FloorDiv, Mod, dim, floordiv, product, same, symbol, to_source
 from ..kernel import Axis
 
 
@@ -55,8 +55,8 @@ class Span:
         return same(dim(coefficients[outer]), dim(coefficients[inner] * self.axes[n].extent))
 
     def _merged(self, index: sympy.Expr, first: int, last: int, coefficients: Mapping[sympy.Symbol, sympy.Expr]) -> sympy.Expr:
-        rest = index.xreplace({a.symbol: sympy.Integer(0) for a in self.axes[first : last + 1]})
-        return rest + coefficients[self.axes[last].symbol] * symbol(self._name(first, last))
+        rest: sympy.Expr = index.xreplace({a.symbol: sympy.Integer(0) for a in self.axes[first : last + 1]})  # type: ignore[assignment]
+        return sympy.Add(rest, coefficients[self.axes[last].symbol] * symbol(self._name(first, last)))  # type: ignore[return-value]
 
     def _name(self, first: int, last: int) -> str:
         return "_".join(a.name for a in self.axes[first : last + 1])
@@ -65,18 +65,16 @@ class Span:
         """The run over the flat point."""
         after = product(a.extent for a in self.axes[run.last + 1 :])
         own = product(a.extent for a in self.axes[run.first : run.last + 1])
-        point: sympy.Expr = FloorDiv(symbol(self.flat), sympy.sympify(after))
-        return point if run.first == 0 else Mod(point, sympy.sympify(own))
+        point = floordiv(symbol(self.flat), after)
+        return sympy.sympify(point if run.first == 0 else Mod(point, sympy.sympify(own)))  # type: ignore[return-value]
 
 
 def _coefficients(index: sympy.Expr, symbols: list[sympy.Symbol]) -> dict[sympy.Symbol, sympy.Expr]:
     """Symbol -> its coefficient; empty when the index is not linear in them."""
     index = sympy.expand(index)
-    found = {s: index.coeff(s) for s in symbols}
-    rest = sympy.expand(index - sum(c * s for s, c in found.items()))
-    linear = not rest.has(*symbols) if symbols else True
-    linear = linear and not any(c.has(*symbols) for c in found.values())
-    return found if linear else {}
+    found: dict[sympy.Symbol, sympy.Expr] = {s: index.coeff(s) for s in symbols}  # type: ignore[misc]
+    rest = sympy.expand(index - sympy.Add(*(c * s for s, c in found.items())))
+    return {} if symbols and any(e.has(*symbols) for e in (rest, *found.values())) else found
 
 
 def index_source(index: Dim, names: Mapping[str, str], may_be_negative: frozenset[str] = frozenset()) -> str:
@@ -88,7 +86,7 @@ def index_source(index: Dim, names: Mapping[str, str], may_be_negative: frozense
     if may_be_negative:
         expr = expr.xreplace({symbol(s): sympy.Symbol(names.get(s, s), integer=True) for s in may_be_negative})
     expr = expr.xreplace({symbol(s): symbol(t) for s, t in names.items() if s not in may_be_negative})
-    return to_source(dim(_floored(expr)), _FUNCTIONS)
+    return to_source(dim(_floored(expr)), _FUNCTIONS)  # type: ignore[arg-type]
 
 
 def _call(name: str) -> Callable[..., str]:
@@ -114,8 +112,8 @@ def _floored(expr: sympy.Expr) -> sympy.Expr:
         return expr
     args = [_floored(a) for a in expr.args]  # type: ignore[arg-type]
     if isinstance(expr, (FloorDiv, Mod)) and not expr.args[0].is_nonnegative:  # type: ignore[attr-defined]
-        return (_Floor if isinstance(expr, FloorDiv) else _Rest)(*args)
-    return expr.func(*args)
+        return (_Floor if isinstance(expr, FloorDiv) else _Rest)(*args)  # type: ignore[return-value]
+    return expr.func(*args)  # type: ignore[return-value]
 
 
 _FUNCTIONS: dict[type, Callable[..., str]] = {

@@ -11,6 +11,8 @@ always 0.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -102,19 +104,23 @@ def _opposite(rest: Scalar, b: Scalar) -> Scalar:
     return apply("ne", rest, 0) & apply("ne", rest < 0, b < 0)
 
 
-def _power(value: Apply) -> Scalar:
+def _pow(value: Apply) -> Scalar:
     """Small constant powers are products, as torch computes them."""
     a, b = value.args
-    if not isinstance(b, Const):
+    if not isinstance(b, Const) or b.value not in (2.0, 3.0):
         return value
-    if value.op == "pow":
-        return {2.0: lambda: a * a, 3.0: lambda: a * a * a}.get(float(b.value), lambda: value)()
-    if not 0 <= b.value <= _LARGEST_UNROLLED_POWER:
+    return a * a if b.value == 2.0 else a * a * a
+
+
+def _ipow(value: Apply) -> Scalar:
+    """Small constant powers are products; a negative power is the truncated 1 / a ** -b, which is 0 except for a = 1 and -1."""
+    a, b = value.args
+    if isinstance(b, Const) and 1 <= b.value <= _LARGEST_UNROLLED_POWER:
+        return functools.reduce(operator.mul, [a] * int(b.value))
+    if value.dtype in UNSIGNED or isinstance(b, Const) and b.value >= 0:
         return value
-    product: Scalar = lift(1, a.dtype)
-    for n in range(int(b.value)):
-        product = product * a if n else a
-    return product
+    sign = where(apply("eq", a, -1), 1 - 2 * (b & 1), 0)
+    return where(b < 0, where(apply("eq", a, 1), 1, sign), value)
 
 
 def _on_bool(op: str) -> Callable[[Apply], Scalar]:
@@ -122,13 +128,28 @@ def _on_bool(op: str) -> Callable[[Apply], Scalar]:
 
 
 def _cast(value: Apply) -> Scalar:
-    """A float becomes an unsigned integer by way of a signed one, so that negative values wrap as in torch."""
+    """A float becomes a small or unsigned integer by way of a wide signed one, so that values wrap as in torch."""
     (a,) = value.args
     if a.dtype == value.dtype:
         return a
-    if a.dtype.is_floating_point and value.dtype in UNSIGNED - {torch.bool}:
-        return replace(value, args=(cast(a, torch.int64),))
-    return value
+    if not a.dtype.is_floating_point or value.dtype.is_floating_point or value.dtype in (torch.bool, torch.int32, torch.int64):
+        return value
+    return replace(value, args=(cast(a, torch.int32 if value.dtype.itemsize < 4 else torch.int64),))
+
+
+def _shift(value: Apply) -> Scalar:
+    """Shifts by less than 0 or by the width and more are undefined in Triton; here they give 0, or the sign."""
+    a, b = value.args
+    width = 8 * value.dtype.itemsize
+    if isinstance(b, Const) and 0 <= b.value < width:
+        return value
+    gone = apply("shr", a, width - 1) if value.op == "shr" and value.dtype not in UNSIGNED else lift(0, value.dtype)
+    return where((b < 0) | (b >= width), gone, value)
+
+
+def _neg(value: Apply) -> Scalar:
+    """Triton before 3.9 negates as 0 - x, which loses the sign of zero."""
+    return value.args[0] * -1.0 if value.dtype.is_floating_point else value
 
 
 def _identity_on_unsigned(value: Apply) -> Scalar:
@@ -136,6 +157,7 @@ def _identity_on_unsigned(value: Apply) -> Scalar:
 
 
 _RULES: dict[str, Callable[[Apply], Scalar]] = {
-    "floordiv": _floordiv, "mod": _mod, "pow": _power, "ipow": _power, "cast": _cast, "abs": _identity_on_unsigned,
-    "max": _on_bool("or"), "min": _on_bool("and"), "fmax": _on_bool("or"), "fmin": _on_bool("and"), "mul": _on_bool("and"),
+    "floordiv": _floordiv, "mod": _mod, "pow": _pow, "ipow": _ipow, "cast": _cast, "neg": _neg, "shl": _shift, "shr": _shift,
+    "abs": _identity_on_unsigned, "max": _on_bool("or"), "min": _on_bool("and"), "fmax": _on_bool("or"), "fmin": _on_bool("and"),
+    "mul": _on_bool("and"),
 }  # fmt: skip

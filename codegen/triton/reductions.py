@@ -54,7 +54,7 @@ def _ipow(a, b):
     """a ** b on integers, b >= 0, by squaring; wraps like multiplication."""
     power = a
     result = a * 0 + 1
-    for bit in tl.static_range(b.dtype.primitive_bitwidth - 1):
+    for bit in range(b.dtype.primitive_bitwidth):
         result = tl.where((b >> bit) & 1 != 0, result * power, result)
         power = power * power
     return result

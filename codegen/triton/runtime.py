@@ -172,38 +172,10 @@ def run(
 # The interpreter evaluates blocks with numpy; it has no libdevice, for which torch stands in.
 
 _TORCH_NAMES = {"rint": "round"}
-_FUNCTIONS = [
-    "exp",
-    "exp2",
-    "expm1",
-    "log",
-    "log2",
-    "log10",
-    "log1p",
-    "sin",
-    "cos",
-    "tan",
-    "asin",
-    "acos",
-    "atan",
-    "atan2",
-    "sinh",
-    "cosh",
-    "tanh",
-    "asinh",
-    "acosh",
-    "atanh",
-    "erf",
-    "erfc",
-    "lgamma",
-    "pow",
-    "trunc",
-    "rint",
-    "copysign",
-    "nextafter",
-    "hypot",
-    "fmod",
-]
+_FUNCTIONS = (
+    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh",
+    "asinh", "acosh", "atanh", "erf", "erfc", "lgamma", "pow", "trunc", "rint", "copysign", "nextafter", "hypot", "fmod",
+)  # fmt: skip
 
 
 def _interpreted_function(name: str) -> Any:
@@ -213,10 +185,9 @@ def _interpreted_function(name: str) -> Any:
         block = next(a for a in args if isinstance(a, tl.tensor))
         values = [torch.from_numpy(np.array(a.handle.data if isinstance(a, tl.tensor) else a, block.handle.data.dtype)) for a in args]
         data = function(*values).numpy()
-        kind = (
-            tl.block_type(block.dtype, list(data.shape)) if any(a.type.is_block() for a in args if isinstance(a, tl.tensor)) else block.type
-        )
-        return tl.tensor(TensorHandle(data, block.dtype), kind)
+        blocks = any(a.type.is_block() for a in args if isinstance(a, tl.tensor))  # type: ignore[attr-defined]
+        kind = tl.block_type(block.dtype, list(data.shape)) if blocks else block.type
+        return tl.tensor(TensorHandle(data, block.dtype), kind)  # type: ignore[arg-type]
 
     return call
 

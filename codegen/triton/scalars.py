@@ -37,7 +37,7 @@ class Text(NamedTuple):
 
 
 _INFIX: dict[str, tuple[str, int]] = {
-    "add": ("+", SUM), "sub": ("-", SUM), "mul": ("*", PRODUCT), "div": ("/", PRODUCT), "truncdiv": ("//", PRODUCT),
+    "add": ("+", SUM), "sub": ("-", SUM), "mul": ("*", PRODUCT), "truncdiv": ("//", PRODUCT),
     "and": ("&", AND), "or": ("|", OR), "xor": ("^", XOR), "shl": ("<<", SHIFT), "shr": (">>", SHIFT),
     "eq": ("==", COMPARE), "ne": ("!=", COMPARE), "lt": ("<", COMPARE), "le": ("<=", COMPARE), "gt": (">", COMPARE), "ge": (">=", COMPARE),
 }  # fmt: skip
@@ -51,7 +51,7 @@ _LIBDEVICE = {
 }  # fmt: skip
 
 _CALLS: dict[str, str] = {name: f"libdevice.{function}" for name, function in _LIBDEVICE.items()} | {
-    "abs": "tl.abs", "floor": "tl.floor", "ceil": "tl.ceil", "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt", "fma": "tl.fma",
+    "abs": "tl.abs", "floor": "tl.floor", "ceil": "tl.ceil", "rsqrt": "tl.rsqrt", "fma": "tl.fma",
     "fmin": "tl.minimum", "fmax": "tl.maximum", "where": "tl.where", "ipow": "_ipow",
 }  # fmt: skip
 
@@ -124,6 +124,17 @@ def _signbit(value: Apply, args: Sequence[Text]) -> Text:
     return Text(f"{args[0].at(ATOM)}.to({bits}, bitcast=True) < 0", COMPARE)
 
 
+def _div(value: Apply, args: Sequence[Text]) -> Text:
+    """Triton's / is off by up to 2 ulp in float32."""
+    if value.dtype == torch.float32:
+        return Text(f"tl.div_rn({args[0].code}, {args[1].code})")
+    return Text(f"{args[0].at(PRODUCT)} / {args[1].at(PRODUCT + 1)}", PRODUCT)
+
+
+def _sqrt(value: Apply, args: Sequence[Text]) -> Text:
+    return Text(f"tl.{'sqrt_rn' if value.dtype == torch.float32 else 'sqrt'}({args[0].code})")
+
+
 def _fmod(value: Apply, args: Sequence[Text]) -> Text:
     """Triton's % is C's: exact on integers, but inexact for large quotients of floats."""
     if value.dtype.is_floating_point:
@@ -136,6 +147,8 @@ _SPECIAL: dict[str, Callable[[Apply, Sequence[Text]], Text]] = {
     "not": _prefix("~"),
     "min": _nan_propagating("tl.minimum"),
     "max": _nan_propagating("tl.maximum"),
+    "div": _div,
+    "sqrt": _sqrt,
     "fmod": _fmod,
     "cast": _cast,
     "bitcast": lambda value, args: Text(f"{args[0].at(ATOM)}.to({TYPES[value.dtype]}, bitcast=True)"),
@@ -148,6 +161,7 @@ PRINTED: frozenset[str] = frozenset(_INFIX) | frozenset(_CALLS) | frozenset(_SPE
 """Names of scalar operations with a Triton text; `legalize` removes the others."""
 
 
-def is_infix(op: str) -> bool:
+def is_infix(value: Apply) -> bool:
     """Operators give a literal operand the type of the other side; functions do not."""
-    return op in _INFIX or op in ("fmod",)
+    exact = value.op == "fmod" and not value.dtype.is_floating_point or value.op == "div" and value.dtype == torch.float64
+    return value.op in _INFIX or exact
