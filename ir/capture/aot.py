@@ -11,7 +11,8 @@ import torch.fx
 from ..errors import CaptureError
 from ..graph import Graph
 from .decompositions import decompositions
-from .fx import capture_fx
+from .fx import Binding, capture_fx
+from .origin import input_names
 
 CompiledGraph = Callable[[Sequence[Any]], Sequence[Any]]
 
@@ -25,15 +26,17 @@ def compile_fx(
 ) -> Callable[..., Any]:
     """A callable in place of `gm`, a Dynamo graph.
 
-    compile_graph gets each captured graph (inference, or forward and backward of training, named `<name>`, `<name>_forward`, `<name>_backward`)
-    and returns a function from the values of its inputs, in order, to those of its outputs. A graph that cannot be captured, or for which
+    compile_graph gets each captured graph (inference as `<name>`, training as `<name>_forward` and `<name>_backward`) and returns a
+    function from the values of its inputs, in order, to those of its outputs. A graph that cannot be captured, or for which
     compile_graph raises CaptureError, goes to on_failure with the reason, and is run by eager.
     """
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
+    binding = Binding(names=input_names(gm))
+
     def compiler(suffix: str) -> Callable[..., Any]:
-        return lambda fx_gm, inputs: _compiled(fx_gm, inputs, name + suffix, compile_graph, on_failure)
+        return lambda fx_gm, inputs: _compiled(fx_gm, inputs, name + suffix, binding, compile_graph, on_failure)
 
     backend = aot_autograd(
         fw_compiler=compiler("_forward"), bw_compiler=compiler("_backward"), inference_compiler=compiler(""),
@@ -46,13 +49,14 @@ def _compiled(
     gm: torch.fx.GraphModule,
     inputs: Sequence[Any],
     name: str,
+    binding: Binding,
     compile_graph: Callable[[Graph], CompiledGraph],
     on_failure: Callable[[CaptureError], None],
 ) -> Callable[..., Any]:
     from functorch.compile import make_boxed_func
 
     try:
-        captured = capture_fx(gm, inputs, name)
+        captured = capture_fx(gm, inputs, name, binding)
         run = compile_graph(captured.graph)
     except CaptureError as error:
         on_failure(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,36 +63,6 @@ class Signature:
         """The module's result from the graph's outputs."""
         leaves = [self.results[i] if n is None else outputs[n] for i, n in enumerate(self.outputs)]
         return pytree.tree_unflatten(leaves, self.out_spec)
-
-    def to_json(self) -> str:
-        return json.dumps({
-            "in_spec": pytree.treespec_dumps(self.in_spec), "out_spec": pytree.treespec_dumps(self.out_spec),
-            "inputs": self.inputs, "literals": sorted(self.literals.items()),
-            "outputs": self.outputs, "results": sorted(self.results.items()), "state": self.state,
-        })  # fmt: skip
-
-    @staticmethod
-    def from_json(text: str) -> Signature:
-        """Containers whose type this process does not know come back as tuples."""
-        saved = json.loads(text)
-        return Signature(
-            _load_spec(saved["in_spec"]), _load_spec(saved["out_spec"]), tuple(saved["inputs"]), dict(saved["literals"]),
-            tuple(saved["outputs"]), dict(saved["results"]), tuple(saved["state"]),
-        )  # fmt: skip
-
-
-def _load_spec(text: str) -> pytree.TreeSpec:
-    try:
-        return pytree.treespec_loads(text)
-    except (NotImplementedError, KeyError):
-        version, spec = json.loads(text)
-        return pytree.treespec_loads(json.dumps([version, _plain(spec)]))
-
-
-def _plain(spec: dict[str, Any]) -> dict[str, Any]:
-    children = [_plain(c) for c in spec["children_spec"]]
-    known = spec["type"] is None or str(spec["type"]).startswith(("builtins.", "collections."))
-    return {**spec, "children_spec": children} if known else {"type": "builtins.tuple", "context": "null", "children_spec": children}
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from ..errors import CaptureError, TypeInferenceError
 from ..graph import Data, Graph, Node, graph_input, lift, make_graph, order, visit
 from ..op import Category
 from ..ops import OPS
-from ..provenance import Provenance
 from ..types import NATIVE_DTYPES, ScalarType, TensorType, same_type
 from .call import Call, Converter, cast
 from .extern import extern, results, target_name
-from .origin import clean_path, identifier, provenance
+from .origin import identifier, input_hint, provenance, value_hint
 from .sizes import Sizes, contiguous_strides
 from .tables import EFFECT_FREE, NATIVE
 
@@ -39,12 +38,14 @@ class Binding:
 
     constants: placeholder or attribute -> the tensor behind it. ignored: placeholders nobody reads (literals of the call).
     last: placeholders that become the graph's last inputs. written: position of a return value -> the placeholder it is written to.
+    names: what the user calls the inputs, by the number AOTAutograd's descriptions give.
     """
 
     constants: Mapping[str, Data] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     last: frozenset[str] = frozenset()
     written: Mapping[int, str] = field(default_factory=dict)
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class _Walker:
         self.values[node] = self.placeholders[node] = made
 
     def _input(self, node: torch.fx.Node, value: Any) -> Node:
-        hint = identifier(clean_path(getattr(node.meta.get("desc"), "target", "") or str(node.target))) or "x"
+        hint = input_hint(node, self.binding.names)
         if isinstance(value, torch.Tensor):
             self._dense(node, value)
             return graph_input(hint, self.sizes.tensor_type(value), _uncommon_strides(value, self.sizes))
@@ -185,7 +186,7 @@ class _Walker:
             self._dense(node, leaf)
         call = Call(node, raw, tuple(self.sizes.tensor_type(v) for v in leaves), self.sizes)
         made = self._convert(call, NATIVE.get(name), args) or self._extern(call, args)
-        made = self._stamped(made, provenance(node), _hint(node))
+        made = self._stamped(made, node)
         self.values[node] = made[0] if isinstance(value, torch.Tensor) else self._structured(value, iter(made))
 
     def _structured(self, value: Any, leaves: Iterable[Node | None]) -> Any:
@@ -220,18 +221,18 @@ class _Walker:
 
     def _write(self, node: torch.fx.Node, raw: tuple[Any, ...]) -> None:
         value = self._value(raw[1], node)
-        self.values[raw[0]] = self.values[node] = self._written(self.placeholders[raw[0]], value, provenance(node))
+        self.values[raw[0]] = self.values[node] = self._written(self.placeholders[raw[0]], value, node)
 
     def _write_back(self, placeholder: str, value: torch.fx.Node) -> None:
         target = next(made for node, made in self.placeholders.items() if node.name == placeholder)
-        self._written(target, self.values[value], provenance(value))
+        self._written(target, self.values[value], value)
 
-    def _written(self, target: Node, value: Node, prov: Provenance) -> Node:
+    def _written(self, target: Node, value: Node, node: torch.fx.Node) -> Node:
         """`value` as the input's new contents: its dtype and shape, as copy_ has it."""
         moved = cast(value, target.tensor.dtype)
         if not same_type(moved.type, target.type):
             moved = OPS["expand"](moved, shape=target.shape)
-        (written,) = self._stamped([moved], prov, "")
+        (written,) = self._stamped([moved], node)
         assert written is not None
         self.writes[target] = written
         return written
@@ -251,8 +252,9 @@ class _Walker:
             return value.type.value
         return value
 
-    def _stamped(self, leaves: Sequence[Node | None], prov: Provenance, hint: str) -> list[Node | None]:
-        """The nodes just made under `leaves`, with their origin; the leaves get the hint."""
+    def _stamped(self, leaves: Sequence[Node | None], origin: torch.fx.Node) -> list[Node | None]:
+        """The nodes just made under `leaves`, with their origin; the leaves get a name."""
+        prov = provenance(origin)
         fresh: list[Node] = []
         seen: set[Node] = set()
         for leaf in leaves:
@@ -262,7 +264,7 @@ class _Walker:
         for node in fresh:
             inputs = tuple(new.get(n, n) for n in node.inputs)
             known = isinstance(node.type, ScalarType)
-            new[node] = node if known else replace(node, inputs=inputs, prov=prov, hint=hint if node in leaves else "")
+            new[node] = node if known else replace(node, inputs=inputs, prov=prov, hint=value_hint(origin, node) if node in leaves else "")
         self.made.update(new.values())
         return [None if leaf is None else new.get(leaf, leaf) for leaf in leaves]
 
@@ -376,10 +378,6 @@ def _viewed(node: Node) -> Node:
     while node.op.category is Category.VIEW:
         node = node.inputs[0]
     return node
-
-
-def _hint(node: torch.fx.Node) -> str:
-    return identifier(node.name.rstrip("0123456789").strip("_")) if node.name else ""
 
 
 def _bare(node: Node) -> tuple[Any, ...]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
 import torch.fx
 
+from ..graph import Node
+from ..op import Category
 from ..provenance import NOWHERE, Provenance
 
+_NAMED = (Category.CONTRACTION, Category.COMPOSITE, Category.GATHER)
+_LOCAL = re.compile(r"^[LG]\['([^']*)'\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _LIBRARY = ("/torch/", "<eval_with_key>", "<frozen ")
 _PATH_NOISE = (
@@ -48,6 +53,34 @@ def clean_path(path: str) -> str:
     for pattern, by in _PATH_NOISE:
         path = pattern.sub(by, path)
     return path.strip(".")
+
+
+def input_names(gm: torch.fx.GraphModule) -> tuple[str, ...]:
+    """What the user calls each input of a Dynamo graph: "fc.weight", "input_ids"; "" where Dynamo does not say."""
+    return tuple(_argument_name(node.meta.get("grapharg")) for node in gm.graph.nodes if node.op == "placeholder")
+
+
+def _argument_name(argument: Any) -> str:
+    name = getattr(getattr(argument, "source", None), "name", "")
+    path = name() if callable(name) else name
+    owned = any(kind in path for kind in ("_modules[", "_parameters[", "_buffers["))
+    return "" if "(" in path else clean_path(path if owned else _LOCAL.sub(r"\1", path))
+
+
+def input_hint(node: torch.fx.Node, names: Sequence[str]) -> str:
+    """The name of a placeholder: by AOTAutograd's description of it, else its own."""
+    description = node.meta.get("desc")
+    position = getattr(description, "idx", None) if type(description).__name__ == "PlainAOTInput" else None
+    known = names[position] if position is not None and position < len(names) else getattr(description, "target", "")
+    return identifier(clean_path(known or "")) or identifier(str(node.target)) or "x"
+
+
+def value_hint(node: torch.fx.Node, made: Node) -> str:
+    """The name of a value: the module's where the module is one op (a linear, a norm), else left to the op."""
+    if made.op.category not in _NAMED:
+        return ""
+    path = module_path(node.meta).split(".")
+    return identifier("_".join(path[-2:] if path[-1].isdigit() else path[-1:]))
 
 
 def identifier(text: str) -> str:
