@@ -6,8 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import sympy
+import torch
+
 from .graph import Data, Graph, Node, order, visit
 from .provenance import Provenance
+from .types import ScalarType
+
+_HASHABLE = (int, str, torch.dtype, sympy.Expr)
+"""Attributes that equal values identify, type for type; floats are not among them (NaN, -0.0)."""
 
 Rewrite = Callable[[Node, "tuple[Node, ...]"], "Node | None"]
 
@@ -34,7 +41,8 @@ def structural_key(node: Node) -> Any:
     if node.op.name == "input":
         return id(node)
     attrs = tuple((k, attr_key(v)) for k, v in node.attrs.items())
-    return (node.op.name, tuple(id(n) for n in node.inputs), attrs, str(node.type))
+    kind = str(node.type) if isinstance(node.type, ScalarType) else node.type
+    return (node.op.name, tuple(id(n) for n in node.inputs), attrs, kind)
 
 
 def attr_key(value: Any) -> Any:
@@ -43,6 +51,8 @@ def attr_key(value: Any) -> Any:
         return tuple(attr_key(v) for v in value)
     if isinstance(value, (Data, Graph, Node)):
         return id(value)
+    if isinstance(value, _HASHABLE):
+        return (type(value), value)
     return (type(value).__name__, repr(value))
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..ir.graph import Node, is_scalar
-from ..ir.types import Number, TensorType, category
+from ..ir.types import Number, TensorType, category, same_type
 from .base import Reason
-from .facts import fit, holds, is_float, is_integer, is_literal, literal, never_minus_zero, power_of_two, same_type
+from .facts import fit, holds, is_float, is_integer, is_literal, literal, never_minus_zero, power_of_two
 from .local import Outcome, Refusal, Rule, Site
 
 _FLIPPED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}

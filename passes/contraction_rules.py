@@ -42,6 +42,17 @@ def fold_leading_dims(node: Node, site: Site) -> Outcome:
     return site.make("reshape", site.make(node.op.name, x, w, *bias), shape=node.shape)
 
 
+def unfold_leading_dims(node: Node, site: Site) -> Outcome:
+    """reshape(linear(reshape(x, [b * s, k]), w), [b, s, n]) --> linear(reshape(x, [b, s, k]), w)"""
+    (linear,) = node.inputs
+    if linear.op.name != "linear" or linear.tensor.rank != 2 or linear.inputs[0].op.name != "reshape":
+        return None
+    if node.tensor.rank < 3 or not same(node.shape[-1], linear.shape[-1]) or not site.single(linear):
+        return None
+    flat, *weights = linear.inputs
+    return site.make("linear", site.make("reshape", flat, shape=(*node.shape[:-1], flat.shape[-1])), *weights)
+
+
 def fold_batch_dims(node: Node, site: Site) -> Outcome:
     """matmul(reshape(a: [b, h, m, k], [b * h, m, k]), reshape(b: [b, h, k, n], ...)) --> reshape(matmul(a, b), [b * h, m, n])"""
     if any(i.op.name != "reshape" or i.tensor.rank != 3 or not _keeps_matrix(i) for i in node.inputs):
@@ -93,4 +104,5 @@ CONTRACTION_RULES: dict[str, tuple[Rule, ...]] = {
     "matmul": (matmul_by_weight, fold_leading_dims, fold_batch_dims),
     "linear": (fold_leading_dims,),
     "add": (bias_into_linear,),
+    "reshape": (unfold_leading_dims,),
 }

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import torch
 
-from ..ir.dims import Dim, dim, product, same
+from ..ir.dims import Dim, same
 from ..ir.graph import Node
-from ..ir.types import Number, ScalarType, TensorType, Type, category, same_type
+from ..ir.types import Number, ScalarType, TensorType, Type, category
 from .local import Site
 
 
@@ -103,16 +103,3 @@ def never_minus_zero(node: Node) -> bool:
     if node.op.name == "cast":
         return not is_float(node.inputs[0])
     return node.op.name == "add" and any(never_minus_zero(i) for i in node.inputs if isinstance(i.type, TensorType))
-
-
-def row_major(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """Strides, in elements, of a contiguous tensor."""
-    return tuple(product(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def length(start: Dim, stop: Dim) -> Dim:
-    return dim(stop - start)
-
-
-__all__ = ["fit", "holds", "is_float", "is_integer", "is_literal", "length", "literal", "never_minus_zero", "power_of_two", "row_major",
-           "same_shape", "same_type"]  # fmt: skip

@@ -216,7 +216,7 @@ def _absorbed(linear: Node, bare: Node, maker: ConstantMaker) -> Node:
     weight = value_of(w)
     gain, *shift = (value_of(p) for p in norm.inputs[1:])
     assert weight is not None and gain is not None
-    made = [maker.derived([w], "scaled", lambda v: (v.double() * gain.double()).to(v.dtype), linear.prov)]
+    made = [maker.derived([w], "scaled", lambda v: v * gain, linear.prov)]  # one rounding, as in float64
     offset = weight.double() @ shift[0].double() if shift and shift[0] is not None else None
     base = value_of(bias[0]) if bias else None
     total = offset if base is None else base.double() if offset is None else base.double() + offset

@@ -31,6 +31,7 @@ class Site:
         self.node = graph.outputs[0] if graph.outputs else None
         self.label = ""
         self.made: set[Node] = set()
+        self.followed: set[Node] = set()
 
     def make(self, op: str, *operands: Any, **attrs: Any) -> Node:
         """A node of that op in place of the one being rewritten; it inherits its provenance."""
@@ -39,8 +40,15 @@ class Site:
         self.made.add(node)
         return node
 
+    def follow(self, node: Node, inputs: tuple[Node, ...]) -> None:
+        """`inputs` stand for the operands of the old `node` from now on; their readers are those of all that they stand for."""
+        for old, new in zip(node.inputs, inputs):
+            if new is not old and old not in self.followed:
+                self.followed.add(old)
+                self.uses[new] = self.uses.get(new, 0) + self.uses[old]
+
     def single(self, node: Node) -> bool:
-        """Exactly one reader. False for a value made in this very round: it is looked at again in the next one."""
+        """Exactly one reader. False for a value made by the rule before this one: it is looked at again in the next round."""
         return self.uses.get(node) == 1
 
     def shared(self, node: Node) -> bool:
@@ -87,6 +95,7 @@ class _Sweep:
         self.last = ""
 
     def __call__(self, node: Node, inputs: tuple[Node, ...]) -> Node | None:
+        self.site.follow(node, inputs)
         current = node if inputs == node.inputs else node.with_inputs(inputs)
         for _ in range(_MAX_STEPS):
             made = self._step(current)

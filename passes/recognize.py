@@ -13,9 +13,10 @@ from ..ir.dims import dim, same
 from ..ir.graph import Graph, Node
 from ..ir.ops import OPS
 from ..ir.rules import Match, Pat, Refusal, Rule, Tracer, Var, apply_rules, pat
+from ..ir.types import same_type
 from .attention_rules import ATTENTION_RULES
 from .base import Notes, Pass, Reason
-from .facts import literal, same_shape, same_type
+from .facts import literal, same_shape
 
 Answer = Union[bool, Refusal]
 

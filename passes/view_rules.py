@@ -7,7 +7,7 @@ from typing import Any
 from ..ir.dims import dim, same
 from ..ir.graph import Node
 from ..ir.types import same_type
-from .facts import fit, row_major, same_shape
+from .facts import fit, same_shape
 from .local import Outcome, Rule, Site
 
 
@@ -196,17 +196,12 @@ def pad_nothing(node: Node, site: Site) -> Outcome:
     return node.inputs[0] if all(same(p, 0) for p in (*node.attrs["low"], *node.attrs["high"])) else None
 
 
-def layout_row_major(node: Node, site: Site) -> Outcome:
-    """layout(x, strides of a contiguous tensor) --> x: that is how values lie anyway"""
-    if node.attrs["own"]:
-        return None
-    return node.inputs[0] if same_shape(node.attrs["strides"], row_major(node.shape)) else None
-
-
 def layout_of_layout(node: Node, site: Site) -> Outcome:
     """layout(layout(x, s), t) --> layout(x, t)"""
     (x,) = node.inputs
-    return site.make("layout", x.inputs[0], **node.attrs) if x.op.name == "layout" else None
+    if x.op.name != "layout":
+        return None
+    return site.make("layout", x.inputs[0], strides=node.attrs["strides"], own=node.attrs["own"] or x.attrs["own"])
 
 
 def strided_identity(node: Node, site: Site) -> Outcome:
@@ -229,6 +224,6 @@ VIEW_RULES: dict[str, tuple[Rule, ...]] = {
     "select": (canonical_dims, select_of_slice, slice_of_cat, select_of_expand, view_of_full),
     "cat": (canonical_dims, cat_parts, cat_of_slices),
     "pad": (pad_nothing,),
-    "layout": (layout_row_major, layout_of_layout),
+    "layout": (layout_of_layout,),
     "as_strided": (strided_identity,),
 }
