@@ -50,8 +50,8 @@ class Provenance:
 
 _SOURCE = re.compile(r"[^\s,<>\"=]+:\d+")
 _MODULE = re.compile(r"[^\s,<>\"=]+")
-_RULE = re.compile(r"[^\s<>\"]+")
-_ENTRY = re.compile(r"(source|module|rule)=(\"(?:[^\"\\]|\\.)*\")|<([^\s<>\"]+)>|([^\s,<>\"=]+)")
+_RULE = re.compile(r"[^\s<>\"]+(?: [^\s<>\"]+)*")
+_ENTRY = re.compile(r"(source|module|rule)=(\"(?:[^\"\\]|\\.)*\")|<([^<>\"]+)>|([^\s,<>\"=]+)")
 NOWHERE = Provenance()
 
 

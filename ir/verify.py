@@ -23,17 +23,15 @@ Objection = Callable[[Node], "str | None"]
 
 @dataclass(frozen=True)
 class Legal:
-    """What may stand in a graph at a stage: ops of these categories, and ops by name; never those in `without`, nor what is objected to."""
+    """What may stand in a graph at a stage: ops of these categories but those in `without`, and nothing that is objected to."""
 
     where: str
     categories: frozenset[Category]
-    ops: frozenset[str] = frozenset()
     without: frozenset[str] = frozenset()
     objections: tuple[Objection, ...] = ()
 
     def allows(self, node: Node) -> bool:
-        name = node.op.name
-        return name in self.ops or (node.op.category in self.categories and name not in self.without)
+        return node.op.category in self.categories and node.op.name not in self.without
 
 
 def _no_change(node: Node) -> str | None:
@@ -47,23 +45,17 @@ def _inner_layout(node: Node) -> str | None:
 
 _EVERYTHING = frozenset(Category)
 _UNFUSED = frozenset({"region"})
+_SCHEDULED = frozenset({"attention"})
+"""Composites that code generation schedules as one library call."""
+_COMPOSITES = frozenset(op.name for op in OPS.values() if op.category is Category.COMPOSITE) - _SCHEDULED
 
 LEGAL: Mapping[Stage, Legal] = {
     Stage.CAPTURED: Legal("in a captured graph", _EVERYTHING, without=_UNFUSED),
     Stage.CANONICAL: Legal("in a canonical graph", _EVERYTHING, without=_UNFUSED, objections=(_no_change, _inner_layout)),
     Stage.PLANNED: Legal("in a planned graph", _EVERYTHING, without=_UNFUSED, objections=(_no_change, _inner_layout)),
-    # what code generation schedules by itself, one library call or one alias each; everything else lives inside a region
-    Stage.FUSED: Legal(
-        "in a fused graph, outside regions",
-        frozenset({Category.VIEW, Category.CONTRACTION, Category.EXTERN}),
-        ops=frozenset({
-            "input", "scalar", "constant", "region", "item",
-            "attention",
-            "embedding", "gather", "index", "scatter", "index_put", "slice_scatter", "cache_update", "cat", "pad",
-            "cumsum", "cumprod",
-        }),
-    ),
-}  # fmt: skip
+    # beside regions: library calls, views, and what can be no kernel and runs by its eager meaning; composites are expanded by now
+    Stage.FUSED: Legal("in a fused graph", _EVERYTHING, without=_COMPOSITES, objections=(_inner_layout,)),
+}
 
 BODY = Legal("inside a region", _EVERYTHING, without=_UNFUSED)
 
