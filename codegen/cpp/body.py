@@ -13,7 +13,7 @@ import torch
 from ...ir.dims import symbol
 from ...ir.scalar import Apply, Const, Scalar
 from ..kernel import Kernel, Load, Position, Reduce, Scan, Store, operands
-from .expressions import ADD, COMPARE, NARROW, PRIMARY, STORAGE, Text, apply_text, const_text, index_text, literal, wrap
+from .expressions import ADD, CALLS, COMPARE, NARROW, PRIMARY, STORAGE, Text, apply_text, const_text, index_text, literal, wrap
 from .lanes import LaneAnalysis, stride_along
 from .plan import cone
 
@@ -21,15 +21,17 @@ MAX_INLINE = 90  # characters of an expression before it gets a variable
 
 # what vec.h, C++ and the printed frame call something else
 RESERVED = frozenset(
-    "L u begin end threads tile vec bf16 half load load_if store gather gather_if scatter select mask splat iota offsets as bits recast rounded any all"
-    " each each4 parallel next first elem lanes fold join low high map inf nan least greatest Row Sum Prod Max Min Any All ArgMax ArgMin"
-    " add_ exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan atan2 sinh cosh tanh asinh acosh atanh erf erfc lgamma pow ipow fma"
-    " copysign nextafter hypot isnan isinf signbit abs min max fmin fmax floor ceil trunc round sqrt rsqrt mod fmod floordiv truncdiv"
-    " auto bool break case char class const continue default delete do double else enum export extern false float for goto if inline int"
-    " long mutable namespace new operator private protected public register return short signed sizeof static struct switch template this"
-    " throw true try typedef typename union unsigned using virtual void volatile while xor or and not int8_t int16_t int32_t int64_t"
-    " uint8_t uint16_t uint32_t uint64_t index remove main asm".split()
-)  # fmt: skip
+    re.findall(
+        r"\w+",
+        """
+    L u begin end threads tile vec bf16 half load load_if store gather gather_if scatter select mask splat iota offsets as bits recast
+    rounded any all each each4 parallel next first elem lanes fold join low high map inf nan least greatest Row Sum Prod Max Min Any All
+    ArgMax ArgMin auto bool break case char class const continue default delete do double else enum export extern false float for goto if
+    inline int long mutable namespace new operator private protected public register return short signed sizeof static struct switch
+    template this throw true try typedef typename union unsigned using virtual void volatile while xor or and not index remove main asm
+    y0 y1 yn j0 j1 jn""",
+    )
+) | CALLS | frozenset(STORAGE.values())  # fmt: skip
 
 
 class Names:

@@ -30,10 +30,11 @@ BINARY: dict[str, tuple[str, int]] = {
 COMPARE: dict[str, tuple[str, int]] = {
     "eq": ("==", EQUAL), "ne": ("!=", EQUAL), "lt": ("<", RELATION), "le": ("<=", RELATION), "gt": (">", RELATION), "ge": (">=", RELATION),
 }  # fmt: skip
-CALLS: frozenset[str] = frozenset(
-    "floordiv truncdiv mod fmod abs min max fmin fmax floor ceil trunc round sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan"
-    " asin acos atan atan2 sinh cosh tanh asinh acosh atanh erf erfc lgamma pow ipow fma copysign nextafter hypot isnan isinf signbit".split()
-)
+CALLS: frozenset[str] = frozenset({
+    "floordiv", "truncdiv", "mod", "fmod", "abs", "min", "max", "fmin", "fmax", "floor", "ceil", "trunc", "round", "sqrt", "rsqrt",
+    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh",
+    "asinh", "acosh", "atanh", "erf", "erfc", "lgamma", "pow", "ipow", "fma", "copysign", "nextafter", "hypot", "isnan", "isinf", "signbit",
+})  # fmt: skip
 INTEGRAL_IDENTITY = frozenset({"floor", "ceil", "trunc", "round"})
 
 Text = tuple[str, int]  # an expression and its precedence
@@ -115,7 +116,7 @@ def _comparison(op: str, kind: torch.dtype, args: list[Text]) -> Text:
     sign, precedence = COMPARE[op]
     if kind == torch.bool and op not in ("eq", "ne"):
         return _bool_order(op, *(wrap(a, UNARY) for a in args))
-    elif kind == torch.bool:
+    if kind == torch.bool:
         return (f"{'!' if op == 'eq' else ''}({wrap(args[0], UNARY)} ^ {wrap(args[1], UNARY)})", UNARY)
     return (f"mask({wrap(args[0], precedence + 1)} {sign} {wrap(args[1], precedence + 1)})", PRIMARY)
 
@@ -165,7 +166,7 @@ def index_text(expr: Dim, names: Mapping[str, str], vectors: bool = False) -> Te
         return _sum_text(expr, names, vectors)
     args = [index_text(a, names, vectors) for a in expr.args]  # type: ignore[arg-type]
     if expr.is_Mul:
-        return ("*".join(wrap(a, MULTIPLY) for a in args), MULTIPLY)
+        return ("*".join(wrap(a, UNARY) for a in args), MULTIPLY)
     if expr.is_Pow:
         return ("*".join([wrap(args[0], UNARY)] * int(expr.args[1])), MULTIPLY)  # type: ignore[call-overload]
     if isinstance(expr, (FloorDiv, Mod)):

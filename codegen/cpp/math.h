@@ -87,15 +87,14 @@ template <class A, class B> INLINE auto fmod(A a, B b) {
   else if constexpr (is_float<elem<A>>) return map([](double x, double y) { return __builtin_fmod(x, y); }, a, b);
   else return map([](auto x, auto y) { return decltype(x)(y == decltype(y)(-1) && y < 0 ? 0 : x % y); }, a, b);
 }
+template <class R, class B> INLINE auto signs_differ(R r, B b) { return mask(r != 0) & (signbit(r) ^ signbit(splat<lanes<R>>(b))); }
 template <class A, class B> INLINE auto mod(A a, B b) {  // sign of b
   auto r = fmod(a, b);
-  if constexpr (is_float<elem<A>>) return select(mask(r != 0) & (signbit(r) ^ signbit(b)), r + b, r);
-  else return as<elem<A>>(select(mask(r != 0) & mask((r < 0) ^ (b < 0)), as<elem<A>>(r + b), r));
+  return select(signs_differ(r, b), as<elem<A>>(r + b), r);
 }
 template <class A, class B> INLINE auto floordiv(A a, B b) {
   auto q = truncdiv(a, b);
-  auto r = fmod(a, b);
-  return as<elem<A>>(select(mask(r != 0) & mask((r < 0) ^ (b < 0)), as<elem<A>>(q - 1), q));
+  return select(signs_differ(fmod(a, b), b), as<elem<A>>(q - elem<A>(1)), q);
 }
 template <class A, class B> INLINE auto ipow(A a, B b) {
   return map([](auto x, auto n) {

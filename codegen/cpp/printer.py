@@ -1,4 +1,4 @@
-"""Kernels as C++ functions: `print_kernel(kernel, schedule)` for one, `print_unit` for a file of them.
+"""Kernels as C++ functions: `print_kernel(kernel, schedule)`.
 
     // add_softmax: softmax(x + y)    model.py:12
     void add_softmax(const float* x, const float* y, float* out, int threads)
@@ -10,31 +10,33 @@ Loops are `each<16, 1>(0, n, [&]<int L>(int64_t r) LANES {...})`: the body is wr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
 
-import sympy
 import torch
 
 from ...ir.dims import Dim, floordiv, product
 from ...ir.scalar import Const, Scalar
-from ..kernel import Axis, Kernel, Load, Reduce, Scan, Store, free_axes, operands, scalars
+from ..kernel import Axis, Kernel, Reduce, Scan, free_axes, operands, scalars
 from .body import Body, Names, Scope, row_index
-from .expressions import MULTIPLY, STORAGE, index_text, wrap
+from .expressions import MULTIPLY, PRIMARY, STORAGE, index_text, wrap
 from .lanes import LaneAnalysis, stride_along
 from .plan import Phase, cone, index_axes, keep_rows, operation_cost, phase_roots, plan_block
 from .schedule import Schedule
 
-ACCUMULATORS = {"sum": "Sum", "prod": "Prod", "max": "Max", "min": "Min", "any": "Any", "all": "All", "argmax": "ArgMax", "argmin": "ArgMin"}
+ACCUMULATORS = {
+    "sum": "Sum",
+    "prod": "Prod",
+    "max": "Max",
+    "min": "Min",
+    "any": "Any",
+    "all": "All",
+    "argmax": "ArgMax",
+    "argmin": "ArgMin",
+}
 WORK_PER_THREAD = 1 << 15  # cycles a thread must have to be worth waking
 STACK_BYTES = 1 << 16  # row buffers beyond this come from the heap
 CHEAP_BODY = 40  # cycles per vector below which a reduction waits for its own additions
-
-
-def print_unit(functions: Iterable[str]) -> str:
-    """A translation unit of printed kernels."""
-    body = "\n".join(functions)
-    return f'#include "vec.h"\nusing namespace tile;\n\nextern "C" {{\n\n{body}\n}}\n'
 
 
 def print_kernel(kernel: Kernel, schedule: Schedule) -> str:
@@ -195,7 +197,9 @@ class KernelPrinter:
             return []
         stack = total <= STACK_BYTES
         return [
-            f"alignas(64) {kind} {name}[{max(size, 1)}];" if stack and isinstance(size, int) else f"Row<{kind}> {name}({index_text(size, {})[0]});"
+            f"alignas(64) {kind} {name}[{max(size, 1)}];"
+            if stack and isinstance(size, int)
+            else f"Row<{kind}> {name}({index_text(size, {})[0]});"
             for kind, name, size in declarations
         ]
 
@@ -212,18 +216,21 @@ class KernelPrinter:
     def phase(self, phase: Phase, scope: Scope) -> None:
         nests: dict[tuple[str, ...], Phase] = {}
         for reduce in phase.reduces:
-            nests.setdefault(self.loop_order(frozenset(reduce.axes)), Phase()).reduces.append(reduce)
+            nests.setdefault(self.loop_order(frozenset(reduce.axes), reduce.value, scope), Phase()).reduces.append(reduce)
         for store in phase.stores:
             axes = (self.free[store.value] | index_axes(self.kernel, store.index)) - scope.bound
-            nests.setdefault(self.loop_order(axes), Phase()).stores.append(store)
+            nests.setdefault(self.loop_order(axes, store.value, scope), Phase()).stores.append(store)
         for axes, items in nests.items():
             if axes:
                 self.nest(axes, items, scope)
             else:
                 self.statements(items, scope)
 
-    def loop_order(self, axes: frozenset[str]) -> tuple[str, ...]:
-        return tuple(n for n in self.schedule.order if n in axes)
+    def loop_order(self, axes: frozenset[str], root: Scalar, scope: Scope) -> tuple[str, ...]:
+        """The schedule's order, but axes that a reduction under the root needs again come inside the others."""
+        again = {a for v in cone([root], scope.texts) if isinstance(v, Reduce) for a in v.axes}
+        order = [n for n in self.schedule.order if n in axes]
+        return tuple(sorted(order, key=lambda n: (n == self.schedule.vector, n in again)))
 
     def statements(self, items: Phase, scope: Scope) -> None:
         self.body.emit([s.value for s in items.stores], scope)
@@ -233,6 +240,7 @@ class KernelPrinter:
     def nest(self, axes: tuple[str, ...], items: Phase, scope: Scope) -> None:
         """The loops over `axes` that serve the items, and the results of its reductions after them."""
         roots = phase_roots(items)
+        outside, scope = scope, self.unbind(axes, scope)
         self.hoist(roots, scope)
         vectorised = self.schedule.vector in axes
         cycles = sum(operation_cost(v) for v in cone(roots, scope.texts) if not isinstance(v, Reduce))
@@ -247,7 +255,17 @@ class KernelPrinter:
         for reduce, (acc, final) in zip(items.reduces, results):
             name = self.names.fresh(self.names.hint(reduce))
             self.line(f"const auto {name} = {acc}.{final}();")
-            scope.texts[reduce] = (name, 16)
+            outside.texts[reduce] = (name, PRIMARY)
+
+    def unbind(self, axes: tuple[str, ...], scope: Scope) -> Scope:
+        """The scope for loops over axes of which some are bound outside already: what depends on those is computed anew."""
+        again = scope.bound & set(axes)
+        if not again:
+            return scope
+        if scope.lanes == "L" and self.schedule.vector in again:
+            raise NotImplementedError("a reduction over the vector axis inside a loop over that axis")
+        texts = {v: t for v, t in scope.texts.items() if not self.free[v] & again}
+        return replace(scope, bound=scope.bound - again, texts=texts)
 
     def loop(self, name: str, deeper: tuple[str, ...], ways: int, roots: list[Scalar], scope: Scope) -> Scope:
         """Opens the loop over one axis and computes what depends on no deeper one; returns the scope inside."""
@@ -264,15 +282,20 @@ class KernelPrinter:
             self.open(f"for (int64_t {name} = 0; {name} < {size}; {name}++)")
             inside = scope.inner([name])
         if deeper:
+            self.nested_blocks(roots, inside)
             self.hoist(roots, inside)
         return inside
+
+    def nested_blocks(self, roots: list[Scalar], scope: Scope) -> None:
+        """Computes the reductions under the roots that depend only on what is bound here."""
+        block = plan_block(self.kernel, self.free, scope.bound, [], roots, set(scope.texts))
+        for phase in block.phases:
+            self.phase(phase, scope)
 
     def innermost(self, items: Phase, accumulators: list[str], scope: Scope) -> None:
         """The body of the innermost loop. Reductions over deeper axes become blocks of their own first."""
         roots = phase_roots(items)
-        nested = plan_block(self.kernel, self.free, scope.bound, items.stores, [r.value for r in items.reduces], set(scope.texts))
-        for phase in nested.phases[:-1] if items.stores else nested.phases:
-            self.phase(Phase(phase.reduces, []), scope)
+        self.nested_blocks(roots, scope)
         self.body.emit(roots, scope)
         for reduce, acc in zip(items.reduces, accumulators):
             self.accumulate(reduce, acc, scope)
@@ -343,3 +366,9 @@ class KernelPrinter:
             running = self.names.fresh(value.op)
             self.line(f"vec<{kind}, {lanes}> {running} = splat<{lanes}>({kind}({start}));")
             self.body.scans[value] = running
+
+
+def _row_declaration(kind: str, name: str, size: Dim, stack: bool) -> str:
+    if stack and isinstance(size, int):
+        return f"alignas(64) {kind} {name}[{max(size, 1)}];"
+    return f"Row<{kind}> {name}({index_text(size, {})[0]});"

@@ -1,6 +1,6 @@
 // Accumulators of generated kernels (included by vec.h).
 //
-// An accumulator of T with L lanes takes vectors of L values (add(v)) and, in the tail of a loop, single ones; `u` names one of Ways
+// An accumulator of T with L lanes takes vectors of L values (add(v)) and, in the tail of a loop, narrower ones; `u` names one of Ways
 // independent chains, so that a loop need not wait for the previous addition. value() is the reduction over everything, lanewise() keeps
 // the lanes apart (each lane is a point of its own).
 #pragma once
@@ -14,8 +14,7 @@ template <class T, int L, int Ways = 1> struct Sum {
   int count = 0;
   template <class V> INLINE void add(V v, int u = 0) {
     if constexpr (lanes<V> != L) {
-      static_assert(lanes<V> == 1);
-      tail += v;
+      tail += fold([](auto a, auto b) { return a + b; }, v);
     } else {
       near[u] += v;
       if (u == 0 && ++count == 128) flush();
@@ -38,7 +37,7 @@ template <class F, class T, int L, int Ways = 1> struct Fold {
     for (int u = 0; u < Ways; u++) best[u] = splat<L>(tail);
   }
   template <class V> INLINE void add(V v, int u = 0) {
-    if constexpr (lanes<V> != L) tail = F::combine(tail, T(v));
+    if constexpr (lanes<V> != L) tail = F::combine(tail, T(fold([](auto a, auto b) { return F::combine(a, b); }, v)));
     else best[u] = F::combine(best[u], v);
   }
   INLINE void merge(Fold& other) { best[0] = F::combine(best[0], other.lanewise()), tail = F::combine(tail, other.tail); }
@@ -97,8 +96,10 @@ template <int Sign, class T, int L> struct ArgBest {
     return mask(i >= 0) & (mask(j < 0) | wins | (ties & mask(i < j)));
   }
   template <class V> INLINE void add(V v, vec<int64_t, lanes<V>> i) {
-    if constexpr (lanes<V> != L) take(v, i, tail_best, tail_at);
-    else take(v, i, best, at);
+    if constexpr (lanes<V> == L) take(v, i, best, at);
+    else if constexpr (lanes<V> == 1) take(T(v), i, tail_best, tail_at);
+    else
+      for (int l = 0; l < lanes<V>; l++) take(T(v[l]), int64_t(i[l]), tail_best, tail_at);
   }
   template <class V, class I> static INLINE void take(V v, I i, V& b, I& j) {
     auto m = better(v, i, b, j);
