@@ -23,7 +23,10 @@ class Arena:
         found = self._frames.get(sizes)
         if found is not None:
             return found
-        need = nbytes(*sizes)
+        with torch.inference_mode(False), torch.no_grad():  # memory that calls in any mode may write
+            return self._new_frame(sizes, nbytes(*sizes), prepare)
+
+    def _new_frame(self, sizes: tuple[int, ...], need: int, prepare: Callable[..., Frame]) -> Frame:
         if need > self._memory.numel():
             self._frames.clear()
             self._memory = torch.empty(need, dtype=torch.uint8, device=self._memory.device)

@@ -185,6 +185,8 @@ def _emit_results(host: Host) -> tuple[list[str], set[str]]:
             results.append(host.operand(node))
             continue
         value = host.values[node]
+        if node.op.name not in ("input", "layout"):  # what lies otherwise than row-major in eager has a `layout`
+            value = host.dense(value)
         lasting = value.scope is not Scope.CALL
         host.line(f"{value.name}", reads=[value]) if lasting else None
         results.append(f"{value.name}.clone()" if lasting else value.name)
@@ -213,7 +215,7 @@ def _runs(graph: Graph, built: Built) -> tuple[list[Fallback], list[LibraryCall]
         flops, moved = cost(graph, node)
         if node.op.name == "region":
             unit = built.units[node]
-            if unit.compiled is None:
+            if unit.reason:
                 count = len(covered(node.attrs["body"]))
                 fallbacks.append(Fallback(node.attrs["label"] or "region", node.prov.source, unit.reason, count, flops, moved))
         elif is_library_call(node):

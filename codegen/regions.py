@@ -42,7 +42,7 @@ class KernelInfo:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one distinct region became: a compiled kernel, or the reason why there is none."""
+    """What one distinct region became: a compiled kernel, or the reason why there is none (no reason: nothing to compute)."""
 
     kernel: Kernel | None
     compiled: Compiled | None
@@ -89,6 +89,8 @@ def region_key(body: Graph) -> Any:
 def _lower(index: int, nodes: Sequence[Node], targets: Mapping[str, Target]) -> Kernel | str:
     """The kernel of a region, or the reason why there is none."""
     device = device_type(nodes[0])
+    if _empty(nodes[0]):
+        return ""
     if device not in targets:
         return f"no code generation for {device}"
     from .lower import LoweringError, lower
@@ -169,21 +171,22 @@ def cost(graph: Graph, node: Node) -> tuple[int, int]:
 
 def emit_region(host: Host, node: Node, unit: Unit, targets: Mapping[str, Target]) -> None:
     """A call of the region's kernel, or its ops one by one."""
-    if unit.compiled is None:
-        _emit_ops(host, node)
-    else:
+    if unit.compiled is not None:
         _emit_kernel(host, node, unit.compiled, targets[device_type(node)].native)
+    elif _empty(node):
+        _results(host, node)
+    else:
+        _emit_ops(host, node)
 
 
-def _result_types(node: Node) -> tuple[TensorType, ...]:
-    return node.type if isinstance(node.type, tuple) else (node.tensor,)
+def _empty(region: Node) -> bool:
+    """Whether its results are known to have no elements."""
+    return all(n.tensor.numel == 0 for n in region.attrs["body"].outputs)
 
 
 def _emit_kernel(host: Host, node: Node, compiled: Compiled, native: bool) -> None:
     operands = [_operand(host, node, i) for i in _read(node, compiled.kernel)]
     results = _results(host, node)
-    if all(t.numel == 0 for t in _result_types(node)):
-        return
     buffers = [*operands, *results]
     shown = [host.address(v) if native else v.name for v in buffers]
     function = host.bind(compiled.kernel.name, compiled.launch)

@@ -85,7 +85,8 @@ def _contiguity(kernel: Kernel, free: dict[Scalar, frozenset[str]], axis: Axis) 
     for index, axes, indirect in accesses:
         if axis.name not in axes:
             continue
-        weight = _points(rank[name].extent for name in axes) / _points(a.extent for a in kernel.axes)
+        everything = max(_points(a.extent for a in kernel.axes), 1)  # an empty reduction has no points
+        weight = _points(rank[name].extent for name in axes) / everything
         step = stride_along(index, axis.symbol, 4)
         contiguous = step == 1 or (step == 0 and indirect)
         score += weight * (1.0 if contiguous else 0.5 if step == 0 else -0.5)
