@@ -11,13 +11,13 @@ from typing import ClassVar
 from ..ir import ops
 from ..ir.analysis.points import Obstacle, Refusal
 from ..ir.analysis.primitives import EXPANDED, expanded
-from ..ir.graph import Graph, Node, Stage, lift
+from ..ir.graph import Graph, Node, Stage, graph_input, lift, scalar_value
 from ..ir.op import Category
 from ..ir.rewrite import remap
 from .base import Notes, Pass, Reason
 from .fusion_cost import Price
 from .fusion_regions import Builder, Region, connect, inside_order, loose_sizes, merge, waits
-from .fusion_units import Units, find_units
+from .fusion_units import FILLS, Units, find_units
 
 MAX_SIBLINGS = 8
 """Readers of one value that are tried against each other: a value with more is small or shared by whole layers."""
@@ -169,7 +169,7 @@ class _Partition:
                     continue
                 if a.price is None or b.price is None:
                     outside = (a if a.price is None else b).members[0]
-                    if outside.op.category is not Category.CONSTANT:
+                    if self.units.barriers[outside] is None and outside.op.category is not Category.CONSTANT:
                         yield a, b, Refusal(Obstacle.LIBRARY_CALL, outside, outside.op.name)
                     continue
                 yield a, b, self.refused.get((a, b)) or self.refused.get((b, a)) or Refusal(Obstacle.CYCLE, b.members[0])
@@ -189,15 +189,17 @@ def _assemble(units: Units, partition: _Partition) -> Graph:
     graph = units.graph
     new: dict[Node, Node] = {n: n for n in graph.inputs}
     for region in partition.regions():
-        if region.price is None:
-            node = region.members[0]
-            if node not in new:
-                new[node] = _moved(node, new)
-        else:
+        if region.price is not None or region.members[0].op.category in _INSIDE_ONLY:
             _emit(region, partition.builder, new)
+        else:
+            _resolve(region.members[0], new)
     for root in graph.roots:
         _resolve(root, new)
     return remap(graph, new, stage=Stage.FUSED)
+
+
+_INSIDE_ONLY = frozenset({Category.POINTWISE, Category.REDUCTION, Category.SCAN})
+"""What stands only in regions: one that cannot be a kernel is run by its op's eager meaning, and is listed with the reason."""
 
 
 def _emit(region: Region, builder: Builder, new: dict[Node, Node]) -> None:
@@ -230,5 +232,15 @@ def _resolve(node: Node, new: dict[Node, Node]) -> Node:
 
 
 def _moved(node: Node, new: dict[Node, Node]) -> Node:
-    inputs = tuple(_resolve(i, new) for i in node.inputs)
+    """The node on its new operands; a fill that is needed as a value of its own is a kernel."""
+    if node.op.name in FILLS:
+        return _fill(node)
+    inputs = tuple(new[i] for i in node.inputs)
     return node if inputs == node.inputs else node.with_inputs(inputs)
+
+
+def _fill(node: Node) -> Node:
+    sizes = [graph_input(s.name, lift(s).type) for s in loose_sizes((node,), ())]  # type: ignore[attr-defined]
+    body = Graph("region", tuple(sizes), (node,))
+    operands = [lift(scalar_value(s)) for s in sizes]
+    return ops.op("region")(*operands, body=body, label=node.op.name, hint=node.hint, prov=node.prov.with_rule(FuseRegions.name))

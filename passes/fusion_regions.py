@@ -63,21 +63,27 @@ class Builder:
         return False
 
     def needed(self, members: Iterable[Node]) -> tuple[list[Node], list[Node]]:
-        """(nodes of the body: members and transparent nodes, in order; the values it reads from outside)."""
-        inside = set(members)
-        outside: set[Node] = set()
-        stack = list(inside)
-        seen = set(inside)
+        """(nodes of the body: members and transparent nodes; the values it reads from outside), both in the order members read them.
+
+        That order depends on nothing outside, so that equal layers give equal bodies although they share masks and numbers.
+        """
+        members = inside_order(members, self.position)
+        inside: list[Node] = []
+        outside: dict[Node, None] = {}
+        seen: set[Node] = set()
+        own = set(members)
+        stack = [(n, False) for n in reversed(members)]
         while stack:
-            for operand in stack.pop().inputs:
-                if operand in seen or operand in outside:
-                    continue
-                if operand in self.units.transparent:
-                    seen.add(operand)
-                    stack.append(operand)
-                else:
-                    outside.add(operand)
-        return inside_order(seen, self.position), inside_order(outside, self.position)
+            node, ready = stack.pop()
+            if ready:
+                inside.append(node)
+            elif node not in seen and (node in own or node in self.units.transparent):
+                seen.add(node)
+                stack.append((node, True))
+                stack.extend((i, False) for i in reversed(node.inputs))
+            elif node not in seen:
+                outside[node] = None
+        return inside, list(outside)
 
     def key(self, members: Iterable[Node]) -> Any:
         """Equal for bodies that compute the same from different values."""

@@ -82,7 +82,9 @@ def _computes(node: Node) -> bool:
 
 
 def _refusal(node: Node) -> Refusal | None:
-    """Why a node that could be fused by its kind cannot by its types."""
+    """Why a node that could be fused by its kind cannot by its types or layout."""
+    if node.op.name == "as_strided":
+        return Refusal(Obstacle.LAYOUT, node, f"strides {list(node.attrs['of'])} of {node.inputs[0].type}")
     if not _computes(node):
         return None
     try:

@@ -29,6 +29,9 @@ from .points import (
 MAX_POINTS = 4000
 """A region with more values than this is refused: it would compile slowly and spill."""
 
+REDUCERS = frozenset({"sum", "prod", "amax", "amin", "any", "all", "argmax", "argmin"})
+"""Reductions that a kernel has; the others are expanded into them first."""
+
 Mask = tuple[Point, ...]
 
 
@@ -181,6 +184,8 @@ def _reduction(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
     x = node.inputs[0]
     dims = reduced_dims(node)
     shape = dims_of(x)
+    if node.op.name not in REDUCERS:
+        raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, f"{node.op.name} of {x.type}")
     if puller.depends_on_inner(index):
         raise Refusal(Obstacle.TILED_AXIS, node, f"{node.op.name} over dimension {dims} of {x.type}")
     mask = _without_inner(puller, node, index, mask)

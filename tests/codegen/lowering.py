@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-
 from tilewright.codegen.kernel import Kernel
 from tilewright.codegen.lower import lower
 from tilewright.codegen.reference import run

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from lowering import check, graph_of
-
 from tilewright.codegen.kernel import Load, Reduce, scalars
 from tilewright.codegen.lower import LoweringError, lower
 from tilewright.ir import ops

@@ -1,0 +1,433 @@
+"""fuse-regions: which kernels it makes, what it refuses and why, and that the graph means the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tilewright.codegen.lower import lower
+from tilewright.ir import ops
+from tilewright.ir.dims import hint
+from tilewright.ir.graph import Stage, make_graph, order
+from tilewright.ir.interpret import interpret
+from tilewright.ir.text import parse
+from tilewright.ir.types import TensorType
+from tilewright.ir.verify import verify
+from tilewright.passes.base import Notes, Reason
+from tilewright.passes.fuse_regions import FuseRegions
+
+
+def fused(text, notes=None, **options):
+    """The fused graph of a text; it must verify, mean the same, and each region must be a kernel unless it is one op refused."""
+    graph = parse(text)
+    after = FuseRegions(**options).run(graph, notes)
+    assert after.stage is Stage.FUSED
+    verify(after)
+    same(graph, after)
+    return after
+
+
+def value(kind, symbols):
+    if not isinstance(kind, TensorType):
+        return hint(kind.value, symbols, 5)
+    shape = [hint(d, symbols, 5) for d in kind.shape]
+    generator = torch.Generator().manual_seed(len(shape))
+    if kind.dtype == torch.bool:
+        return torch.rand(shape, generator=generator) > 0.5
+    if kind.dtype.is_complex:
+        return torch.randn(shape, generator=generator, dtype=kind.dtype)
+    if not kind.dtype.is_floating_point:
+        return torch.randint(1, 4, shape, generator=generator, dtype=kind.dtype)
+    return torch.randn(shape, generator=generator).to(kind.dtype)
+
+
+def same(before, after):
+    xs = [value(i.type, before.symbols) for i in before.inputs]
+    copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in xs]
+    for a, b in zip((*interpret(before, xs, torch.float64), *xs), (*interpret(after, copies, torch.float64), *copies)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def kernels(graph):
+    return [n.attrs["label"] for n in order(graph) if n.op.name == "region"]
+
+
+def bodies(graph):
+    return [n.attrs["body"] for n in order(graph) if n.op.name == "region"]
+
+
+def reasons(notes):
+    return {(d.what, d.reason) for d in notes.declined}
+
+
+# -- what becomes one kernel
+
+
+def test_residual_and_norm_around_a_linear():
+    after = fused("""
+        graph g(x: f32[4, 8], w: f32[8, 8], r: f32[4, 8]) stage canonical {
+          h = linear(x, w)
+          a = add(h, r)
+          y = layer_norm(a, axes=1)
+          return y
+        }""")
+    assert [n.op.name for n in order(after)] == ["input", "input", "input", "linear", "region"]
+    assert kernels(after) == ["add+layer_norm"]
+    kernel = lower(bodies(after)[0], "k")
+    assert [(a.extent, a.inner) for a in kernel.axes] == [(4, False), (8, True)]
+
+
+def test_a_chain_of_row_operations_is_one_kernel():
+    after = fused(
+        """
+        graph g(x: f32[4096, 1024], w: f32[1024], b: f32[1024], r: f32[4096, 1024]) stage canonical {
+          n = layer_norm(x, w, b, axes=1)
+          g = gelu(n)
+          a = add(g, r)
+          y = softmax(a, dim=-1)
+          return y
+        }""".replace("4096", "64")
+    )
+    assert kernels(after) == ["layer_norm+gelu+add+softmax"]
+
+
+def test_an_intermediate_with_other_readers_is_a_second_output():
+    after = fused("""
+        graph g(x: f32[4, 8], w: f32[8, 8]) stage canonical {
+          a = exp(x)
+          n = softmax(a, dim=1)
+          h = linear(a, w)
+          return n, h
+        }""")
+    assert len(bodies(after)) == 1 and len(bodies(after)[0].outputs) == 2
+
+
+def test_siblings_share_a_read():
+    after = fused("""
+        graph g(x: f32[64, 64]) stage canonical {
+          a = exp(x)
+          b = sin(x)
+          return a, b
+        }""")
+    assert len(bodies(after)) == 1
+
+
+def test_views_between_dissolve_and_views_after_stay_outside():
+    after = fused("""
+        graph g(x: f32[4, 6]) stage canonical {
+          a = exp(x)
+          p = permute(a, dims=(1, 0))
+          c = sin(p)
+          q = reshape(c, shape=(3, 8))
+          return q
+        }""")
+    assert [n.op.name for n in order(after)] == ["input", "region", "reshape"]
+
+
+def test_columns_rows_and_everything():
+    after = fused("""
+        graph g(g: f32[6, 4, 8], x: f32[6, 4, 8]) stage canonical {
+          d = mul(g, x)
+          b = sum(d, dims=(0, 1))
+          return d, b
+        }""")
+    assert len(kernels(after)) == 1
+    after = fused("""
+        graph g(x: f32[2, 3, 4, 4]) stage canonical {
+          m = mean(x, dims=(0, 2, 3), keepdim=True)
+          v = var(x, dims=(0, 2, 3), keepdim=True, correction=0.0)
+          c = sub(x, m)
+          s = rsqrt(v)
+          y = mul(c, s)
+          return y
+        }""")
+    assert len(kernels(after)) == 1
+
+
+def test_a_cheap_mask_is_recomputed_by_each_reader():
+    after = fused("""
+        graph g(x: f32[2, 8, 8], y: f32[2, 8, 8], w: f32[8, 8]) stage canonical {
+          i = iota(length=8)
+          r = reshape(i, shape=(8, 1))
+          m = ge(r, i)
+          a = where(m, x, -1.0)
+          h = linear(a, w)
+          b = where(m, h, y)
+          return b
+        }""")
+    assert len(bodies(after)) == 2
+    assert all("iota" in [n.op.name for n in order(b)] for b in bodies(after))
+
+
+def test_an_expensive_mask_is_made_once():
+    after = fused("""
+        graph g(x: f32[64, 64], y: f32[64, 64], w: f32[64, 64]) stage canonical {
+          i = iota(length=64)
+          r = reshape(i, shape=(64, 1))
+          d = sub(r, i)
+          f = cast(d, dtype=f32)
+          e = exp(f)
+          s = sin(e)
+          a = mul(s, x)
+          h = linear(a, w)
+          b = mul(s, h)
+          return b
+        }""")
+    assert sum("exp" in [n.op.name for n in order(b)] for b in bodies(after)) == 1
+
+
+def test_a_mask_for_a_library_call_is_a_kernel():
+    after = fused("""
+        graph g(q: f32[2, 8, 4], k: f32[2, 8, 4]) stage canonical {
+          i = iota(length=8)
+          r = reshape(i, shape=(8, 1))
+          m = ge(r, i)
+          a = attention(q, k, k, m, scale=0.5)
+          return a
+        }""")
+    assert kernels(after) == ["ge"]
+
+
+def test_fills_that_are_values_are_kernels():
+    after = fused("""
+        graph g(x: f32[s, 4]) where s in 2..9 stage canonical {
+          z = full(shape=(s, 4), value=0.0, dtype=f32)
+          i = iota(length=s)
+          return z, i
+        }""")
+    assert kernels(after) == ["full", "iota"]
+    for body in bodies(after):
+        assert not lower(body, "k").inputs
+
+
+def test_sizes_reach_bodies_that_cannot_see_them():
+    after = fused("""
+        graph g(x: f32[b, s, 4], w: f32[6, 4]) where b in 2..9, s in 2..9 stage canonical {
+          f = reshape(x, shape=(b*s, 4))
+          h = linear(f, w)
+          u = reshape(h, shape=(b, s, 6))
+          m = mean(u, dims=(1,))
+          return m
+        }""")
+    body = bodies(after)[0]
+    assert [str(i.type) for i in body.inputs[1:]] == ["int=b", "int=s"]
+    assert lower(body, "k").sizes == ("b", "s")
+
+
+def test_equal_layers_share_one_body():
+    x = ops.op("input")(type=TensorType(torch.float32, (4, 8)), strides=None, hint="x")
+    y, weights = x, []
+    for k in range(6):
+        w = ops.op("input")(type=TensorType(torch.float32, (8, 8)), strides=None, hint=f"w{k}")
+        weights.append(w)
+        y = ops.layer_norm(ops.add(y, ops.gelu(ops.linear(y, w))))
+    graph = make_graph("g", [x, *weights], [y], stage=Stage.CANONICAL)
+    after = FuseRegions().run(graph)
+    same(graph, after)
+    assert len(bodies(after)) == 6 and len(set(bodies(after))) == 1
+
+
+def test_copies_for_library_calls():
+    after = fused("""
+        graph g(a: f32[3, 8], b: f32[2, 8], w: f32[4, 8]) stage canonical {
+          c = cat(a, b, dim=0)
+          f = flip(c, dims=(0,))
+          h = linear(f, w)
+          return h
+        }""")
+    assert len(bodies(after)) == 1
+
+
+def test_written_back_values_are_results():
+    after = fused("""
+        graph g(x: f32[4], m: f32[4]) stage canonical {
+          a = mul(m, 0.9)
+          b = add(a, x)
+          c = exp(b)
+          write m = b
+          return c
+        }""")
+    assert len(bodies(after)) == 1 and len(after.writes) == 1
+
+
+def test_zero_sizes_and_scalars():
+    fused("""
+        graph g(x: f32[0, 4], y: f32[], z: f32[3, 0]) stage canonical {
+          a = softmax(x, dim=1)
+          b = mul(a, y)
+          c = sum(z, dims=(1,))
+          d = add(c, y)
+          return b, d
+        }""")
+
+
+# -- refused, because ...
+
+
+def declined(text, **options):
+    notes = Notes()
+    fused(text, notes, **options)
+    return {d.reason for d in notes.declined}
+
+
+def test_refused_because_a_reduction_crosses_a_tiled_axis():
+    assert Reason.TILED_AXIS in declined("""
+        graph g(x: f32[64, 64]) stage canonical {
+          a = softmax(x, dim=1)
+          b = sum(a, dims=(0,), keepdim=True)
+          return b
+        }""")
+
+
+def test_refused_because_spaces_differ():
+    assert Reason.DIFFERENT_SPACE in declined("""
+        graph g(x: f32[64, 64], y: f32[64, 64, 32]) stage canonical {
+          a = exp(x)
+          s = sum(a, dims=(1,))
+          t = sum(y, dims=(1, 2))
+          b = add(s, t)
+          return b
+        }""")
+
+
+def test_refused_because_recomputing_costs_more():
+    assert Reason.RECOMPUTE in declined(
+        """
+        graph g(x: f32[4096, 1], w: f32[4096, 4096]) stage canonical {
+          a = erf(x)
+          b = exp(a)
+          c = tanh(b)
+          t = permute(c, dims=(1, 0))
+          y = add(t, w)
+          return y
+        }""".replace("4096", "512")
+    )
+
+
+def test_refused_because_of_a_cycle():
+    assert Reason.CYCLE in declined("""
+        graph g(x: f32[8, 8], w: f32[8, 8]) stage canonical {
+          a = exp(x)
+          h = linear(a, w)
+          b = add(a, h)
+          return b
+        }""")
+
+
+def test_refused_because_it_grows_too_large():
+    assert Reason.TOO_LARGE in declined(
+        """
+        graph g(x: f32[8, 8]) stage canonical {
+          a = exp(x)
+          b = sin(a)
+          c = cos(b)
+          d = tanh(c)
+          return d
+        }""",
+        max_values=3,
+    )
+
+
+def test_refused_because_of_a_library_call():
+    assert Reason.LIBRARY_CALL in declined("""
+        graph g(x: f32[8, 8], w: f32[8, 8]) stage canonical {
+          h = linear(x, w)
+          a = exp(h)
+          return a
+        }""")
+
+
+def test_refused_because_of_the_dtype():
+    assert declined("""
+        graph g(x: c64[8], y: c64[8]) stage canonical {
+          a = cat(x, y, dim=0)
+          return a
+        }""") == {Reason.UNSUPPORTED_DTYPE}
+
+
+def test_refused_because_an_integer_divisor_is_unknown():
+    notes = Notes()
+    after = fused(
+        """
+        graph g(x: i64[8], y: i64[8]) stage canonical {
+          a = add(x, 1)
+          b = floor_divide(a, y)
+          c = add(b, 1)
+          return c
+        }""",
+        notes,
+    )
+    assert Reason.RUNTIME_INTEGER_DIVISION in {d.reason for d in notes.declined}
+    assert len(kernels(after)) == 3
+
+
+def test_refused_because_a_layout_has_no_index():
+    assert Reason.LAYOUT in declined("""
+        graph g(x: f32[4, 3]) stage canonical {
+          a = exp(x)
+          b = as_strided(a, shape=(3, 4), strides=(1, 8), of=(8, 1))
+          c = exp(b)
+          return c
+        }""")
+
+
+def test_refused_because_there_is_no_scalar_form():
+    assert Reason.NOT_EXPRESSIBLE in declined("""
+        graph g(x: f32[s, 4]) where s in 2..9 stage canonical {
+          v = var(x, dims=(0,), correction=0.5)
+          b = exp(v)
+          return b
+        }""")
+
+
+def test_kernels_are_noted_with_what_they_save():
+    notes = Notes()
+    fused(
+        """
+        graph g(x: f32[64, 64]) stage canonical {
+          a = exp(x)
+          b = sin(a)
+          return b
+        }""",
+        notes,
+    )
+    assert [(a.what, a.bytes_saved) for a in notes.applied] == [("exp+sin", 2 * 64 * 64 * 4)]
+
+
+def test_random_graphs_mean_the_same():
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+    @hypothesis.given(st.lists(st.tuples(st.integers(0, 13), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
+    def check(steps):
+        shape = (3, 4, 2)
+        values = [
+            ops.op("input")(type=TensorType(torch.float32, s), strides=None, hint=f"x{k}") for k, s in enumerate((shape, shape, (2,)))
+        ]
+        inputs = list(values)
+        for kind, a, b in steps:
+            values.append(grown(kind, values[a % len(values)], values[b % len(values)], shape))
+        graph = make_graph("g", inputs, values[-3:], stage=Stage.CANONICAL)
+        after = FuseRegions().run(graph)
+        verify(after)
+        same(graph, after)
+        for body in bodies(after):
+            lower(body, "k")
+
+    check()
+
+
+def grown(kind, a, b, shape):
+    """One more value of a random graph, of full shape."""
+    full = a if tuple(a.shape) == shape else ops.expand(a, shape=shape)
+    other = b if tuple(b.shape) == shape else ops.expand(b, shape=shape)
+    turned = ops.reshape(ops.permute(full, dims=(2, 0, 1)), shape=shape)
+    made = [
+        lambda: ops.add(full, b), lambda: ops.mul(full, other), lambda: ops.tanh(full), lambda: ops.softmax(full, dim=-1),
+        lambda: ops.softmax(full, dim=0), lambda: ops.sub(full, ops.mean(other, dims=(1,), keepdim=True)), lambda: turned,
+        lambda: ops.cumsum(full, dim=1), lambda: ops.add(full, ops.amax(other)), lambda: ops.layer_norm(full, axes=2),
+        lambda: ops.slice(ops.cat(full, other, dim=0), dim=0, start=1, stop=4), lambda: ops.flip(full, dims=(1,)),
+        lambda: ops.exp(ops.neg(ops.abs(full))),
+        lambda: ops.where(ops.gt(full, other), full, ops.sum(full, dims=(2,), keepdim=True)),
+    ]  # fmt: skip
+    return made[kind]()
