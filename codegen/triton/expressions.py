@@ -27,6 +27,7 @@ from .schedule import Schedule
 _INLINE_LENGTH = 72
 _RESERVED = {"tl", "triton", "libdevice"} | set(keyword.kwlist) | set(dir(builtins))
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
+_POSITIONS = {"argmax", "argmin"}
 _METHODS = {"cast", "bitcast", "signbit", "ipow"}
 _WORDS = {
     "add": "added", "sub": "difference", "mul": "scaled", "div": "ratio", "neg": "negated", "where": "chosen", "cast": "converted",
@@ -117,7 +118,7 @@ class Expressions:
         if isinstance(value, Load):
             return value.buffer
         if isinstance(value, Reduce):
-            return reducer(value).word
+            return "position" if value.op in _POSITIONS else reducer(value).word
         if isinstance(value, Position):
             return "position"
         op: str = value.op  # type: ignore[attr-defined]
@@ -265,7 +266,7 @@ class Expressions:
 
     def _reduce(self, value: Reduce) -> Text:
         how = reducer(value)
-        if value.op in ("argmax", "argmin"):
+        if value.op in _POSITIONS:
             block = self._block(value.value, how.dtype, value.axes, how.identity, full=True)
             return self._reduce_pair(value, how, block.code, self._flat_position(value))
         code = self._block(value.value, how.dtype, value.axes, how.identity).code
@@ -290,7 +291,7 @@ class Expressions:
 
     def _reduce_pair(self, value: Reduce, how: Reducer, block: str, position: str) -> Text:
         """Value and position are reduced together; the position is the result."""
-        names = self._name(how.word), self._name("position")
+        names = self._name(how.word), self._name("at")
         scope = self._scope(self._free[value])
         for dimension in reversed(self.layout.along(value.axes)):
             reduced = how.over(f"({block}, {position})", self.layout.position(dimension), self.layout.rank > 1)
@@ -306,7 +307,7 @@ class Expressions:
         shape, body = self.layout.shape, self.body
         block = self._block(value.value, how.dtype, value.axes, how.identity)
         self.outer.lines.append(f"{name} = tl.full({shape}, {how.identity.code}, {TYPES[how.dtype]})")
-        if value.op not in ("argmax", "argmin"):
+        if value.op not in _POSITIONS:
             body.lines.append(how.combined(name, block))
             return [name]
         position = self._name("position")

@@ -80,6 +80,8 @@ class _Printer:
     def _prologue(self) -> None:
         """The points of this program, and the inner points of a persistent block."""
         lines = self.expressions.outer.lines
+        if self.schedule.wide:  # Triton passes what fits as 32 bits, and the product of two such sizes may not
+            lines.extend(f"{size} = tl.cast({size}, tl.int64)" for size in self.kernel.sizes)
         cast = ".to(tl.int64)" if self.schedule.wide else ""
         points = self.layout.points
         if points is None and self.kernel.grid:

@@ -171,10 +171,10 @@ def run(
 
 # The interpreter evaluates blocks with numpy; it has no libdevice, for which torch stands in.
 
-_TORCH_NAMES = {"rint": "round"}
+_TORCH_NAMES = {"nearbyint": "round"}
 _FUNCTIONS = (
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh",
-    "asinh", "acosh", "atanh", "erf", "erfc", "lgamma", "pow", "trunc", "rint", "copysign", "nextafter", "hypot", "fmod",
+    "asinh", "acosh", "atanh", "erf", "erfc", "lgamma", "pow", "trunc", "nearbyint", "copysign", "nextafter", "hypot", "fmod",
 )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ _LIBDEVICE = {
     "exp": "exp", "exp2": "exp2", "expm1": "expm1", "log": "log", "log2": "log2", "log10": "log10", "log1p": "log1p",
     "sin": "sin", "cos": "cos", "tan": "tan", "asin": "asin", "acos": "acos", "atan": "atan", "atan2": "atan2",
     "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "asinh": "asinh", "acosh": "acosh", "atanh": "atanh",
-    "erf": "erf", "erfc": "erfc", "lgamma": "lgamma", "pow": "pow", "trunc": "trunc", "round": "rint",
+    "erf": "erf", "erfc": "erfc", "lgamma": "lgamma", "pow": "pow", "trunc": "trunc", "round": "nearbyint",
     "copysign": "copysign", "nextafter": "nextafter", "hypot": "hypot",
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton_kernels import OLD_INTERPRETER
 
 pytest.importorskip("triton")
 
@@ -91,6 +92,8 @@ def graph_of(*outputs: Node, symbols: Any = None) -> Graph:
 
 @pytest.mark.parametrize("op", CATALOGUE, ids=lambda op: op.name)
 def test_op(op: Any) -> None:
+    if OLD_INTERPRETER and op.name in ("fmin", "fmax", "bitwise_not"):
+        pytest.skip("the interpreter is wrong")
     for dtype in DTYPES:
         values = operands(op, dtype)
         built = node(op, dtype, len(values[0]))
@@ -161,6 +164,8 @@ MIXES = ("softmax", "log_softmax_rows", "layer_norm", "rms_norm", "gelu", "bias_
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
 @pytest.mark.parametrize("name", MIXES)
 def test_mix(name: str, symbolic: bool) -> None:
+    if OLD_INTERPRETER and symbolic:
+        pytest.skip("the interpreter cannot loop up to a size")
     rows: Any = N if symbolic else 5
     x, w = graph_input("x", TensorType(torch.float32, (rows, 22))), graph_input("y", TensorType(torch.float32, (22,)))
     graph = graph_of(*_mix(name, x, w), symbols={"n": SymbolRange(1, 1 << 20)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 
 import torch
 from tilewright.codegen.kernel import Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store
@@ -13,6 +14,10 @@ from tilewright.ir.scalar import Const, Scalar, apply, cast, lift, where
 F32, F64, BF16, F16, I64, I32, U8, BOOL = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)  # fmt: skip
 i, j, r, s, n, m = (symbol(x) for x in "ijrsnm")
+
+
+# The interpreter of older releases drops the wrong NaN in fmin and fmax, cannot invert uint8, nor loop up to a size under a recent numpy
+OLD_INTERPRETER = tuple(int(n) for n in version("triton").split(".")[:2]) < (3, 9)
 
 
 @dataclass(frozen=True)
