@@ -15,7 +15,7 @@ from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason
 from .facts import literal
 from .local import describe
-from .weights import ConstantMaker, plain, source_name, static
+from .weights import ConstantMaker, plain, source_name, static, value_of
 
 _GENERATED = frozenset({"full", "iota"})
 _FOLDED = frozenset({Category.POINTWISE, Category.REDUCTION, Category.SCAN, Category.GATHER, Category.CONTRACTION, Category.COMPOSITE})
@@ -78,7 +78,7 @@ class FoldConstants(Pass):
     def _refused(self, node: Node) -> Reason | None:
         """Why the result must not be stored."""
         size = int(node.tensor.nbytes)
-        stored = [i for i in node.inputs if i.op.name == "constant"]
+        stored = [i for i in node.inputs if not is_scalar(i) and i.op.name not in _GENERATED]
         if not stored:
             return Reason.MEMORY if size > self.generated else None
         return Reason.MEMORY if size > sum(int(i.tensor.nbytes) for i in stored) + self.allowance else None
@@ -90,11 +90,13 @@ def _known(node: Node) -> bool:
         return True
     if node.op.name in _GENERATED:
         return all(plain(v) for v in node.attrs.values())
-    return node.op.name == "constant" and node.attrs["data"].value is not None
+    return value_of(node) is not None
 
 
 def _value(node: Node) -> Any:
-    return literal(node) if is_scalar(node) else node.op.eager(**node.attrs)
+    if is_scalar(node):
+        return literal(node)
+    return node.op.eager(**node.attrs) if node.op.name in _GENERATED else value_of(node)
 
 
 def _one(node: Node, value: Any) -> Any:
@@ -103,7 +105,7 @@ def _one(node: Node, value: Any) -> Any:
 
 
 def _name(node: Node) -> str:
-    first = next((i for i in node.inputs if i.op.name == "constant"), None)
+    first = next((i for i in node.inputs if value_of(i) is not None), None)
     return source_name(first) if first else node.hint or "folded"
 
 

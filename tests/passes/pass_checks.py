@@ -24,9 +24,10 @@ def body(signature: str, *lines: str) -> str:
     return "\n".join([f"graph g({signature}) {{", *lines[:-1], f"return {lines[-1]}", "}"])
 
 
-def assert_becomes(after: Graph, expected: str) -> None:
+def assert_becomes(after: Graph, expected: str | Graph) -> None:
     """Same structure as the text: ops, operands, attributes, types; constants by name."""
-    wanted = parse(expected)
+    wanted = parse(expected) if isinstance(expected, str) else expected
+    assert [str(n.type) for n in after.inputs] == [str(n.type) for n in wanted.inputs]
     pairs = dict(zip(after.inputs, wanted.inputs, strict=True))
     assert len(after.outputs) == len(wanted.outputs)
     fine = all(_equal(a, b, pairs) for a, b in zip(after.outputs, wanted.outputs))
