@@ -11,11 +11,11 @@ Loops are `each<16, 1>(0, n, [&]<int L>(int64_t r) LANES {...})`: the body is wr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from ...ir.dims import Dim, floordiv, product
+from ...ir.dims import Dim, floordiv, product, symbol
 from ...ir.scalar import Const, Scalar
 from ..kernel import Axis, Kernel, Reduce, Scan, free_axes, operands, scalars
 from .body import Body, Names, Scope, row_index
@@ -36,6 +36,7 @@ ACCUMULATORS = {
 }
 WORK_PER_THREAD = 1 << 15  # cycles a thread must have to be worth waking
 STACK_BYTES = 1 << 16  # row buffers beyond this come from the heap
+PARTS = 64  # of a loop that threads share
 CHEAP_BODY = 40  # cycles per vector below which a reduction waits for its own additions
 
 
@@ -46,6 +47,15 @@ def print_kernel(kernel: Kernel, schedule: Schedule) -> str:
     reason for what it has no text for.
     """
     return KernelPrinter(kernel, schedule).text()
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """A C++ accumulator: its type, its variable, and the method that gives the result."""
+
+    kind: str
+    name: str
+    final: str
 
 
 class KernelPrinter:
@@ -61,6 +71,7 @@ class KernelPrinter:
         self.body = Body(kernel, self.analysis, self.names, self.line)
         self.lines: list[str] = []
         self.depth = 0
+        self.shared: tuple[str, str, str, str] | None = None  # axis whose loop the threads share, its bounds in this part, the part
 
     # ---- text
 
@@ -111,7 +122,20 @@ class KernelPrinter:
             self.phases(block.phases, scope.inner([lane_axis.name], "L"))
             self.close("});")
 
-        self.parallel(loops, rows, point)
+        if self.schedule.split:
+            self.serial(loops, rows, point)
+        else:
+            self.parallel(loops, rows, point)
+
+    def serial(self, loops: list[tuple[str, Dim]], rows: list[str], body: Callable[[], None]) -> None:
+        """A grid of few points: the threads share the loops inside each point instead."""
+        for row in rows:
+            self.line(row)
+        for name, extent in loops:
+            self.open(f"for (int64_t {name} = 0; {name} < {index_text(extent, {})[0]}; {name}++)")
+        body()
+        for _ in loops:
+            self.close()
 
     def chunk_range(self, axis: Axis, chunk: str) -> tuple[str, str]:
         extent = index_text(axis.extent, {})[0]
@@ -246,16 +270,50 @@ class KernelPrinter:
         cycles = sum(operation_cost(v) for v in cone(roots, scope.texts) if not isinstance(v, Reduce))
         ways = self.schedule.ways if vectorised and not items.stores and cycles < CHEAP_BODY else 1
         results = [self.accumulator(r, vectorised, ways, scope) for r in items.reduces]
+        split = self.schedule.split and not self.shared
+        if split:
+            self.begin_parts(axes[0], cycles, results)
         inside = scope.inner(())
         for position, name in enumerate(axes):
             inside = self.loop(name, axes[position + 1 :], ways, roots, inside)
-        self.innermost(items, [acc for acc, _ in results], inside)
+        self.innermost(items, [r.name for r in results], inside)
         for name in reversed(axes):
             self.close("});" if name == self.schedule.vector else "}")
-        for reduce, (acc, final) in zip(items.reduces, results):
+        if split:
+            self.end_parts(results)
+        for reduce, result in zip(items.reduces, results):
             name = self.names.fresh(self.names.hint(reduce))
-            self.line(f"const auto {name} = {acc}.{final}();")
+            self.line(f"const auto {name} = {result.name}.{result.final}();")
             outside.texts[reduce] = (name, PRIMARY)
+
+    def begin_parts(self, axis: str, cycles: float, results: list[Accumulator]) -> None:
+        """Threads share the loop over `axis` in parts whose number does not depend on the threads, so neither does the result."""
+        for result in results:
+            self.line(f"{result.kind} {result.name}_parts[{PARTS}];")
+        extent = self.axes[axis].extent
+        points = index_text(product(a.extent for a in self.kernel.inner), {})
+        grain = f"{int(PARTS * WORK_PER_THREAD * self.schedule.lanes / (cycles + 1))} / ({points[0]} + 1) + 1"
+        self.open(f"parallel({PARTS}, {grain}, threads, [&](int64_t begin, int64_t end)")
+        part = self.names.fresh("part")
+        self.open(f"for (int64_t {part} = begin; {part} < end; {part}++)")
+        size, step = index_text(extent, {})[0], self.schedule.lanes if axis == self.schedule.vector else 1
+        first, last = self.names.fresh(f"{axis}_begin"), self.names.fresh(f"{axis}_end")
+        self.line(f"const int64_t {first} = share({size}, {part}, {PARTS}, {step}), {last} = share({size}, {part} + 1, {PARTS}, {step});")
+        for result in results:
+            self.line(f"{result.kind} {result.name};")
+        self.shared = (axis, first, last, part)
+
+    def end_parts(self, results: list[Accumulator]) -> None:
+        assert self.shared is not None
+        part = self.shared[3]
+        for result in results:
+            self.line(f"{result.name}_parts[{part}] = {result.name};")
+        self.close()
+        self.close("});")
+        for result in results:
+            self.line(f"{result.kind} {result.name};")
+            self.line(f"for (auto& part : {result.name}_parts) {result.name}.merge(part);")
+        self.shared = None
 
     def unbind(self, axes: tuple[str, ...], scope: Scope) -> Scope:
         """The scope for loops over axes of which some are bound outside already: what depends on those is computed anew."""
@@ -271,15 +329,17 @@ class KernelPrinter:
         """Opens the loop over one axis and computes what depends on no deeper one; returns the scope inside."""
         self.declare_scans(name, deeper, roots, scope)
         extent = self.axes[name].extent
-        size = index_text(extent, {})[0]
+        start, stop = "0", index_text(extent, {})[0]
+        if self.shared is not None and self.shared[0] == name:
+            start, stop, extent = self.shared[1], self.shared[2], symbol("part")
         if name == self.schedule.vector:
             unrolled = ways > 1
             each, extra = ("each4", ", int u") if unrolled else ("each", "")
-            self.open(f"{each}<{self.lane_counts(extent)}>(0, {size}, [&]<int L>(int64_t {name}{extra}) LANES")
+            self.open(f"{each}<{self.lane_counts(extent)}>({start}, {stop}, [&]<int L>(int64_t {name}{extra}) LANES")
             inside = scope.inner([name], "L")
             inside.unrolled = unrolled
         else:
-            self.open(f"for (int64_t {name} = 0; {name} < {size}; {name}++)")
+            self.open(f"for (int64_t {name} = {start}; {name} < {stop}; {name}++)")
             inside = scope.inner([name])
         if deeper:
             self.nested_blocks(roots, inside)
@@ -320,15 +380,16 @@ class KernelPrinter:
 
     # ---- reductions and scans
 
-    def accumulator(self, reduce: Reduce, vectorised: bool, ways: int, scope: Scope) -> tuple[str, str]:
-        """Declares the accumulator of a reduction; returns its name and the method that gives the result."""
+    def accumulator(self, reduce: Reduce, vectorised: bool, ways: int, scope: Scope) -> Accumulator:
+        """The accumulator of a reduction; declared here unless threads have one each."""
         lanewise = not vectorised and self.body.varies(reduce, scope)
         lanes = str(self.schedule.lanes) if vectorised else "L" if lanewise else "1"
-        kind = STORAGE[reduce.value.dtype]
-        name = self.names.fresh(f"{reduce.op}_acc")
         argument = f", {ways}" if ways > 1 else ""
-        self.line(f"{ACCUMULATORS[reduce.op]}<{kind}, {lanes}{argument}> {name};")
-        return name, "lanewise" if lanewise else "value"
+        kind = f"{ACCUMULATORS[reduce.op]}<{STORAGE[reduce.value.dtype]}, {lanes}{argument}>"
+        name = self.names.fresh(f"{reduce.op}_acc")
+        if not self.schedule.split or self.shared is not None:
+            self.line(f"{kind} {name};")
+        return Accumulator(kind, name, "lanewise" if lanewise else "value")
 
     def accumulate(self, reduce: Reduce, acc: str, scope: Scope) -> None:
         text = scope.texts[reduce.value][0]

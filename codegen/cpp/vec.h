@@ -324,6 +324,9 @@ template <class F> INLINE void parallel(int64_t n, int64_t grain, int threads, F
   for (int t = 0; t < threads; t++) f(n * t / threads, n * (t + 1) / threads);
 }
 
+// Where part `k` of `parts` of 0 .. n begins, at a multiple of `lanes`; the part after the last begins at n.
+INLINE int64_t share(int64_t n, int64_t k, int64_t parts, int64_t lanes) { return k == parts ? n : n * k / parts / lanes * lanes; }
+
 // Row-major steps of a multi-index: next(j, J, i) is j++ with carry into i.
 INLINE void next(int64_t& j, int64_t extent, int64_t& i) {
   if (++j == extent) j = 0, i++;

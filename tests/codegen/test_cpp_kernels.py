@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import pytest
 import sympy
 import torch
-
 from tilewright.codegen import reference
 from tilewright.codegen.build import compiler_available
 from tilewright.codegen.cpp.schedule import CpuTarget, detect_target
@@ -51,10 +50,8 @@ def inner(name: str, extent: object) -> Axis:
     return Axis(name, extent, True)  # type: ignore[arg-type]
 
 
-def kernel(
-    axes: list[Axis], inputs: dict[str, tuple], outputs: dict[str, tuple[object, Scalar, object]], sizes: str = "", **more
-) -> Kernel:
-    """inputs: name -> (dtype, size); outputs: name -> (index, value, size), in the value's dtype unless a fourth entry says otherwise."""
+def kernel(axes: list[Axis], inputs: dict[str, tuple], outputs: dict[str, tuple], sizes: str = "", **more) -> Kernel:
+    """inputs: name -> (dtype, size); outputs: name -> (index, value, size), and the buffer's dtype if not the value's."""
     return Kernel(
         "k", tuple(axes), tuple(Buffer(k, d, e) for k, (d, e) in inputs.items()),
         tuple(Buffer(k, o[3] if len(o) > 3 else o[1].dtype, o[2]) for k, o in outputs.items()),  # type: ignore[misc, arg-type]
@@ -108,9 +105,8 @@ def scalar_point() -> Kernel:
 
 @case()
 def constant_fill() -> Kernel:
-    return kernel(
-        [grid("i", 33)], {}, {"a": (i, Const(F32, float("-inf")), 33), "b": (i, Const(BOOL, True), 33), "c": (i, Const(F64, 0.1), 33)}
-    )
+    values = {"a": Const(F32, float("-inf")), "b": Const(BOOL, True), "c": Const(F64, 0.1)}
+    return kernel([grid("i", 33)], {}, {k: (i, v, 33) for k, v in values.items()})
 
 
 @case()
@@ -205,9 +201,8 @@ def bool_logic() -> Kernel:
 @case()
 def doubles() -> Kernel:
     x = load("x", i, F64)
-    return kernel(
-        [grid("i", 41)], {"x": (F64, 41)}, {"out": (i, apply("exp", x) / (apply("abs", x) + 1.0), 41), "f": (i, cast(x, F32), 41)}
-    )
+    y = apply("exp", x) / (apply("abs", x) + 1.0)
+    return kernel([grid("i", 41)], {"x": (F64, 41)}, {"out": (i, y, 41), "f": (i, cast(x, F32), 41)})
 
 
 @case()
@@ -283,6 +278,16 @@ def full_reduce() -> Kernel:
     x = load("x", r)
     outputs = {"sum_": (0, total("sum", x, "r"), 1), "max_": (0, total("max", x, "r"), 1), "at": (0, total("argmin", x, "r"), 1)}
     return kernel([inner("r", n)], {"x": (F32, n)}, outputs, "n")
+
+
+@case()
+def two_long_rows() -> Kernel:
+    x = load("x", 40960 * i + 512 * r + s)
+    outputs = {
+        "out": (40960 * i + 512 * r + s, x - total("sum", x, "r", "s") * (1 / 40960), 81920),
+        "at": (i, total("argmax", x, "r", "s"), 2),
+    }
+    return kernel([grid("i", 2), inner("r", 80), inner("s", 512)], {"x": (F32, 81920)}, outputs)
 
 
 @case()
@@ -395,6 +400,5 @@ def test_kernel_computes_what_the_reference_does(name: str, compiled: dict[str, 
         actual = launch(function, case, inputs)
         for buffer, a, e in zip(case.kernel.outputs, actual, expected):
             tolerance = {torch.bfloat16: 1e-2, torch.float16: 1e-3, F64: 1e-12}.get(buffer.dtype, 2e-5)
-            torch.testing.assert_close(
-                a, e, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, b=buffer: f"{b.name}: {m}\n{function.source}"
-            )
+            note = f"{buffer.name} at sizes {case.sizes}\n{function.source}"
+            torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, note=note: f"{m}\n{note}")
