@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ..ir.graph import Node, is_scalar
+from ..ir.rules import Refusal
 from ..ir.types import Number, TensorType, category, same_type
 from .base import Reason
 from .facts import fit, holds, is_float, is_integer, is_literal, literal, never_minus_zero, power_of_two
-from .local import Outcome, Refusal, Rule, Site
+from .local import Outcome, Rule, Site
 
 _FLIPPED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 _WIDE = (torch.float32, torch.float64)

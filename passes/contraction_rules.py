@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from ..ir.dims import product, same
 from ..ir.graph import Node
+from ..ir.rules import Refusal
 from .base import Reason
 from .facts import same_shape
-from .local import Outcome, Refusal, Rule, Site
+from .local import Outcome, Rule, Site
 
 _MOVES = frozenset({"permute", "reshape", "cast", "slice"})
 

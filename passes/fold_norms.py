@@ -10,9 +10,10 @@ import torch
 from ..ir.graph import Graph, Node, users
 from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
+from ..ir.rules import Refusal
 from .base import Notes, Pass, Reason
 from .facts import is_float, same_shape
-from .local import Outcome, Refusal, Site, describe, settle
+from .local import Outcome, Site, describe, settle
 from .weights import ConstantMaker, value_of
 
 _PRODUCTS = ("conv", "linear")
@@ -178,7 +179,7 @@ def fold_affine(graph: Graph, notes: Notes) -> Graph:
             bare.add(norm)
             notes.apply("fold-norms.affine", f"{describe(norm)} into {len(readers[norm])} linear(s)", norm)
         else:
-            notes.decline("fold-norms.affine", describe(norm), refusal.reason, norm, refusal.value)
+            notes.decline("fold-norms.affine", describe(norm), refusal.reason, norm, str(refusal.value or ""))
     maker = ConstantMaker(graph)
 
     def move(node: Node, inputs: tuple[Node, ...]) -> Node | None:

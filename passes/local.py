@@ -1,24 +1,22 @@
-"""Local rules: a function from one node to what replaces it, indexed by the op at its root, driven to a fixpoint."""
+"""Local rules: a function from one node to what replaces it, indexed by the op at its root, driven to a fixpoint.
+
+Where `ir/rules.py` matches shapes of several nodes, these rules decide by attributes, types and numbers of one node and its operands;
+a function with guard clauses says that in fewer words than a pattern with a check, and is not even tried at other ops.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Union
 
 from ..ir.errors import TilewrightError
 from ..ir.graph import Graph, Node, users
 from ..ir.ops import OPS
+from ..ir.provenance import NOWHERE
 from ..ir.rewrite import rewrite
-from .base import Notes, Reason
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A rule that nearly applied: why it must not, and the guilty value in words."""
-
-    reason: Reason
-    value: str = ""
+from ..ir.rules import Refusal
+from .base import Notes
 
 
 class Site:
@@ -28,15 +26,15 @@ class Site:
         self.uses = {node: len(readers) for node, readers in users(graph).items()}
         for root in graph.roots:
             self.uses[root] += 1
-        self.node = graph.outputs[0] if graph.outputs else None
+        self.node: Node | None = None
         self.label = ""
         self.made: set[Node] = set()
         self.followed: set[Node] = set()
 
     def make(self, op: str, *operands: Any, **attrs: Any) -> Node:
         """A node of that op in place of the one being rewritten; it inherits its provenance."""
-        prov = self.node.prov.with_rule(self.label) if self.node else None
-        node = OPS[op](*operands, **attrs, **({"prov": prov} if prov else {}))
+        prov = self.node.prov.with_rule(self.label) if self.node else NOWHERE
+        node = OPS[op](*operands, prov=prov, **attrs)
         self.made.add(node)
         return node
 
@@ -81,7 +79,7 @@ def settle(graph: Graph, name: str, table: Table, notes: Notes, **changes: Any) 
         graph = rewrite(graph, sweep, **changes)
         if not sweep.last:
             for label, node, refusal in sweep.refusals:
-                notes.decline(label, describe(node), refusal.reason, node, refusal.value)
+                notes.decline(label, describe(node), refusal.reason, node, str(refusal.value or ""))
             return graph
     raise EndlessRewriteError(name=name, rule=sweep.last if sweep else "", node=graph.name)
 

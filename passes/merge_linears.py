@@ -81,7 +81,7 @@ class _Group:
 
 
 def _columns(nodes: list[Node]) -> int:
-    return sum(int(n.inputs[1].shape[0]) for n in nodes)
+    return sum(int(n.shape[-1]) for n in nodes)
 
 
 def _mergeable(siblings: list[Node], readers: Mapping[Node, list[Node]], notes: Notes) -> list[Node]:
@@ -159,9 +159,6 @@ def _product(group: _Group, x: Node, maker: ConstantMaker) -> Node:
 
 
 def _bias(node: Node) -> torch.Tensor:
-    value = value_of(node.inputs[2]) if len(node.inputs) > 2 else None
-    if value is not None:
-        return value
-    weight = value_of(node.inputs[1])
+    weight, bias = (*(value_of(p) for p in node.inputs[1:]), None)[:2]
     assert weight is not None, "only linears with constant weights are merged"
-    return weight.new_zeros(weight.shape[0])
+    return weight.new_zeros(weight.shape[0]) if bias is None else bias

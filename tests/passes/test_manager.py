@@ -1,0 +1,74 @@
+"""The manager: order, stages, records, one callback; reading passes from text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pass_checks import assert_same_values
+from tilewright.driver.pipeline import DEFAULT_PASSES, passes_from
+from tilewright.ir.graph import Stage
+from tilewright.ir.text import parse
+from tilewright.passes.base import Notes
+from tilewright.passes.canonicalize import Canonicalize
+from tilewright.passes.fold_constants import FoldConstants
+from tilewright.passes.manager import PassRecord, PassSyntaxError, StageError, parse_passes, run_passes
+from tilewright.passes.merge_linears import MergeLinears
+from tilewright.passes.recognize import Recognize
+
+TEXT = """graph g(x: f32[b, 8]) {
+  w = constant "w"
+  q = matmul(x, w)
+  s = sigmoid(q)
+  y = mul(q, s)
+  return y
+}"""
+WEIGHTS = {"w": torch.randn(8, 4)}
+
+
+def test_default_passes_keep_the_function() -> None:
+    graph, records = parse(TEXT, WEIGHTS), list[PassRecord]()
+    after = run_passes(graph, DEFAULT_PASSES, Notes(), records=records)
+    assert [r.name for r in records] == [p.name for p in DEFAULT_PASSES]
+    assert after.stage == Stage.FUSED
+    assert_same_values(graph, after, [torch.randn(3, 8)], 1e-5)
+
+
+def test_callback_sees_each_pass_with_its_record() -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def watch(item, before, after, record: PassRecord) -> None:
+        assert record.seconds >= 0 and before is not None and after is not None
+        seen.append((item.name, record.nodes_before, record.nodes_after))
+
+    run_passes(parse(TEXT, WEIGHTS), [Canonicalize(), Recognize()], Notes(), watch)
+    assert seen == [("canonicalize", 5, 6), ("recognize", 6, 5)]
+
+
+def test_a_pass_out_of_order_is_named() -> None:
+    with pytest.raises(
+        StageError, match="pass 'recognize' needs a graph that is at least canonical, and 'g' is captured: run 'canonicalize'"
+    ):
+        run_passes(parse(TEXT, WEIGHTS), [Recognize(), Canonicalize()], Notes())
+
+
+def test_passes_from_text() -> None:
+    found = parse_passes("canonicalize, merge-linears{max_columns=4096},fold_constants{ allowance = 16, generated=8 }")
+    assert found == [Canonicalize(), MergeLinears(max_columns=4096), FoldConstants(allowance=16, generated=8)]
+    assert passes_from(None) == list(DEFAULT_PASSES) and parse_passes("") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nope", "there is no pass 'nope'; passes are canonicalize, fold-constants,"),
+        ("merge-linears{width=3}", "pass 'merge-linears' has no option 'width'; its options are max_columns"),
+        ("recognize{a=3}", "pass 'recognize' has no option 'a'; it has none"),
+        ("merge-linears{max_columns=wide}", "option 'max_columns' of 'merge-linears' takes an integer, not 'wide'"),
+        ("merge-linears{max_columns}", "option 'max_columns' of 'merge-linears' is given as max_columns=value"),
+        ("merge-linears{max_columns=1", "expected name{option=value, ...} at 'merge-linears{max_columns=1'"),
+    ],
+)
+def test_bad_text_is_one_clear_sentence(text: str, message: str) -> None:
+    with pytest.raises(PassSyntaxError) as error:
+        parse_passes(text)
+    assert message in str(error.value) and "\n" not in str(error.value)
