@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..ir.dims import Dim, same
+from ..ir.dims import Dim, product, same
 from ..ir.graph import Node
 from ..ir.types import Number, ScalarType, TensorType, Type, category
 from .local import Site
@@ -103,3 +103,8 @@ def never_minus_zero(node: Node) -> bool:
     if node.op.name == "cast":
         return not is_float(node.inputs[0])
     return node.op.name == "add" and any(never_minus_zero(i) for i in node.inputs if isinstance(i.type, TensorType))
+
+
+def row_major(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """Strides, in elements, of a contiguous tensor."""
+    return tuple(product(shape[i + 1 :]) for i in range(len(shape)))
