@@ -29,15 +29,13 @@ def tilewright(
     checked = checked_options(mode, options)
 
     def compiled(graph: Graph) -> Callable[[list[Any]], list[Any]]:
-        try:
-            made = compile_graph(graph, checked)
-        except Exception as error:  # a fault of ours must not take the user's model down
-            raise CaptureError(reason=internal_error(graph.name, error)) from error
+        made = compile_graph(graph, checked)
         record(made.receipt)
         return made.program.run
 
-    def failed(error: CaptureError) -> None:
-        record(failed_receipt("model", str(error), _calls(gm)))
+    def failed(error: Exception) -> None:
+        reason = str(error) if isinstance(error, CaptureError) else internal_error("model", error)
+        record(failed_receipt("model", reason, _calls(gm)))
 
     return compile_fx(gm, example_inputs, compiled, failed)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..codegen.program import Program, compile_program
-from ..ir.analysis.memory import Owner, owners
+from ..ir.analysis.memory import Owner, may_share, owners, views
 from ..ir.capture.sizes import contiguous_strides
 from ..ir.graph import Graph, Node, is_scalar, order
 from ..ir.ops import OPS
@@ -63,16 +64,16 @@ def build_program(graph: Graph) -> Program:
 def kept_apart(before: Graph, after: Graph) -> Graph:
     """`after`, the rewritten `before`, with a copy where passes made outputs share memory that were apart: x + 0 became x, two equal
     values became one."""
-    free, taken = _sharing(before), _sharing(after)
+    free, taken = _sharing(before, views), _sharing(after, may_share)
     if all(now <= then for now, then in zip(taken, free)):
         return after
     outputs = tuple(n if now <= then else _own(n) for n, now, then in zip(after.outputs, taken, free))
     return replace(after, outputs=outputs)
 
 
-def _sharing(graph: Graph) -> list[set[tuple[str, int]]]:
-    """For each output the inputs and earlier outputs whose memory it may share."""
-    owned = owners(order(graph))
+def _sharing(graph: Graph, shares: Callable[[Node], tuple[Node, ...]]) -> list[set[tuple[str, int]]]:
+    """For each output the inputs and earlier outputs whose memory it shares."""
+    owned = owners(order(graph), shares)
     seen: dict[Owner, set[tuple[str, int]]] = {Owner(n): {("input", i)} for i, n in enumerate(graph.inputs)}
     found: list[set[tuple[str, int]]] = []
     for i, node in enumerate(graph.outputs):

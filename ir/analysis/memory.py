@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,6 @@ from ..dims import same
 from ..graph import Graph, Node, is_scalar
 from ..op import Category
 from ..types import TensorType
-
-_FRESH_CATEGORIES = frozenset({Category.CONTRACTION, Category.CONSTANT, Category.GATHER})
 
 
 @dataclass(frozen=True)
@@ -34,19 +32,22 @@ class Lifetime:
         return self.start <= other.end and other.start <= self.end
 
 
-def may_share(node: Node) -> tuple[Node, ...]:
-    """The operands whose memory the result may be a view of; empty where the result is always new memory.
+def views(node: Node) -> tuple[Node, ...]:
+    """The operands whose memory the result is a view of by its meaning."""
+    if node.op.category is Category.VIEW:
+        return () if node.attrs.get("own") else node.inputs[:1]
+    alias = node.op.name == "item" or (node.op.name == "extern" and _returns_alias(node.attrs["target"]))
+    return tuple(n for n in node.inputs if not is_scalar(n)) if alias else ()
 
-    Torch's functions return an operand itself where nothing is to be done (a cast to the same dtype), so everything counts that is not
-    known to make new memory.
+
+def may_share(node: Node) -> tuple[Node, ...]:
+    """The operands whose memory the result may lie in as the host runs the node.
+
+    Beside views: a torch function that returns its operand where nothing is to be done (a cast to the same dtype, a sum of one element).
     """
-    if node.op.name in ("region", "attention") or node.op.category in _FRESH_CATEGORIES:
-        return ()
-    if node.op.name == "layout" and node.attrs["own"]:
-        return ()
-    if node.op.name == "extern" and not _returns_alias(node.attrs["target"]):
-        return ()
-    return tuple(n for n in node.inputs if not is_scalar(n))
+    if node.op.name == "cast" or node.op.category is Category.REDUCTION:
+        return node.inputs[:1]
+    return views(node)
 
 
 def _returns_alias(target: str) -> bool:
@@ -71,14 +72,17 @@ def foldable(a: TensorType, b: TensorType) -> bool:
     return b.rank == 2 or (a.rank == b.rank and all(same(x, y) for x, y in zip(a.shape[:-2], b.shape[:-2])))
 
 
-def owners(steps: Sequence[Node]) -> dict[Node, frozenset[Owner]]:
-    """Value -> the owners of the memory it may lie in. A region's items own memory each; the region itself has all of them."""
+def owners(steps: Sequence[Node], shares: Callable[[Node], tuple[Node, ...]] = may_share) -> dict[Node, frozenset[Owner]]:
+    """Value -> the owners of the memory it may lie in. A region's items own memory each; the region itself has all of them.
+
+    shares: `may_share`, or `views` for what the graph means instead of what may happen.
+    """
     found: dict[Node, frozenset[Owner]] = {}
     for node in steps:
         if node.op.name == "item" and node.inputs[0].op.name == "region":
             found[node] = frozenset({Owner(node.inputs[0], node.attrs["index"])})
             continue
-        shared = may_share(node)
+        shared = shares(node)
         if shared:
             found[node] = frozenset().union(*(found[n] for n in shared))
         else:

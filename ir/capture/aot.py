@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.fx
 
-from ..errors import CaptureError
 from ..graph import Graph
 from .decompositions import decompositions
 from .fx import Binding, capture_fx
@@ -21,14 +20,14 @@ def compile_fx(
     gm: torch.fx.GraphModule,
     example_inputs: Sequence[Any],
     compile_graph: Callable[[Graph], CompiledGraph],
-    on_failure: Callable[[CaptureError], None] = lambda error: None,
+    on_failure: Callable[[Exception], None] = lambda error: None,
     name: str = "model",
 ) -> Callable[..., Any]:
     """A callable in place of `gm`, a Dynamo graph.
 
     compile_graph gets each captured graph (inference as `<name>`, training as `<name>_forward` and `<name>_backward`) and returns a
-    function from the values of its inputs, in order, to those of its outputs. A graph that cannot be captured, or for which
-    compile_graph raises CaptureError, goes to on_failure with the reason, and is run by eager.
+    function from the values of its inputs, in order, to those of its outputs. What capture or
+    compile_graph raises goes to on_failure (CaptureError: the graph cannot be expressed; anything else is a fault), and eager runs it.
     """
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -51,14 +50,14 @@ def _compiled(
     name: str,
     binding: Binding,
     compile_graph: Callable[[Graph], CompiledGraph],
-    on_failure: Callable[[CaptureError], None],
+    on_failure: Callable[[Exception], None],
 ) -> Callable[..., Any]:
     from functorch.compile import make_boxed_func
 
     try:
         captured = capture_fx(gm, inputs, name, binding)
         run = compile_graph(captured.graph)
-    except CaptureError as error:
+    except Exception as error:  # whatever goes wrong here must not take the user's model down
         on_failure(error)
         return make_boxed_func(gm.forward)
 
