@@ -105,7 +105,10 @@ def _block(graph: Graph, group: Sequence[Node], readers: dict[Node, list[Node]])
 
 
 def _chains(graph: Graph, readers: dict[Node, list[Node]]) -> list[list[list[Node]]]:
-    """For each tensor input the segments of the output that it reaches through the most cut points; the longest chains first."""
+    """For each tensor input the segments up to the output that it reaches through the most cut points.
+
+    Those that cover most nodes come first: the main input before a mask that enters half way.
+    """
     chains: list[list[list[Node]]] = []
     for source in graph.inputs:
         if not isinstance(source.type, TensorType):
@@ -114,7 +117,7 @@ def _chains(graph: Graph, readers: dict[Node, list[Node]]) -> list[list[list[Nod
         cuts = [n for n in best if isinstance(n.type, TensorType)]
         if len(cuts) > 2:
             chains.append(_segments(graph, cuts, readers))
-    return sorted(chains, key=len, reverse=True)
+    return sorted(chains, key=lambda segments: sum(len(s) for s in segments), reverse=True)
 
 
 def _main_outputs(graph: Graph) -> list[Node]:

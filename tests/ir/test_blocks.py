@@ -186,6 +186,18 @@ def test_sharing_weights_between_layers_is_seen(shared):
     assert len(first.nodes) == len(second.nodes) == (3 if shared else 4)
 
 
+def test_inputs_and_results_of_the_graph_belong_to_no_block():
+    """Each layer has a mask of its own and a table that is returned."""
+    lines = ["x0 = relu(v)"]
+    for i in range(2):
+        lines += [f'w{i} = constant "{i}.w" : f32[4]', f"a{i} = mul(x{i}, m{i})", f"b{i} = mul(a{i}, w{i})", f"x{i + 1} = add(b{i}, x{i})"]
+    graph = parse("graph f(v: f32[4], m0: f32[4], m1: f32[4]) {\n" + "\n".join(lines) + "\ny = exp(x2) return y, w0, w1 , y }")
+    ((first, second),) = blocks(graph)
+    assert set(hints(first.operands)) == {"x0", "m0", "w0"}
+    assert set(hints(second.operands)) == {"x1", "m1", "w1"}
+    assert not {"input", "constant"} & {n.op.name for n in first.nodes}
+
+
 def test_two_stacks_are_two_classes():
     """An encoder whose result each layer of a decoder reads."""
     lines = ["e0 = relu(src)"]

@@ -128,6 +128,13 @@ def test_numbers_are_exact(value):
     assert (type(found), repr(found)) == (type(value), repr(value))
 
 
+def test_equal_numbers_of_different_kinds_stay_apart():
+    numbers = ["1", "1.0", "true", "0.0", "-0.0", "0", "false"]
+    lines = " ".join(f"v{i} = add(x, {n})" for i, n in enumerate(numbers))
+    graph = round_trip(parse(f"graph f(x: f64[3]) {{ {lines} return {', '.join(f'v{i}' for i in range(len(numbers)))} }}"))
+    assert [repr(n.inputs[1].attrs["value"]) for n in graph.outputs] == ["1", "1.0", "True", "0.0", "-0.0", "0", "False"]
+
+
 def test_nan_is_a_number():
     graph = parse("graph f(x: f32[3]) { y = add(x, nan) return y }")
     assert math.isnan(graph.outputs[0].inputs[1].attrs["value"])
