@@ -60,7 +60,7 @@ def test_passes_from_text() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nope", "there is no pass 'nope'; passes are canonicalize, fold-constants,"),
+        ("nope", "there is no pass 'nope'; passes are canonicalize, "),
         ("merge-linears{width=3}", "pass 'merge-linears' has no option 'width'; its options are max_columns"),
         ("recognize{a=3}", "pass 'recognize' has no option 'a'; it has none"),
         ("merge-linears{max_columns=wide}", "option 'max_columns' of 'merge-linears' takes an integer, not 'wide'"),
