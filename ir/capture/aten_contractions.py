@@ -46,7 +46,8 @@ def _product_sum(call: Call, bias: Node, a: Node, b: Node, beta: Any, alpha: Any
 
 
 def _convolution(
-    call: Call, x: Node, w: Node, b: Node | None, stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int
+    call: Call, x: Node, w: Node, b: Node | None, stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any,
+    groups: int,
 ) -> Result:  # fmt: skip
     space = x.tensor.rank - 2
     stride, padding, dilation, extra = (_spread(v, space) for v in (stride, padding, dilation, output_padding))

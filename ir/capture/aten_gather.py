@@ -94,7 +94,8 @@ GATHERS: dict[str, Converter] = {
     "aten.cat.default": _cat, "aten.stack.default": _stack,
     "aten.index.Tensor": _index, "aten._unsafe_index.Tensor": _index,
     "aten.index_put.default": _index_put, "aten._unsafe_index_put.default": _index_put, "aten.index_select.default": _index_select,
-    "aten.gather.default": _gather, "aten.scatter.src": _scatter(), "aten.scatter.value": _scatter(), "aten.scatter_add.default": _scatter("sum"),
+    "aten.gather.default": _gather, "aten.scatter.src": _scatter(), "aten.scatter.value": _scatter(),
+    "aten.scatter_add.default": _scatter("sum"),
     "aten.scatter.reduce": _scatter_reducing, "aten.scatter.value_reduce": _scatter_reducing, "aten.scatter_reduce.two": _scatter_reducing,
     "aten.slice_scatter.default": _slice_scatter, "aten.select_scatter.default": _select_scatter, "aten.embedding.default": _embedding,
 }  # fmt: skip

@@ -11,9 +11,10 @@ from ..types import TensorType, compute_dtype, promote
 from .call import Call, Converter, Result, cast, full, make
 
 _UNARY = (
-    "neg abs sign square reciprocal floor ceil trunc sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh "
-    "tanh asinh acosh atanh erf erfc lgamma sigmoid relu silu logical_not isnan isinf isfinite signbit bitwise_not round"
-).split()
+    "neg", "abs", "sign", "square", "reciprocal", "floor", "ceil", "trunc", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2",
+    "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc",
+    "lgamma", "sigmoid", "relu", "silu", "logical_not", "isnan", "isinf", "isfinite", "signbit", "bitwise_not", "round",
+)  # fmt: skip
 
 # our name: the overloads of the ATen op of the same name
 _BINARY = {

@@ -36,11 +36,16 @@ def _reduce_all(name: str) -> Converter:
     return convert
 
 
+def _reduce_every(name: str) -> Converter:
+    """any, all over every dimension."""
+    return lambda call, x: make(name, cast(x, torch.bool))
+
+
 def _reduce_some(name: str) -> Converter:
-    """op(self, dim, keepdim) where an empty list of dimensions has a meaning of its own: left to ATen."""
+    """any, all (self, dim, keepdim): an empty list of dimensions has a meaning of its own, left to ATen; uint8 gives uint8."""
 
     def convert(call: Call, x: Node, dim: Any, keepdim: bool) -> Result:
-        return None if dim is not None and _dims(dim) == () else make(name, x, dims=_dims(dim), keepdim=keepdim)
+        return None if dim is not None and _dims(dim) == () else make(name, cast(x, torch.bool), dims=_dims(dim), keepdim=keepdim)
 
     return convert
 
@@ -96,8 +101,8 @@ REDUCTIONS: dict[str, Converter] = {
     "aten.max.default": _reduce_all("amax"), "aten.min.default": _reduce_all("amin"),
     "aten.max.dim": _extremum("amax", "argmax"), "aten.min.dim": _extremum("amin", "argmin"),
     "aten.argmax.default": _reduce("argmax"), "aten.argmin.default": _reduce("argmin"),
-    "aten.any.default": _reduce_all("any"), "aten.any.dim": _reduce_some("any"), "aten.any.dims": _reduce_some("any"),
-    "aten.all.default": _reduce_all("all"), "aten.all.dim": _reduce_some("all"), "aten.all.dims": _reduce_some("all"),
+    "aten.any.default": _reduce_every("any"), "aten.any.dim": _reduce_some("any"), "aten.any.dims": _reduce_some("any"),
+    "aten.all.default": _reduce_every("all"), "aten.all.dim": _reduce_some("all"), "aten.all.dims": _reduce_some("all"),
     "aten.var.correction": _var, "aten.var_mean.correction": _var_mean,
     "aten.cumsum.default": _scan("cumsum"), "aten.cumprod.default": _scan("cumprod"),
     "aten._softmax.default": _softmax("softmax"), "aten._log_softmax.default": _softmax("log_softmax"),

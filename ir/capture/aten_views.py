@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from torch._ops import OpOverload
+
 from ..dims import Dim, dim, same
 from ..graph import Node
 from ..types import normalize_dim
@@ -100,10 +102,13 @@ def _flip(call: Call, x: Node, dims: tuple[int, ...]) -> Result:
 
 
 def _roll(call: Call, x: Node, shifts: Any, dims: Any) -> Result:
-    """Each dimension cut in two and put together the other way round."""
-    shifts, dims = (tuple(v) if isinstance(v, (tuple, list)) else (v,) for v in (shifts, dims))
-    if len(shifts) != len(dims):
-        return None
+    """Each dimension cut in two and put together the other way round; without dimensions, the flat tensor."""
+    flat = reshape(x, (x.tensor.numel,)) if not dims else x
+    turned = _rolled(flat, shifts, dims or (0,))
+    return None if turned is None else reshape(turned, x.shape)
+
+
+def _rolled(x: Node, shifts: tuple[Any, ...], dims: tuple[int, ...]) -> Node | None:
     for shift, d in zip(shifts, dims):
         d = normalize_dim(d, x.tensor.rank)
         n = x.shape[d]
@@ -123,6 +128,38 @@ def _repeat(call: Call, x: Node, repeats: tuple[Any, ...]) -> Result:
     return reshape(make("expand", reshape(x, apart), shape=wide), call.shape)
 
 
+def _restrided(call: Call, x: Node, *rest: Any) -> Result:
+    """unfold, diagonal: the fake tensors tell where the result's elements lie in the operand."""
+    source, out = call.fake(0), call.node.meta["val"]
+    offset = dim(call.sizes.dim(out.storage_offset()) - call.sizes.dim(source.storage_offset()))
+    return make(
+        "as_strided", x, shape=call.shape, strides=call.sizes.dims(out.stride()), offset=offset, of=call.sizes.dims(source.stride())
+    )
+
+
+def _as_strided(call: Call, x: Node, *rest: Any) -> Result:
+    """as_strided looks at the memory behind views: it is taken of the tensor that owns it. Left to ATen if it might look outside."""
+    base = call.raw[0]
+    while _is_view(base):
+        base = base.args[0]
+    source, out = base.meta["val"], call.node.meta["val"]
+    owner, sizes = call.lookup(base), call.sizes
+    offset = dim(sizes.dim(out.storage_offset()) - sizes.dim(source.storage_offset()))
+    strides, of = sizes.dims(out.stride()), sizes.dims(source.stride())
+    last, end = dim(offset + _span(call.shape, strides)), _span(owner.shape, of)
+    inside = all(isinstance(v, int) for v in (offset, last, end)) and offset >= 0 and last <= end
+    return make("as_strided", owner, shape=call.shape, strides=strides, offset=offset, of=of) if inside and owner.dtype == x.dtype else None
+
+
+def _is_view(node: Any) -> bool:
+    return isinstance(node.target, OpOverload) and any(r.alias_info is not None for r in node.target._schema.returns)
+
+
+def _span(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> Dim:
+    """How far the last element lies behind the first; negative where there is none."""
+    return -1 if 0 in shape else dim(sum((n - 1) * s for n, s in zip(shape, strides)))
+
+
 def _pad(call: Call, x: Node, pad: tuple[Any, ...], value: Any) -> Result:
     rank = x.tensor.rank
     pairs = [(0, 0)] * (rank - len(pad) // 2) + [(pad[i], pad[i + 1]) for i in range(len(pad) - 2, -1, -2)]
@@ -137,6 +174,8 @@ VIEWS: dict[str, Converter] = {
     "aten.slice.Tensor": _slice, "aten.select.int": _select, "aten.unbind.int": _unbind,
     "aten.split.Tensor": _split, "aten.split_with_sizes.default": _split, "aten.chunk.default": _split,
     "aten.unsafe_split.Tensor": _split, "aten.unsafe_split_with_sizes.default": _split,
-    "aten.flip.default": _flip, "aten.roll.default": _roll, "aten.repeat.default": _repeat, "aten.constant_pad_nd.default": _pad,
+    "aten.flip.default": _flip, "aten.roll.default": _roll, "aten.repeat.default": _repeat,
+    "aten.unfold.default": _restrided, "aten.diagonal.default": _restrided, "aten.as_strided.default": _as_strided,
+    "aten.constant_pad_nd.default": _pad,
     "prims.view_of.default": _identity,
 }  # fmt: skip

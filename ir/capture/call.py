@@ -1,4 +1,4 @@
-"""`Call`: one ATen call as a converter sees it. A converter takes (call, *arguments in schema order) and returns nodes, or None to decline."""
+"""`Call`: one ATen call as a converter sees it. A converter takes (call, *arguments in schema order), returns nodes, or None to decline."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ Converter = Callable[..., Result]
 
 @dataclass(frozen=True)
 class Call:
-    """An ATen call: the fx node, its arguments in schema order (fx values in `raw`), and the types of its results (tensors only)."""
+    """An ATen call: the fx node, its arguments in schema order (fx values in `raw`), and the types of its results (tensors only).
+
+    lookup: the node that an earlier fx node became.
+    """
 
     node: torch.fx.Node
     raw: tuple[Any, ...]
     types: tuple[TensorType, ...]
     sizes: Sizes
+    lookup: Callable[[torch.fx.Node], Node]
 
     @property
     def type(self) -> TensorType:

@@ -16,12 +16,13 @@ from .call import Call
 
 _LITERALS = (bool, int, float, complex, str, sympy.Expr, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
-# their meaning depends on how the operand lies in memory, though their schemas do not tell
-_LAYOUT_SENSITIVE = ("as_strided", "view_as_real", "view_as_complex", "_reshape_alias", "is_contiguous")
-
 
 def extern(call: Call, args: tuple[Any, ...], sequence: int | None) -> Node:
-    """The call as an extern node; raises CaptureError for an argument that is neither a tensor nor a literal."""
+    """The call as an extern node; raises CaptureError for an argument that is neither a tensor nor a literal.
+
+    Operands are given as eager lays them out: views need it, vendor kernels (oneDNN's RNN) rely on it without a check, and what a custom
+    op looks at nobody knows.
+    """
     target = call.node.target
     operands: list[Node] = []
     raws: list[Any] = []
@@ -34,19 +35,13 @@ def extern(call: Call, args: tuple[Any, ...], sequence: int | None) -> Node:
             positional.append(template)
     return OPS["extern"](
         *operands, target=target_name(target), args=tuple(positional), kwargs=tuple(keyword), types=call.types,
-        strides=_strides(call, raws) if layout_sensitive(target) else (), sequence=sequence,
+        strides=_strides(call, raws), sequence=sequence,
     )  # fmt: skip
 
 
 def target_name(target: Any) -> str:
     """ "aten.topk.default"."""
     return f"{target.namespace}.{target._schema.name.split('::')[-1]}.{target._overloadname}"
-
-
-def layout_sensitive(target: Any) -> bool:
-    """Views, whose result is where the operand's elements are, and custom ops, which may look at anything."""
-    returns_alias = any(r.alias_info is not None for r in target._schema.returns)
-    return returns_alias or target.namespace not in ("aten", "prims") or any(s in target._schema.name for s in _LAYOUT_SENSITIVE)
 
 
 def _template(value: Any, raw: Any, operands: list[Node], raws: list[Any], call: Call) -> Any:

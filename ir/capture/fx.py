@@ -22,7 +22,7 @@ from .call import Call, Converter, cast
 from .extern import extern, results, target_name
 from .origin import identifier, input_hint, provenance, value_hint
 from .sizes import Sizes, contiguous_strides
-from .tables import EFFECT_FREE, NATIVE
+from .tables import ASSERTIONS, EFFECT_FREE, NATIVE
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,19 @@ class Binding:
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph and how its outputs fill the fx graph's return values: for each the number of the graph's output, or None for None."""
+    """A graph and how its outputs fill the fx graph's return values: for each the number of the graph's output, or None for None.
+
+    checks: outputs that are assertions of the model (0-d conditions), with the message of the error where one is false.
+    """
 
     graph: Graph
     returns: tuple[int | None, ...]
+    checks: tuple[tuple[int, str], ...] = ()
 
     def restore(self, outputs: Sequence[Any]) -> list[Any]:
-        """The fx graph's return values from those of the graph."""
+        """The fx graph's return values from those of the graph; raises RuntimeError where an assertion of the model fails."""
+        for i, message in self.checks:
+            torch._assert_async(outputs[i], message)
         return [None if i is None else outputs[i] for i in self.returns]
 
 
@@ -91,6 +97,7 @@ class _Walker:
         self.writes: dict[Node, Node] = {}
         self.made: set[Node] = set()
         self.constants: dict[str, Node] = {}
+        self.checks: list[tuple[Node, str]] = []
         self.draws = 0
         self.returned: tuple[Any, ...] = ()
 
@@ -172,6 +179,9 @@ class _Walker:
         if name in EFFECT_FREE:
             return
         raw = _bind(target, node)
+        if name in ASSERTIONS:
+            self.checks.append((self._value(raw[0], node), str(raw[1]) if len(raw) > 1 else "assertion failed"))
+            return
         if name == "aten.copy_.default" and raw[0] in self.placeholders:
             self._write(node, raw)
             return
@@ -184,7 +194,7 @@ class _Walker:
             raise CaptureError(provenance(node).source, reason=f"{name} returns no tensor")
         for leaf in leaves:
             self._dense(node, leaf)
-        call = Call(node, raw, tuple(self.sizes.tensor_type(v) for v in leaves), self.sizes)
+        call = Call(node, raw, tuple(self.sizes.tensor_type(v) for v in leaves), self.sizes, self.values.__getitem__)
         made = self._convert(call, NATIVE.get(name), args) or self._extern(call, args)
         made = self._stamped(made, node)
         self.values[node] = made[0] if isinstance(value, torch.Tensor) else self._structured(value, iter(made))
@@ -288,9 +298,11 @@ class _Walker:
                 numbers[value] = len(outputs)
                 outputs.append(self._returned(value, memory))
             returns.append(None if value is None else numbers[value])
+        checks = tuple((len(outputs) + i, message) for i, (_, message) in enumerate(self.checks))
+        outputs += [condition for condition, _ in self.checks]
         inputs = [n for n in self.inputs if n not in self.late] + self.late
         graph = make_graph(identifier(name) or "graph", inputs, outputs, writes=tuple(self.writes.items()))
-        return Captured(replace(graph, symbols=self._symbols(graph)), tuple(returns))
+        return Captured(replace(graph, symbols=self._symbols(graph)), tuple(returns), checks)
 
     def _returned(self, value: Any, memory: dict[Node, set[int]]) -> Node:
         """`memory`: the fake storages that each input and each value returned so far lies in.

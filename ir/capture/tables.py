@@ -1,4 +1,7 @@
-"""`NATIVE`: the ATen overloads that have a native form, each with its converter; `EFFECT_FREE`: assertions that leave no trace."""
+"""`NATIVE`: the ATen overloads that have a native form, each with its converter.
+
+`ASSERTIONS` test data and become outputs that are checked after the call; `EFFECT_FREE` restate what capture has already assumed.
+"""
 
 from __future__ import annotations
 
@@ -16,3 +19,5 @@ EFFECT_FREE = frozenset({
     "aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten.sym_constrain_range.default",
     "aten.sym_constrain_range_for_size.default",
 })  # fmt: skip
+
+ASSERTIONS = frozenset({"aten._assert_async.msg", "aten._assert_async.default"})
