@@ -95,10 +95,5 @@ def _flat(axes: tuple[Axis, ...], many: str, kernel: Kernel) -> str:
     return many
 
 
-def constexprs(kernel: Kernel, schedule: Schedule) -> dict[str, int]:
-    """The block lengths a launch passes, by parameter name."""
-    return {d.constant: d.block for d in layout_of(kernel, schedule).dimensions}
-
-
 def extent_source(span: Span) -> str:
     return to_source(span.extent)

@@ -20,10 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from ...ir.errors import TilewrightError
 from ..kernel import Kernel
-from .layout import constexprs
-from .legalize import legalize
-from .printer import function_name, print_kernel
-from .runtime import launch_options, load
+from .runtime import build, launch_options, load
 from .schedule import Schedule, default_schedule
 
 TARGETS: dict[str, GPUTarget] = {
@@ -64,14 +61,14 @@ def compile_offline(kernel: Kernel, schedule: Schedule | None = None, target: st
     if target not in TARGETS:
         raise OfflineError(kernel=kernel.name, target=target, reason=f"known targets are {', '.join(TARGETS)}")
     schedule = schedule or default_schedule(kernel)
-    function = load(print_kernel(kernel, schedule))[function_name(kernel)]
+    program = build(kernel, schedule)
+    function = load(program.source)[program.name]
     if not isinstance(function, JITFunction):
         raise OfflineError(kernel=kernel.name, target=target, reason="TRITON_INTERPRET is set")
-    blocks = constexprs(legalize(kernel), schedule)
     pointers = [_POINTERS[b.dtype] for b in (*kernel.inputs, *kernel.outputs)]
-    kinds = [*pointers, *("i64" if schedule.wide else "i32" for _ in kernel.sizes), *("constexpr" for _ in blocks)]
+    kinds = [*pointers, *("i64" if schedule.wide else "i32" for _ in kernel.sizes), *("constexpr" for _ in program.blocks)]
     aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(pointers))}
-    source = ASTSource(function, dict(zip(function.arg_names, kinds)), blocks, aligned)
+    source = ASTSource(function, dict(zip(function.arg_names, kinds)), dict(program.blocks), aligned)
     try:
         compiled = triton.compile(source, target=TARGETS[target], options=launch_options(schedule))
     except Exception as error:

@@ -23,10 +23,10 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction
 
-from ...ir.dims import evaluate, product
+from ...ir.dims import Dim, evaluate
 from ...ir.errors import TilewrightError
 from ..kernel import Kernel
-from .layout import constexprs, layout_of
+from .layout import layout_of
 from .legalize import legalize
 from .printer import function_name, print_kernel
 from .schedule import Schedule, default_schedule
@@ -40,11 +40,17 @@ class LaunchError(TilewrightError):
 
 @dataclass(frozen=True)
 class Program:
-    """A printed kernel. `source` is its module; `interpreted` and compiled functions are made from it on demand by `load`."""
+    """A printed kernel and what a launch needs of it; `load` makes functions of its `source`, which is a whole module.
+
+    points: of the flattened grid; blocks: the block lengths by parameter name; whole: (extent, block) of the persistent inner groups.
+    """
 
     kernel: Kernel
     schedule: Schedule
     source: str
+    points: Dim
+    blocks: Mapping[str, int]
+    whole: tuple[tuple[Dim, int], ...]
 
     @property
     def name(self) -> str:
@@ -54,7 +60,10 @@ class Program:
 def build(kernel: Kernel, schedule: Schedule | None = None) -> Program:
     """The kernel printed under a schedule (by default its default schedule). Raises UnsupportedByTriton."""
     schedule = schedule or default_schedule(kernel)
-    return Program(kernel, schedule, print_kernel(kernel, schedule))
+    layout = layout_of(legalize(kernel), schedule)
+    blocks = {d.constant: d.block for d in layout.dimensions}
+    whole = tuple((g.span.extent, g.block) for g in layout.groups if not g.looped)
+    return Program(kernel, schedule, print_kernel(kernel, schedule), layout.grid.extent, blocks, whole)
 
 
 _LOADED: dict[tuple[str, bool], dict[str, Any]] = {}
@@ -109,19 +118,18 @@ def launch(program: Program, tensors: Mapping[str, torch.Tensor], sizes: Mapping
     kernel = program.kernel
     _check_sizes(kernel, sizes)
     arguments = _arguments(kernel, tensors, sizes)
-    points = evaluate(product(a.extent for a in kernel.grid), sizes)
+    points = evaluate(program.points, sizes)
     if points == 0:
         return
     _check_blocks(program, sizes)
-    blocks = constexprs(legalize(kernel), program.schedule)
-    grid = (-(-points // blocks.get("XBLOCK", 1)),)
+    grid = (-(-points // program.blocks.get("XBLOCK", 1)),)
     interpreted = any(t.device.type == "cpu" for t in tensors.values())
     function = load(program.source, interpreted)[program.name]
     if interpreted:
         with _interpreting():
-            function[grid](*arguments, **blocks)
+            function[grid](*arguments, **program.blocks)
         return
-    function[grid](*arguments, **blocks, **launch_options(program.schedule))
+    function[grid](*arguments, **program.blocks, **launch_options(program.schedule))
 
 
 def launch_options(schedule: Schedule) -> dict[str, Any]:
@@ -149,10 +157,10 @@ def _check_sizes(kernel: Kernel, sizes: Mapping[str, int]) -> None:
 
 def _check_blocks(program: Program, sizes: Mapping[str, int]) -> None:
     """A persistent block must hold the whole inner extent; a symbolic one is known only now."""
-    for group in layout_of(legalize(program.kernel), program.schedule).groups:
-        extent = evaluate(group.span.extent, sizes)
-        if not group.looped and extent > group.block:
-            raise LaunchError(kernel=program.name, reason=f"an inner extent of {extent} does not fit the persistent block of {group.block}")
+    for extent, block in program.whole:
+        if evaluate(extent, sizes) > block:
+            reason = f"an inner extent of {evaluate(extent, sizes)} does not fit the persistent block of {block}"
+            raise LaunchError(kernel=program.name, reason=reason)
 
 
 def run(
