@@ -49,4 +49,11 @@ def _compile_cpp(kernels: Sequence[Kernel]) -> list[Union[Compiled, Failed]]:
     return compile_kernels(kernels)
 
 
-TARGETS: dict[str, Target] = {"cpu": Target("cpp", _compile_cpp, native=True)}
+def _compile_triton(kernels: Sequence[Kernel]) -> list[Union[Compiled, Failed]]:
+    from .triton.toolchain import compile_kernels
+
+    return compile_kernels(kernels)
+
+
+TARGETS: dict[str, Target] = {"cpu": Target("cpp", _compile_cpp, native=True), "cuda": Target("triton", _compile_triton, native=False)}
+"""Device type -> target; the toolchains are imported when first used."""

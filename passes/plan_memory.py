@@ -52,9 +52,13 @@ def plannable(graph: Graph, steps: Sequence[Node]) -> dict[Node, tuple[Lifetime,
     kept = {owner for n in graph.outputs for owner in owned[n]}
     found: dict[Node, tuple[Lifetime, Dim]] = {}
     seen: set[Owner] = set(kept)
+    device = ""
     for node in steps:
         owner = _own(node)
         if owner is None or owner in seen:
+            continue
+        device = device or owner_type(owner).device
+        if owner_type(owner).device != device:  # one block of memory is on one device
             continue
         seen.add(owner)
         size = _aligned(owner_type(owner).nbytes)

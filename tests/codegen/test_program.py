@@ -334,6 +334,15 @@ def test_a_graph_that_was_never_fused_runs():
     assert {f.node for f in program.fallbacks} == {"softmax", "add"}
 
 
+def test_triton_kernels_run_in_the_same_host_program():
+    x, w = graph_input("x", t(S, 8)), graph_input("w", t(8, 8))
+    graph = fused([x, w], [OPS["softmax"](OPS["linear"](OPS["gelu"](x), w), dim=-1)], symbols=ANY_S)
+    program = compile_program(graph, {"cpu": TARGETS["cuda"]})  # CPU tensors: Triton's interpreter
+    for n in (3, 5):
+        assert_same(program, graph, [torch.randn(n, 8), torch.randn(8, 8)])
+    assert len(program.kernels) == 2 and "@triton.jit" in program.source
+
+
 @NATIVE
 def test_the_listing_reads_like_a_module():
     x, w = graph_input("x", t(4, 8)), graph_input("w", t(8, 8))

@@ -108,6 +108,12 @@ def test_symbolic_sizes_share_slots_of_the_same_expression():
     assert str(parse(str(graph))) == str(graph)
 
 
+def test_the_arena_is_on_one_device():
+    x, y = graph_input("x", SQUARE), graph_input("y", TensorType(torch.float32, (16, 16), "cuda:0"))
+    a, b = region("exp", x), region("exp", y)
+    assert set(planned([x, y], [region("exp", a), region("exp", b)]).arena) == {a}
+
+
 def test_the_note_says_what_was_saved():
     x = graph_input("x", SQUARE)
     notes = Notes()
