@@ -62,9 +62,6 @@ class Layout:
             return ""
         return f"[{', '.join(':' if d is dimension else 'None' for d in self.dimensions)}]"
 
-    def group_of(self, axis: str) -> Dimension | None:
-        return next((g for g in self.groups if any(a.name == axis for a in g.span.axes)), None)
-
     def along(self, axes: Iterable[str]) -> tuple[Dimension, ...]:
         """The dimensions a value over these axes extends along."""
         names = set(axes)

@@ -66,7 +66,7 @@ def build(kernel: Kernel, schedule: Schedule | None = None) -> Program:
     return Program(kernel, schedule, print_kernel(kernel, schedule), layout.grid.extent, blocks, whole)
 
 
-_LOADED: dict[tuple[str, bool], dict[str, Any]] = {}
+_LOADED: dict[tuple[str, bool, Path | None], dict[str, Any]] = {}
 
 
 def load(source: str, interpreted: bool = False, directory: Path | None = None) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def load(source: str, interpreted: bool = False, directory: Path | None = None) 
     Triton reads a function's source again, so the module is registered with `linecache`; with a `directory` it is also written
     there, atomically, for people and profilers. Modules are loaded once per process.
     """
-    key = (source, interpreted)
+    key = (source, interpreted, directory)
     if key not in _LOADED:
         filename = _file_name(source, directory)
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)

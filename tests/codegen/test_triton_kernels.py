@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from triton_kernels import CASES, OLD_INTERPRETER, Case
 
 pytest.importorskip("triton")
 
-from tilewright.codegen.triton.runtime import LaunchError, build, run  # noqa: E402
+from tilewright.codegen.triton.runtime import LaunchError, build, load, run  # noqa: E402
 from tilewright.codegen.triton.schedule import Schedule, default_schedule, inner_groups, needs_whole_block  # noqa: E402
 
 SCHEDULES = {
@@ -65,6 +66,16 @@ def test_refuses_what_does_not_fit() -> None:
         run(program, {"x": case.inputs["x"].reshape(-1)}, {"m": 37})
     with pytest.raises(LaunchError, match="x is torch.float64"):
         run(program, {"x": case.inputs["x"].reshape(-1).double()}, case.sizes)
+
+
+def test_source_on_disk_is_repaired(tmp_path: Path) -> None:
+    source = build(CASES[0].kernel).source
+    load(source, directory=tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.read_text() == source
+    file.write_text("half writ")
+    load(source, interpreted=True, directory=tmp_path)
+    assert [f.read_text() for f in tmp_path.iterdir()] == [source]
 
 
 def test_default_schedule_follows_memory() -> None:
