@@ -14,8 +14,8 @@ from ..passes.recognize import Recognize
 
 DEFAULT_PASSES: tuple[Pass, ...] = (
     Canonicalize(),  # one form for each thing: every later pass looks for one only
-    Recognize(),  # before folding, which would hide causal masks and scales in constants
-    FoldConstants(),  # before fold-norms and merge-linears, which want weights that are plain constants
+    FoldConstants(),  # masks and scales become constants, which recognize reads
+    Recognize(),  # before fold-norms, which looks for norms by name
     FoldNorms(),  # before merge-linears: each weight takes the scale of the norm in front of it, then they merge
     MergeLinears(),  # once weights are final
     Canonicalize(),  # slices of merged products and views of composites compose with what reads them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -106,9 +107,6 @@ def _added_mask(logits: Node, parts: _Parts, mask: Node) -> _Parts | Refusal:
     inner = (*parts.inner, logits)
     if isinstance(mask.type, ScalarType) or mask.tensor.rank < 2 or mask.dtype != parts.product.dtype:
         return Refusal(Reason.SHAPE_MISMATCH, mask)
-    value = value_of(mask)
-    if value is not None and _lower_triangle(value == 0) and bool((value[value != 0] <= _FAR_BELOW).all()):
-        return replace(parts, causal=True, inner=inner)
     return replace(parts, mask=mask, inner=inner)
 
 
@@ -162,10 +160,10 @@ def _counts(node: Node, axis: int) -> bool:
 
 
 def _lower_triangle(value: torch.Tensor) -> bool:
-    if value.dim() < 2 or value.numel() != value.shape[-1] * value.shape[-2]:
+    """Every [m, n] slice is True on and below its diagonal, False above."""
+    if value.dim() < 2 or not value.numel():
         return False
-    flat = value.reshape(value.shape[-2:])
-    return torch.equal(flat, torch.ones_like(flat, dtype=torch.bool).tril())
+    return torch.equal(value, torch.ones(value.shape[-2:], dtype=torch.bool, device=value.device).tril().expand(value.shape))
 
 
 # -- operands
@@ -231,6 +229,41 @@ def _ungrouped(x: Node) -> Node | None:
     return source.inputs[0] if direct else OPS["reshape"](source, shape=few)
 
 
+# -- masks that say something simpler
+
+
+def _attended(mask: Node) -> torch.Tensor | None:
+    """Where a constant mask lets attend, if it says nothing but that."""
+    value = value_of(mask)
+    if value is None or value.dtype == torch.bool:
+        return value
+    return value == 0 if bool((value[value != 0] <= _FAR_BELOW).all()) else None
+
+
+def _attends_all(m: Match) -> bool | Refusal:
+    keep = _attended(m["mask"])
+    return keep is not None and bool(keep.all()) or Refusal(Reason.NOT_CONSTANT, m["mask"])
+
+
+def _attends_causally(m: Match) -> bool | Refusal:
+    keep = _attended(m["mask"])
+    logits = (m["q"].shape[-2], m["k"].shape[-2])
+    causal = keep is not None and tuple(keep.shape[-2:]) == logits and _lower_triangle(keep)
+    return causal or is_causal(m["mask"]) or Refusal(Reason.NOT_CONSTANT, m["mask"])
+
+
+def _without_mask(causal: bool) -> Callable[[Match], Node]:
+    def rewrite(m: Match) -> Node:
+        attrs = m.root.attrs
+        return OPS["attention"](m["q"], m["k"], m["v"], causal=causal or attrs["causal"], scale=attrs["scale"])
+
+    return rewrite
+
+
+_MASKED = pat("attention", Var("q"), Var("k"), Var("v"), Var("mask"))
+
 ATTENTION_RULES: list[Rule] = [
+    Rule("no-mask", _MASKED, rewrite=_without_mask(False), check=_attends_all),
+    Rule("causal-mask", _MASKED, rewrite=_without_mask(True), check=_attends_causally),
     Rule("attention", pat("matmul", pat("softmax", Var("logits"), name="p"), Var("v")), rewrite=_rewritten, check=_attends),
 ]

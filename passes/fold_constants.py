@@ -15,9 +15,8 @@ from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason
 from .facts import literal
 from .local import describe
-from .weights import ConstantMaker, plain, source_name, static, value_of
+from .weights import ConstantMaker, source_name, static, value_of
 
-_GENERATED = frozenset({"full", "iota"})
 _FOLDED = frozenset({Category.POINTWISE, Category.REDUCTION, Category.SCAN, Category.GATHER, Category.CONTRACTION, Category.COMPOSITE})
 
 
@@ -30,13 +29,12 @@ class FoldConstants(Pass):
         c = add(a, b)               -->    c = constant "a.add" : f32[2]
         y = mul(x, c)                      y = mul(x, c)
 
-    Memory never grows: a result larger than its operands by more than `allowance` bytes stays computed. What is made of fills and
-    ranges alone (masks, positions) folds up to `generated` bytes: beyond that a kernel makes it faster than it would read it.
+    Memory never grows: a result larger than its operands by more than `allowance` bytes stays computed. Fills and ranges count
+    nothing, so that masks and positions made of them fold while they are small; beyond that a kernel makes them faster than it reads them.
     Views of constants stay views: the products that read them take any strides.
     """
 
     allowance: int = 65536
-    generated: int = 4096
 
     name: ClassVar[str] = "fold-constants"
 
@@ -64,39 +62,30 @@ class FoldConstants(Pass):
         return OPS["full"](**attrs, hint=node.hint, prov=node.prov.with_rule("fold-constants"))
 
     def _folded(self, node: Node, maker: ConstantMaker, notes: Notes) -> Node | None:
-        if node.op.category not in _FOLDED or not node.inputs or not all(_known(i) for i in node.inputs) or not static(node):
+        if node.op.category not in _FOLDED or not node.inputs or not static(node):
+            return None
+        operands = [_value(i) for i in node.inputs]
+        if any(value is None for value in operands):
             return None
         reason = self._refused(node)
         if reason is not None:
             notes.decline(self.name, describe(node), reason, node, str(node.type))
             return None
         with torch.no_grad():
-            value = node.op.eager(*(_value(i) for i in node.inputs), **node.attrs)
+            value = node.op.eager(*operands, **node.attrs)
         notes.apply(self.name, describe(node), node)
         return maker.make(f"{_name(node)}.{node.op.name}", value, node.prov.with_rule(self.name), node.hint)
 
     def _refused(self, node: Node) -> Reason | None:
         """Why the result must not be stored."""
         size = int(node.tensor.nbytes)
-        stored = [i for i in node.inputs if not is_scalar(i) and i.op.name not in _GENERATED]
-        if not stored:
-            return Reason.MEMORY if size > self.generated else None
+        stored = [i for i in node.inputs if not is_scalar(i) and value_of(i) is not None]
         return Reason.MEMORY if size > sum(int(i.tensor.nbytes) for i in stored) + self.allowance else None
 
 
-def _known(node: Node) -> bool:
-    """A value that is at hand now."""
-    if is_scalar(node):
-        return True
-    if node.op.name in _GENERATED:
-        return all(plain(v) for v in node.attrs.values())
-    return value_of(node) is not None
-
-
 def _value(node: Node) -> Any:
-    if is_scalar(node):
-        return literal(node)
-    return node.op.eager(**node.attrs) if node.op.name in _GENERATED else value_of(node)
+    """What is at hand now: a number, or the tensor of a constant, fill, range or view of one; else None."""
+    return literal(node) if is_scalar(node) else value_of(node, generated=True)
 
 
 def _one(node: Node, value: Any) -> Any:

@@ -12,21 +12,32 @@ from ..ir.ops import OPS
 from ..ir.provenance import Provenance
 from ..ir.types import ScalarType
 
+GENERATED = frozenset({"full", "iota"})
 
-def value_of(node: Node) -> torch.Tensor | None:
-    """The tensor that a constant, or a view of one with sizes known, stands for; None for anything else."""
+
+def value_of(node: Node, generated: bool = False) -> torch.Tensor | None:
+    """The tensor that a constant, or a view of one with sizes known, stands for; None for anything else.
+
+    generated: fills and ranges count as constants.
+    """
     views: list[Node] = []
     while node.op.category is Category.VIEW and node.inputs:
         views.append(node)
         node = node.inputs[0]
-    if node.op.name != "constant" or node.attrs["data"].value is None:
-        return None
-    value = node.attrs["data"].value.detach()
+    value = _base(node, generated)
     for view in reversed(views):
-        if not static(view):
+        if value is None or not static(view):
             return None
         value = view.op.eager(value, **view.attrs)
     return value
+
+
+def _base(node: Node, generated: bool) -> torch.Tensor | None:
+    if generated and node.op.name in GENERATED and static(node):
+        return node.op.eager(**node.attrs)
+    if node.op.name != "constant" or node.attrs["data"].value is None:
+        return None
+    return node.attrs["data"].value.detach()
 
 
 def static(node: Node) -> bool:

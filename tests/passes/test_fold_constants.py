@@ -40,7 +40,7 @@ def test_generated_values_fold_only_while_small() -> None:
     lines = "r = iota(length={n})", "c = mul(r, 3)", "y = add(x, c)", "y"
     small = body("x: i64[8]", *(line.format(n=8) for line in lines))
     big = body("x: i64[1024]", *(line.format(n=1024) for line in lines))
-    old, new, notes = run(FoldConstants(), big)
+    old, new, notes = run(FoldConstants(allowance=4096), big)
     assert refusals(notes) == {("fold-constants", Reason.MEMORY)}
     assert_becomes(new, old)
     old, new, _ = run(FoldConstants(), small)

@@ -52,8 +52,8 @@ def test_a_pass_out_of_order_is_named() -> None:
 
 
 def test_passes_from_text() -> None:
-    found = parse_passes("canonicalize, merge-linears{max_columns=4096},fold_constants{ allowance = 16, generated=8 }")
-    assert found == [Canonicalize(), MergeLinears(max_columns=4096), FoldConstants(allowance=16, generated=8)]
+    found = parse_passes("canonicalize, merge-linears{max_columns=4096},fold_constants{ allowance = 16 }")
+    assert found == [Canonicalize(), MergeLinears(max_columns=4096), FoldConstants(allowance=16)]
     assert passes_from(None) == list(DEFAULT_PASSES) and parse_passes("") == []
 
 

@@ -184,6 +184,16 @@ def test_causal_mask_in_a_constant_or_negated() -> None:
     assert _ops(new) == ["attention"] and new.outputs[0].attrs["causal"]
 
 
+@pytest.mark.parametrize(("mask", "causal"), [(torch.zeros(2, 1, 5, 5), False), (torch.ones(2, 1, 5, 5).tril() > 0, True)])
+def test_constant_masks_that_say_something_simpler(mask: torch.Tensor, causal: bool) -> None:
+    text = body(QKV.replace("s,", "5,").replace("b,", "2,"), 'm = constant "m"', "y = attention(q, k, v, m, scale=0.5)", "y")
+    new, _ = _recognized(text, _qkv(), constants={"m": mask})
+    assert len(new.outputs[0].inputs) == 3 and new.outputs[0].attrs["causal"] == causal
+    text = body(QKV + ", m: bool[s, s]", "y = attention(q, k, v, m, scale=0.5)", "y")
+    _, notes = _recognized(text, [*_qkv(), torch.ones(5, 5) > 0])
+    assert ("recognize.no-mask", Reason.NOT_CONSTANT) in refusals(notes)
+
+
 def test_finite_fill_becomes_an_added_mask_also_for_rows_masked_everywhere() -> None:
     keep = torch.rand(5, 5) > 0.3
     keep[2] = False
