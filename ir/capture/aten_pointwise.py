@@ -164,6 +164,7 @@ POINTWISE: dict[str, Converter] = {
     "aten.sub.Tensor": _linear_combination("sub"), "aten.sub.Scalar": _linear_combination("sub"),
     "aten.rsub.Tensor": _rsub, "aten.rsub.Scalar": _rsub,
     "aten.div.Tensor": _plain("div"), "aten.div.Scalar": _plain("div"),
+    "aten.true_divide.Tensor": _plain("div"), "aten.true_divide.Scalar": _plain("div"),
     "aten.div.Tensor_mode": _div_mode, "aten.div.Scalar_mode": _div_mode,
     "aten.clamp.default": _clamp, "aten.clamp.Tensor": _clamp,
     "aten.clamp_min.default": _clamp_min, "aten.clamp_min.Tensor": _clamp_min,

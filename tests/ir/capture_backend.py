@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
-
 from tilewright.ir.capture import compile_fx
 from tilewright.ir.errors import CaptureError
 from tilewright.ir.graph import Graph, order
 from tilewright.ir.interpret import interpret
 from tilewright.ir.text import parse
+from torch.utils._pytree import tree_flatten
 
 
 @dataclass
