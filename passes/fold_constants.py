@@ -108,7 +108,7 @@ def share_equal(graph: Graph, notes: Notes) -> Graph:
     for group in groups.values():
         same.update(_duplicates(group) if len(group) > 1 else {})
     for data, kept in same.items():
-        notes.apply("fold-constants.share", f"{data.name} is {kept.name}", bytes_saved=0)
+        notes.apply("fold-constants.share", f"{data.name} is {kept.name}")
     return rewrite(graph, lambda node, inputs: _shared(node, same)) if same else graph
 
 

@@ -15,7 +15,7 @@ from ..ir.ops import OPS
 from ..ir.rules import Match, Pat, Refusal, Rule, Tracer, Var, apply_rules, pat
 from ..ir.types import same_type
 from .attention_rules import ATTENTION_RULES
-from .base import Notes, Pass, Reason
+from .base import Applied, Notes, Pass, Reason
 from .facts import literal, same_shape
 
 Answer = Union[bool, Refusal]
@@ -44,7 +44,7 @@ class Recognize(Pass):
         notes, tracer = notes or Notes(), Tracer()
         graph = apply_rules(graph, RULES, tracer)
         for done in tracer.applied:
-            notes.apply(f"{self.name}.{done.rule}", done.after)
+            notes.applied.append(Applied(f"{self.name}.{done.rule}", done.after, done.source))
         for miss in tracer.missed:
             notes.decline(f"{self.name}.{miss.rule}", repr(miss.node), miss.refusal.reason, miss.node, str(miss.refusal.value or ""))
         return graph
