@@ -109,33 +109,56 @@ template <class A, class B> INLINE auto ipow(A a, B b) {
 
 constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860682e-6f;  // 15 bits, so that n * ln2_high is exact
 
-// 2^n for -126 <= n <= 127.
-template <class I> INLINE auto exp2i(I n) { return bits<vec<float, lanes<I>>>((n + 127) << 23); }
+constexpr float integral = 0x1.8p23f;  // x + integral rounds x to an integer and leaves it in the low mantissa bits
 
-// e^r * 2^n with |r| <= ln2 / 2; two factors, so that results below 2^-126 are rounded once.
-template <class V> INLINE V scaled_exp(V r, V n) {
-  auto i = as<int32_t>(n);
-  auto half = i >> 1;
-  V p = 1 + (r + r * r * horner(r, 0.5f, 0.166665181517601f, 0.04166620597243309f, 0.008368954062461853f, 0.0013950599823147058f));
-  return p * exp2i(half) * exp2i(i - half);
+// e^r for |r| <= ln2 / 2
+template <class V> INLINE V exp_reduced(V r) {
+  return 1 + (r + r * r * horner(r, 0.5f, 0.166665181517601f, 0.04166620597243309f, 0.008368954062461853f, 0.0013950599823147058f));
 }
-template <class V> INLINE V nearest(V x) { return (x + 0x1.8p23f) - 0x1.8p23f; }  // |x| < 2^22
+
+// p * 2^n where n = bits(shifted) - bits(integral), -151 <= n <= 129 and p is near 1; what lies below 2^-126 is rounded once.
+template <class V> INLINE V scaled(V p, V shifted) {
+#if defined(__AVX512F__) && !defined(__clang__)
+  if constexpr (lanes<V> == 16) return __builtin_ia32_scalefps512_mask(p, shifted - integral, p, -1, 4);
+  else
+#endif
+  {
+    auto n = bits<int_of<V>>(shifted) - 0x4b400000;
+    auto half = n >> 1;
+    return p * bits<V>((half + 127) << 23) * bits<V>((n - half + 127) << 23);
+  }
+}
+
+template <class M, class V> INLINE V pick(M m, V a, V b) { return m ? a : b; }  // m as wide as a
+// x between two bounds; NaN stays
+template <class V> INLINE V clamp(V x, float low, float high) {
+  V l = splat<lanes<V>>(low), h = splat<lanes<V>>(high);
+  x = pick(h < x, h, x);
+  return pick(l > x, l, x);
+}
 
 template <class V> INLINE V exp(V x) {
   if constexpr (!is_single<V>) return map([](double a) { return __builtin_exp(a); }, x);
   else {
-    V c = select(mask(x > 89.0f), 89.0f, select(mask(x < -104.0f), -104.0f, x));  // beyond: inf and 0; NaN passes
-    V n = nearest(c * 1.44269504f);
-    V r = (c - n * ln2_high) - n * ln2_low;
-    return scaled_exp(r, select(isnan(x), 0.0f, n));
+    V c = clamp(x, -104.0f, 89.0f);  // beyond: 0 and inf
+    V shifted = c * 1.44269504f + integral;
+    V n = shifted - integral;
+    return scaled(exp_reduced((c - n * ln2_high) - n * ln2_low), shifted);
   }
+}
+// e^x for |x| < 80; a NaN may become any number
+template <class V> INLINE V exp_moderate(V x) {
+  V shifted = x * 1.44269504f + integral;
+  V n = shifted - integral;
+  V p = exp_reduced((x - n * ln2_high) - n * ln2_low);
+  return bits<V>(bits<int_of<V>>(p) + (bits<int_of<V>>(shifted) << 23));
 }
 template <class V> INLINE V exp2(V x) {
   if constexpr (!is_single<V>) return map([](double a) { return __builtin_exp2(a); }, x);
   else {
-    V c = select(mask(x > 129.0f), 129.0f, select(mask(x < -151.0f), -151.0f, x));
-    V n = nearest(c);
-    return scaled_exp((c - n) * 0.693147181f, select(isnan(x), 0.0f, n));
+    V c = clamp(x, -151.0f, 129.0f);
+    V shifted = c + integral;
+    return scaled(exp_reduced((c - (shifted - integral)) * 0.693147181f), shifted);
   }
 }
 template <class V> INLINE V expm1(V x) {
@@ -153,8 +176,8 @@ template <class V> INLINE V tanh(V x) {
     V s = x * x;
     V small = x + x * s * horner(s, -0.3333333134651184f, 0.13333210349082947f, -0.05394720286130905f, 0.021702967584133148f,
                                  -0.008182673715054989f, 0.0021475369576364756f);
-    V large = 1 - 2 / (exp(select(mask(a > 10.0f), 10.0f, a) * 2) + 1);
-    return select(isnan(x), x, copysign(select(mask(a < 0.625f), small, large), x));
+    V large = 1 - 2 / (exp_moderate(clamp(a, 0.0f, 10.0f) * 2) + 1);
+    return copysign(select(mask(a > 0.625f), large, small), x);  // NaN takes the polynomial
   }
 }
 template <class V> INLINE V erf(V x) {
@@ -164,11 +187,11 @@ template <class V> INLINE V erf(V x) {
     V s = x * x;
     V small = x + x * horner(s, 0.12837916612625122f, -0.37612631916999817f, 0.11283672600984573f, -0.026858104392886162f,
                              0.00519779697060585f, -0.0008105965098366141f, 8.215423440560699e-05f);
-    V t = select(mask(a > 3.95f), 3.95f, a);
+    V t = clamp(a, 0.0f, 3.95f);
     // log(erfc(t)), so that erf = 1 - e^that keeps the precision of 1 for t > 0.9
-    V large = 1 - exp(t * horner(t, -1.1285414695739746f, -0.6356731653213501f, -0.10516949743032455f, 0.02257561683654785f,
+    V large = 1 - exp_moderate(t * horner(t, -1.1285414695739746f, -0.6356731653213501f, -0.10516949743032455f, 0.02257561683654785f,
                                  -0.0028691214974969625f, 2.7435391530161723e-05f, 4.9940434109885246e-05f, -5.296998097037431e-06f));
-    return select(mask(a < 0.9f), small, select(isnan(x), x, copysign(large, x)));
+    return select(mask(a > 0.9f), copysign(large, x), small);  // NaN takes the polynomial
   }
 }
 
@@ -250,8 +273,6 @@ template <class D> INLINE Quadrant<D> quadrant(D x) {
   D cos = 1 - 0.5 * s + s * s * horner(s, 0.04166666661945269, -0.0013888883496796594, 2.4799459297776736e-05, -2.7205683876368256e-07);
   return {sin, cos, bits<int_of<D>>(n + 0x1.8p52)};
 }
-template <class M, class D> INLINE D pick(M m, D a, D b) { return m ? a : b; }  // m as wide as a
-
 template <int Shift, class V> INLINE V circular(V x) {
   V y = in_double([](auto d) {
     auto q = quadrant(d);
