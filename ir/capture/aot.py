@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..graph import Graph
 from .decompositions import decompositions
@@ -56,7 +57,8 @@ def _compiled(
 
     try:
         captured = capture_fx(gm, inputs, name, binding)
-        run = compile_graph(captured.graph)
+        with _disable_current_modes():  # with dynamic shapes we are called under a fake mode, and constants are folded for real
+            run = compile_graph(captured.graph)
     except Exception as error:  # whatever goes wrong here must not take the user's model down
         on_failure(error)
         return make_boxed_func(gm.forward)
