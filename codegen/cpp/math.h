@@ -33,8 +33,12 @@ template <class A, class B> INLINE auto min(A a, B b) {
   if constexpr (!is_float<elem<A>>) return select(mask(a < b), a, b);
   else return select(mask(a == a), select(mask(a < b), a, b), a);
 }
-template <class A, class B> INLINE auto fmax(A a, B b) { return select(mask(b == b), select(mask(a < b), b, select(mask(a == a), a, b)), a); }
-template <class A, class B> INLINE auto fmin(A a, B b) { return select(mask(b == b), select(mask(a > b), b, select(mask(a == a), a, b)), a); }
+template <class A, class B> INLINE auto fmax(A a, B b) {  // the other if one is NaN
+  return select(mask(b == b), select(mask(a < b), b, select(mask(a == a), a, b)), a);
+}
+template <class A, class B> INLINE auto fmin(A a, B b) {
+  return select(mask(b == b), select(mask(a > b), b, select(mask(a == a), a, b)), a);
+}
 
 template <class V> constexpr auto sign_bit = elem<int_of<V>>(1) << (8 * sizeof(elem<V>) - 1);
 template <class V> INLINE V abs(V x) {

@@ -77,8 +77,8 @@ template <class T, int L> INLINE vec<T, L> iota() {
 template <class T, class V> INLINE auto as(V v) {
   if constexpr (!is_vector<V>) return T(v);
   else if constexpr (__is_same(T, elem<V>)) return v;
-  else if constexpr (is_float<T> && sizeof(elem<V>) < 4) return __builtin_convertvector(__builtin_convertvector(v, vec<int32_t, lanes<V>>), vec<T, lanes<V>>);
-  else if constexpr (is_float<elem<V>> && sizeof(T) < 4) return __builtin_convertvector(__builtin_convertvector(v, vec<int32_t, lanes<V>>), vec<T, lanes<V>>);
+  else if constexpr (is_float<T> && sizeof(elem<V>) < 4 || is_float<elem<V>> && sizeof(T) < 4)
+    return __builtin_convertvector(__builtin_convertvector(v, vec<int32_t, lanes<V>>), vec<T, lanes<V>>);
   else return __builtin_convertvector(v, vec<T, lanes<V>>);
 }
 

@@ -15,7 +15,7 @@ from tilewright.codegen.cpp.toolchain import compile_kernels
 from tilewright.codegen.kernel import Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store
 from tilewright.codegen.target import Compiled
 from tilewright.ir.dims import FloorDiv, Mod, evaluate, symbol
-from tilewright.ir.scalar import Const, Scalar, apply, cast, where
+from tilewright.ir.scalar import Apply, Const, Scalar, apply, cast, where
 
 pytestmark = pytest.mark.skipif(not compiler_available(), reason="needs a C++ compiler")
 
@@ -353,6 +353,62 @@ def mixed_ranks() -> Kernel:
     return kernel([grid("i", 12), inner("r", 36)], {"x": (F32, 432)}, {k: v for k, v in outputs.items() if k != "only_r"})
 
 
+# ---- every operation on every dtype
+
+FLOAT_OPS = [
+    "add", "sub", "mul", "div", "mod", "fmod", "neg", "abs", "min", "max", "fmin", "fmax", "floor", "ceil", "trunc", "round", "sqrt",
+    "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh",
+    "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "lgamma", "pow", "fma", "copysign", "hypot", "nextafter", "eq", "ne",
+    "lt", "le", "gt", "ge", "isnan", "isinf", "signbit", "where", "cast", "bitcast",
+]  # fmt: skip
+INTEGER_OPS = [
+    "add", "sub", "mul", "floordiv", "truncdiv", "mod", "fmod", "neg", "abs", "min", "max", "ipow", "eq", "ne", "lt", "le", "gt", "ge",
+    "and", "or", "xor", "not", "shl", "shr", "where", "cast", "bitcast",
+]  # fmt: skip
+BOOL_OPS = [
+    "and", "or", "xor", "not", "eq", "ne", "lt", "le", "gt", "ge", "where", "cast",
+]  # fmt: skip
+OF_ONE = [
+    "neg", "abs", "floor", "ceil", "trunc", "round", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin",
+    "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "lgamma", "isnan", "isinf",
+    "signbit", "not",
+]  # fmt: skip
+ARITY = {"fma": 3} | dict.fromkeys(OF_ONE, 1)
+COUNT = 45
+
+
+def _operation(op: str, dtype: torch.dtype, scalar: bool) -> list[Scalar]:
+    """The operation on loads; `scalar`: one operand is the same in all lanes."""
+    a, b, c = load("a", i, dtype), load("b", 0 if scalar else i, dtype), load("c", i, dtype)
+    if op == "where":
+        return [where(apply("eq", a, b), b, c)]
+    if op == "cast":
+        return [Apply(t, "cast", (a,)) for t in (F32, F64, I64, I32, torch.int8, torch.uint8, BOOL) if t != dtype]
+    if op == "bitcast":
+        same = {1: torch.uint8, 2: torch.int16, 4: I32, 8: I64}[dtype.itemsize]
+        return [Apply(same, "bitcast", (a,))]
+    if op in ("shl", "shr", "ipow"):
+        return [apply(op, a, 3)]
+    if op in ("floordiv", "truncdiv") or op in ("mod", "fmod") and not dtype.is_floating_point:
+        return [apply(op, a, 5), apply(op, a, -3)] if dtype.is_signed else [apply(op, a, 5)]
+    return [apply(op, *(a, b, c)[: ARITY.get(op, 2)])]
+
+
+def _operations(dtype: torch.dtype, ops: list[str], scalar: bool) -> Kernel:
+    values = [v for op in ops for v in _operation(op, dtype, scalar)]
+    outputs = {f"o{k}": (i, v, COUNT) for k, v in enumerate(values)}
+    return kernel([grid("i", COUNT)], {name: (dtype, COUNT) for name in "abc"}, outputs)
+
+
+OPERATIONS = {F32: FLOAT_OPS, F64: FLOAT_OPS, BOOL: BOOL_OPS}
+OPERATIONS |= dict.fromkeys((I64, I32, torch.int16, torch.int8, torch.uint8), INTEGER_OPS)
+for _dtype, _ops in OPERATIONS.items():
+    for _scalar in (False, True):
+        _make = lambda d=_dtype, o=_ops, s=_scalar: _operations(d, o, s)  # noqa: E731
+        _make.__name__ = f"operations_{str(_dtype).removeprefix('torch.')}{'_scalar' if _scalar else ''}"
+        case()(_make)
+
+
 # ---- running them
 
 
@@ -385,12 +441,14 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         if target.vector_bytes < 64:
             pytest.skip("native is no wider")
         target = CpuTarget(32, level=request.param)
-    results = compile_kernels([cases[0].kernel for cases in CASES.values()], target)
-    return dict(zip(CASES, results))
+    names = [n for n in CASES if request.param == "native" or not n.startswith("operations")]  # one level shows what compiles
+    return dict(zip(names, compile_kernels([CASES[n][0].kernel for n in names], target)))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_computes_what_the_reference_does(name: str, compiled: dict[str, object]) -> None:
+    if name not in compiled:
+        pytest.skip("compiled for the native level only")
     function = compiled[name]
     assert isinstance(function, Compiled), function.reason  # type: ignore[attr-defined]
     for number, case in enumerate(CASES[name]):
