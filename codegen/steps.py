@@ -13,6 +13,7 @@ from ..ir.graph import Node, is_scalar
 from ..ir.op import Category
 from ..ir.ops.structure import Ref, resolve, tensor_leaves
 from .host import Host, Scope, Value, row_major
+from .windows import emit_window
 
 LIBRARY = frozenset({"matmul", "linear", "conv", "max_pool", "avg_pool", "attention"})
 """Ops that a vendor's library computes as well as anyone: scheduled there on purpose."""
@@ -215,7 +216,13 @@ def _folded(host: Host, node: Node, shape: tuple[Any, ...]) -> Value:
     text = host.literal(shape)
     if value.contiguous:
         return host.derive(value, "flat", f"{value.name}.view({text})", True)
+    if value.scope is Scope.CALL:
+        return host.derive(value, "flat", f"{value.name}.reshape({text})")
+    # it may be a copy, and must be made after what it copies: in this call
     return host.define(None, f"{value.name}.reshape({text})", Scope.CALL, [value], hint=f"{value.name}_flat")
 
 
-_CALLS: dict[str, Callable[[Host, Node], None]] = {"extern": _extern, "item": _item, "matmul": _matmul, "linear": _linear}
+_CALLS: dict[str, Callable[[Host, Node], None]] = {
+    "extern": _extern, "item": _item, "matmul": _matmul, "linear": _linear, "conv": emit_window, "max_pool": emit_window,
+    "avg_pool": emit_window,
+}  # fmt: skip

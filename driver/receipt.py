@@ -134,7 +134,7 @@ class Receipt:
     def summary(self) -> str:
         """One line: counts, coverage, error and speed."""
         parts = [f"{len(self.kernels)} kernels, {len(self.library)} library calls, {len(self.fallbacks)} fallbacks"]
-        parts.append(f"nodes in kernels | library | fallback: {self.coverage.nodes}")
+        parts.append(f"ops {self.coverage.nodes} (ours | library | fallback)")
         if self.error is not None:
             parts.append(f"error {self.error.ours:.1e} (eager {self.error.eager:.1e}, allowed {self.error.allowed:.1e})")
         if self.speed is not None:

@@ -187,6 +187,15 @@ def test_integers_bools_scalars_and_empties():
     assert_like_eager(f, torch.arange(-4, 4), torch.arange(8) % 2 == 0, torch.randn(0, 3), torch.tensor(2.5))
 
 
+def test_constants_inside_the_model_are_real_tensors():
+    def f(x):
+        table = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        return x @ table.t(), table[x.argmax(-1)], torch.arange(2) * x
+
+    _, (receipt,) = new_receipts(lambda: assert_like_eager(f, torch.randn(3, 2)))
+    assert not receipt.failure
+
+
 def test_random_numbers_are_eagers():
     dropout = torch.nn.Dropout(0.5)
     run = compiled(lambda x: dropout(x) * 2)
