@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError, TilewrightError
 from ..graph import Data, Graph
 from .decompositions import decompositions
-from .fx import Binding, capture_fx
+from .fx import Binding, Captured, assert_checks, capture_fx
 
 
 class CallError(TilewrightError):
@@ -32,6 +32,7 @@ class Signature:
     outputs: for every leaf of the result the number of the graph output, or None for a literal.
     results: those literals, by leaf number.
     state: names of the mutated buffers; they are the graph's last inputs, in this order, and the graph writes them.
+    checks: further outputs of the graph that are assertions of the model, with their messages.
     """
 
     in_spec: pytree.TreeSpec
@@ -41,6 +42,7 @@ class Signature:
     outputs: tuple[int | None, ...] = ()
     results: Mapping[int, Any] = field(default_factory=dict)
     state: tuple[str, ...] = ()
+    checks: tuple[tuple[int, str], ...] = ()
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
         """The graph's inputs (without state) of a call; raises CallError where the call does not have the captured form."""
@@ -60,7 +62,8 @@ class Signature:
         return [leaf for _, leaf in sorted(fed, key=lambda pair: pair[0])]
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
-        """The module's result from the graph's outputs."""
+        """The module's result from the graph's outputs; raises RuntimeError where an assertion of the model fails."""
+        assert_checks(self.checks, outputs)
         leaves = [self.results[i] if n is None else outputs[n] for i, n in enumerate(self.outputs)]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
@@ -92,7 +95,7 @@ def from_exported(program: ExportedProgram, name: str = "model") -> CapturedModu
     captured = capture_fx(program.graph_module, name=name, binding=binding)
     state = {s.arg.name: s.target for s in signature.input_specs if s.arg.name in binding.last}
     tensors = {target: _tensor(program, target).clone() for target in state.values() if target is not None}
-    return CapturedModule(captured.graph, _convention(program, captured.returns, tuple(tensors)), tensors)
+    return CapturedModule(captured.graph, _convention(program, captured, tuple(tensors)), tensors)
 
 
 def from_module(
@@ -136,10 +139,12 @@ def _constants(program: ExportedProgram, written: set[str]) -> dict[str, Data]:
 
 def _tensor(program: ExportedProgram, name: str) -> torch.Tensor:
     value = program.state_dict[name] if name in program.state_dict else program.constants[name]
+    if not isinstance(value, torch.Tensor):
+        raise CaptureError(reason=f"{name} is a {type(value).__name__}, no tensor")
     return value.detach()
 
 
-def _convention(program: ExportedProgram, returns: tuple[int | None, ...], state: tuple[str, ...]) -> Signature:
+def _convention(program: ExportedProgram, captured: Captured, state: tuple[str, ...]) -> Signature:
     signature = program.graph_signature
     users = [s.arg for s in signature.input_specs if s.kind is InputKind.USER_INPUT]
     inputs: list[int | None] = []
@@ -147,10 +152,11 @@ def _convention(program: ExportedProgram, returns: tuple[int | None, ...], state
         fed = sum(n is not None for n in inputs)
         inputs.append(None if isinstance(arg, ConstantArgument) else fed)
     literals = {i: arg.value for i, arg in enumerate(users) if isinstance(arg, ConstantArgument)}
-    kept = [(s.arg, n) for s, n in zip(signature.output_specs, returns) if s.kind is OutputKind.USER_OUTPUT]
+    kept = [(s.arg, n) for s, n in zip(signature.output_specs, captured.returns) if s.kind is OutputKind.USER_OUTPUT]
     results = {i: arg.value for i, (arg, n) in enumerate(kept) if n is None and isinstance(arg, ConstantArgument)}
     results |= {i: None for i, (_, n) in enumerate(kept) if n is None and i not in results}
     assert program.call_spec.in_spec is not None and program.call_spec.out_spec is not None
-    return Signature(
-        program.call_spec.in_spec, program.call_spec.out_spec, tuple(inputs), literals, tuple(n for _, n in kept), results, state
-    )
+    outputs = tuple(n for _, n in kept)
+    spec = program.call_spec
+    assert spec.in_spec is not None and spec.out_spec is not None
+    return Signature(spec.in_spec, spec.out_spec, tuple(inputs), literals, outputs, results, state, captured.checks)

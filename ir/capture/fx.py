@@ -61,9 +61,14 @@ class Captured:
 
     def restore(self, outputs: Sequence[Any]) -> list[Any]:
         """The fx graph's return values from those of the graph; raises RuntimeError where an assertion of the model fails."""
-        for i, message in self.checks:
-            torch._assert_async(outputs[i], message)
+        assert_checks(self.checks, outputs)
         return [None if i is None else outputs[i] for i in self.returns]
+
+
+def assert_checks(checks: Sequence[tuple[int, str]], outputs: Sequence[Any]) -> None:
+    """Raises RuntimeError for an output among `checks` that is false; on a GPU when the device gets there, as torch does."""
+    for i, message in checks:
+        torch.ops.aten._assert_async.msg(outputs[i], message)
 
 
 def from_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any] = (), name: str = "graph", binding: Binding | None = None) -> Graph:

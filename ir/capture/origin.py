@@ -61,8 +61,8 @@ def input_names(gm: torch.fx.GraphModule) -> tuple[str, ...]:
 
 
 def _argument_name(argument: Any) -> str:
-    name = getattr(getattr(argument, "source", None), "name", "")
-    path = name() if callable(name) else name
+    name: Any = getattr(getattr(argument, "source", None), "name", "")
+    path = str(name() if callable(name) else name)
     owned = any(kind in path for kind in ("_modules[", "_parameters[", "_buffers["))
     return "" if "(" in path else clean_path(path if owned else _LOCAL.sub(r"\1", path))
 
@@ -71,7 +71,7 @@ def input_hint(node: torch.fx.Node, names: Sequence[str]) -> str:
     """The name of a placeholder: by AOTAutograd's description of it, else its own."""
     description = node.meta.get("desc")
     position = getattr(description, "idx", None) if type(description).__name__ == "PlainAOTInput" else None
-    known = names[position] if position is not None and position < len(names) else getattr(description, "target", "")
+    known: Any = names[position] if position is not None and position < len(names) else getattr(description, "target", "")
     return identifier(clean_path(known or "")) or identifier(str(node.target)) or "x"
 
 
