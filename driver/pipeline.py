@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..passes.base import Pass
 from ..passes.canonicalize import Canonicalize
+from ..passes.choose_layouts import ChooseLayouts
 from ..passes.fold_constants import FoldConstants
 from ..passes.fold_norms import FoldNorms
 from ..passes.fuse_regions import FuseRegions
@@ -19,6 +20,7 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     FoldNorms(),  # before merge-linears: each weight takes the scale of the norm in front of it, then they merge
     MergeLinears(),  # once weights are final
     Canonicalize(),  # slices of merged products and views of composites compose with what reads them
+    ChooseLayouts(),  # just before fusion, which takes the permutes that are left into its kernels
     FuseRegions(),  # sees the final ops: kernels are decided here
     PlanMemory(),  # last: lifetimes are those of kernels
 )

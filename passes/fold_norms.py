@@ -71,6 +71,8 @@ class _IntoProduct:
         product, *parameters = node.inputs
         if product.op.name not in _PRODUCTS or product.op.name == "linear" and product.tensor.rank != 2:
             return None
+        if product.attrs.get("channels_last"):  # the norm's channels are its rows
+            return None
         values = [value_of(p) for p in parameters]
         if any(v is None for v in values):
             return Refusal(Reason.NOT_CONSTANT, "statistics or scale of the norm")
@@ -140,7 +142,7 @@ def _per_channel(node: Node, product: Node, other: Node) -> torch.Tensor | None:
     if product.op.name not in _PRODUCTS or not is_float(node) or node.dtype != product.dtype or not same_shape(node.shape, product.shape):
         return None
     value = value_of(other)
-    axis = 1 if product.op.name == "conv" else product.tensor.rank - 1
+    axis = 1 if product.op.name == "conv" and not product.attrs["channels_last"] else product.tensor.rank - 1
     if value is None or value.dim() == 0:
         return None
     shape = (1,) * (product.tensor.rank - value.dim()) + tuple(value.shape)

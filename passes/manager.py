@@ -13,6 +13,7 @@ from ..ir.errors import TilewrightError
 from ..ir.graph import Graph, order
 from .base import Notes, Pass
 from .canonicalize import Canonicalize
+from .choose_layouts import ChooseLayouts
 from .fold_constants import FoldConstants
 from .fold_norms import FoldNorms
 from .fuse_regions import FuseRegions
@@ -20,7 +21,7 @@ from .merge_linears import MergeLinears
 from .plan_memory import PlanMemory
 from .recognize import Recognize
 
-_KINDS = (Canonicalize, FoldConstants, FoldNorms, FuseRegions, MergeLinears, PlanMemory, Recognize)
+_KINDS = (Canonicalize, ChooseLayouts, FoldConstants, FoldNorms, FuseRegions, MergeLinears, PlanMemory, Recognize)
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _KINDS}
 """What `--passes` knows, by name."""

@@ -29,9 +29,11 @@ def expanded(graph: Graph, keep: Container[str] = LIBRARY_COMPOSITES) -> Graph:
 
 
 def _expansion(node: Node, inputs: tuple[Node, ...], keep: Container[str]) -> Node | None:
+    if node.op.name in keep:
+        return None
     if node.op.name in _EXPANSIONS and node.dtype.is_floating_point:
         made = _EXPANSIONS[node.op.name](inputs[0], node)
-    elif node.op.category is Category.COMPOSITE and node.op.name not in keep and node.op.expand is not None:
+    elif node.op.category is Category.COMPOSITE and node.op.expand is not None:
         made = node.op.expand(*inputs, **node.attrs)
     else:
         return None

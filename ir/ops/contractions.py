@@ -1,4 +1,7 @@
-"""Contractions and windows: matmul, linear, convolution, pooling. In this order of dims: batch, channels, then space (NCHW)."""
+"""Contractions and windows: matmul, linear, convolution, pooling. In this order of dims: batch, channels, then space (NCHW).
+
+With `channels_last` a convolution or pooling takes and yields [n, *space, c] instead; weights are as ever.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +56,12 @@ def _cost_product(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
 
 def _infer_conv(
     x: TensorType, w: TensorType, b: TensorType | None = None, *, stride: tuple[int, ...], padding: tuple[int, ...],
-    dilation: tuple[int, ...], groups: int = 1, transposed: bool = False, output_padding: tuple[int, ...] = (),
+    dilation: tuple[int, ...], groups: int = 1, transposed: bool = False, output_padding: tuple[int, ...] = (), channels_last: bool = False,
 ) -> Type:  # fmt: skip
     """x [n, c, *space], w [out, c / groups, *kernel] (transposed: [c, out / groups, *kernel]) -> [n, out, *space']; 1 to 3 spatial dims."""
     _same_dtype(x, w, *([b] if b else []))
+    if channels_last:
+        x = _first(x)
     space = x.rank - 2
     if not 1 <= space <= 3 or w.rank != x.rank:
         raise ValueError("x and w must have one batch, one channel and 1 to 3 spatial dimensions")
@@ -72,7 +77,25 @@ def _infer_conv(
     else:
         channels = w.shape[0]
         out = [window_count(i, k, s, p, p, d) for i, k, s, p, d in zip(x.shape[2:], w.shape[2:], stride, padding, dilation)]
-    return x.with_shape((x.shape[0], channels, *_positive(out)))
+    space_out = _positive(out)
+    return x.with_shape((x.shape[0], *space_out, channels) if channels_last else (x.shape[0], channels, *space_out))
+
+
+def _first(x: TensorType) -> TensorType:
+    """[n, *space, c] as [n, c, *space]."""
+    if x.rank < 3:
+        raise ValueError("with channels last x must have one batch dimension, space and channels")
+    return x.with_shape((x.shape[0], x.shape[-1], *x.shape[1:-1]))
+
+
+def channels_first_view(x: torch.Tensor) -> torch.Tensor:
+    """[n, *space, c] as [n, c, *space], in the same memory."""
+    return x.permute(0, -1, *range(1, x.dim() - 1))
+
+
+def channels_last_view(x: torch.Tensor) -> torch.Tensor:
+    """[n, c, *space] as [n, *space, c], in the same memory."""
+    return x.permute(0, *range(2, x.dim()), 1)
 
 
 def _positive(space: Iterable[Dim]) -> tuple[Dim, ...]:
@@ -93,10 +116,13 @@ def window_count(size: Dim, kernel: Dim, stride: int, low: int, high: int, dilat
 
 
 def _conv(
-    x: Any, w: Any, b: Any = None, *, stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool, output_padding: Any
+    x: Any, w: Any, b: Any = None, *, stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool, output_padding: Any,
+    channels_last: bool,
 ) -> Any:  # fmt: skip
     extra = output_padding or (0,) * (x.dim() - 2)
-    return torch.ops.aten.convolution(x, w, b, stride, padding, dilation, transposed, extra, groups)
+    x = channels_first_view(x) if channels_last else x
+    out = torch.ops.aten.convolution(x, w, b, stride, padding, dilation, transposed, extra, groups)
+    return channels_last_view(out) if channels_last else out
 
 
 def _cost_conv(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
@@ -108,10 +134,15 @@ def _cost_conv(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
 
 def _infer_pool(
     x: TensorType, *, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
-    dilation: tuple[int, ...] = (), ceil: bool = False,
+    dilation: tuple[int, ...] = (), ceil: bool = False, channels_last: bool = False,
 ) -> Type:  # fmt: skip
     """x [..., *space] with len(kernel) spatial dims at the end."""
     space = len(kernel)
+    if channels_last:
+        if x.rank != space + 2:
+            raise ValueError("with channels last x must have one batch dimension, space and channels")
+        out = _infer_pool(_first(x), kernel=kernel, stride=stride, padding=padding, dilation=dilation, ceil=ceil)
+        return x.with_shape((out.shape[0], *out.shape[2:], out.shape[1]))  # type: ignore[union-attr]
     if not 1 <= space <= 3 or x.rank not in (space + 1, space + 2):
         raise ValueError("x must have channels, 1 to 3 spatial dimensions, and at most one batch dimension")
     if not x.dtype.is_floating_point:
@@ -125,27 +156,36 @@ def _infer_pool(
 
 def _infer_avg_pool(
     x: TensorType, *, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
-    ceil: bool = False, count_padding: bool = True, divisor: int | None = None,
+    ceil: bool = False, count_padding: bool = True, divisor: int | None = None, channels_last: bool = False,
 ) -> Type:  # fmt: skip
     """Means of windows; count_padding: padded zeros count as elements; divisor replaces the count."""
     if len(kernel) == 1 and divisor is not None:
         raise ValueError("in one dimension there is no divisor")
-    if len(kernel) == 3 and any(isinstance(d, int) and d < k for d, k in zip(x.shape[-3:], kernel)):
+    spatial = x.shape[1:-1] if channels_last else x.shape[-3:]
+    if len(kernel) == 3 and any(isinstance(d, int) and d < k for d, k in zip(spatial, kernel)):
         raise ValueError("in three dimensions the kernel may not be larger than x without padding")
-    return _infer_pool(x, kernel=kernel, stride=stride, padding=padding, ceil=ceil)
+    return _infer_pool(x, kernel=kernel, stride=stride, padding=padding, ceil=ceil, channels_last=channels_last)
 
 
 _MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
-def _max_pool(x: Any, *, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool) -> Any:
-    return _MAX_POOL[len(kernel) - 1](x, kernel, stride, padding, dilation or 1, ceil)
+def _max_pool(x: Any, *, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool, channels_last: bool) -> Any:
+    pool = _MAX_POOL[len(kernel) - 1]
+    if channels_last:
+        return channels_last_view(pool(channels_first_view(x), kernel, stride, padding, dilation or 1, ceil))
+    return pool(x, kernel, stride, padding, dilation or 1, ceil)
 
 
-def _avg_pool(x: Any, *, kernel: Any, stride: Any, padding: Any, ceil: bool, count_padding: bool, divisor: int | None) -> Any:
+def _avg_pool(
+    x: Any, *, kernel: Any, stride: Any, padding: Any, ceil: bool, count_padding: bool, divisor: int | None, channels_last: bool
+) -> Any:  # fmt: skip
     extra = {} if len(kernel) == 1 else {"divisor_override": divisor}
-    return _AVG_POOL[len(kernel) - 1](x, kernel, stride, padding, ceil, count_padding, **extra)
+    pool = _AVG_POOL[len(kernel) - 1]
+    if channels_last:
+        return channels_last_view(pool(channels_first_view(x), kernel, stride, padding, ceil, count_padding, **extra))
+    return pool(x, kernel, stride, padding, ceil, count_padding, **extra)
 
 
 def _cost_pool(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
