@@ -1,6 +1,7 @@
 """The scalar language: what one element of a pointwise op computes. Both printers print it.
 
-Operands have a *compute* dtype (f32, f64, integers, bool; 16-bit floats never appear, they are cast on load and store).
+Operands have a *compute* dtype (f32, f64, integers, bool). 16-bit floats are widened on load and rounded on store; in between they
+appear only as the result of a `cast` to them, which rounds, and which a `cast` to f32 widens again.
 `SCALAR_OPS` is the whole vocabulary: a printer is a table with one entry per name. Python operators and the functions below
 build expressions; a Python number beside an expression takes that expression's dtype.
 """

@@ -125,7 +125,7 @@ def _inline_cheap(units: Units) -> None:
 def _recomputable(node: Node, units: Units) -> bool:
     """Several readers, every one able to fuse (through views)."""
     readers = _readers_through_views(node, units)
-    return len(readers) > 1 and all(units.computes(r) or r in units.transparent for r in readers) and None not in readers
+    return len(readers) > 1 and all(r is not None and (units.computes(r) or r in units.transparent) for r in readers)
 
 
 def _readers_through_views(node: Node, units: Units) -> set[Node | None]:

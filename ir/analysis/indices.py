@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -174,7 +174,7 @@ def poly(value: Dim) -> Poly:
     return Poly({(Quotient(op, tuple(map(poly, args))),): 1})
 
 
-_SYMPY: dict[str, Callable[..., sympy.Expr]] = {"//": FloorDiv, "%": Mod, "max": sympy.Max, "min": sympy.Min}
+_SYMPY: dict[str, Any] = {"//": FloorDiv, "%": Mod, "max": sympy.Max, "min": sympy.Min}
 
 
 @functools.lru_cache(maxsize=65536)

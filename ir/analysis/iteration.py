@@ -26,6 +26,9 @@ INNER_NAMES = "rtuvwq"
 MAX_SPLITS = 6
 """Axes that may be added to spare divisions in the innermost loops."""
 
+MAX_ANCHORS = 4
+"""Spaces that are tried for one region; regions that are one kernel rarely have more than one."""
+
 Step = dict[str, Poly]
 
 
@@ -79,12 +82,12 @@ def place(body: Graph) -> Placement:
 
 
 def _anchors(body: Graph) -> list[Node | None]:
-    """Reductions and scans whose space may be the kernel's, one per distinct space, largest first; [None] where there are none."""
-    found: dict[tuple[tuple[Poly, ...], tuple[int, ...]], Node] = {}
+    """Reductions and scans whose space may be the kernel's, one per distinct space; [None] where there are none."""
+    found: dict[tuple[tuple[Poly, ...], tuple[int, ...]], Node | None] = {}
     for node in order(body):
         if node.op.category in (Category.REDUCTION, Category.SCAN):
             found.setdefault((dims_of(node.inputs[0]), reduced_dims(node)), node)
-    return list(found.values())[:4] or [None]
+    return list(found.values())[:MAX_ANCHORS] or [None]
 
 
 def _place(body: Graph, anchor: Node | None) -> Placement:
