@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..codegen.regions import internal_error
 from ..ir.capture import compile_fx
@@ -30,8 +29,7 @@ def tilewright(
     checked = checked_options(mode, options)
 
     def compiled(graph: Graph) -> Callable[[list[Any]], list[Any]]:
-        with _disable_current_modes(), torch.no_grad():  # AOTAutograd compiles under fake tensors; constants are computed with here
-            made = compile_graph(graph, checked)
+        made = compile_graph(graph, checked)
         record(made.receipt)
         return made.program.run
 

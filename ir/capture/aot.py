@@ -56,8 +56,8 @@ def _compiled(
     from functorch.compile import make_boxed_func
 
     try:
-        captured = capture_fx(gm, inputs, name, binding)
-        with _disable_current_modes():  # with dynamic shapes we are called under a fake mode, and constants are folded for real
+        with _disable_current_modes():  # with dynamic shapes we are called under a fake mode; constants are real, and folded for real
+            captured = capture_fx(gm, inputs, name, binding)
             run = compile_graph(captured.graph)
     except Exception as error:  # whatever goes wrong here must not take the user's model down
         on_failure(error)
