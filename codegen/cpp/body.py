@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
 
-from ...ir.dims import symbol
+from ...ir.dims import Dim, symbol
 from ...ir.scalar import Apply, Const, Scalar
 from ..kernel import Kernel, Load, Position, Reduce, Scan, Store, operands
 from .expressions import ADD, CALLS, COMPARE, NARROW, PRIMARY, STORAGE, Text, apply_text, const_text, index_text, literal, wrap
@@ -250,7 +250,7 @@ class Body:
         self.line(f"store<{lanes}>({place}, {stride}{text[0]});")
 
 
-def row_index(axes: list[tuple[str, object]]) -> sympy.Expr:
+def row_index(axes: Sequence[tuple[str, Dim]]) -> sympy.Expr:
     """Row-major position over (name, extent) pairs."""
     flat: sympy.Expr = sympy.Integer(0)
     for name, extent in axes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 
 from ...ir.dims import Dim, FloorDiv, Mod, symbol
@@ -16,7 +18,7 @@ def stride_along(index: Dim, axis: sympy.Symbol, lanes: int) -> sympy.Expr | Non
 
     Blocks of lanes start at multiples of `lanes`, so `axis % m` and `axis // m` do not wrap inside a block when `lanes` divides m.
     """
-    expr = sympy.sympify(index)
+    expr: Any = sympy.sympify(index)
     if axis not in expr.free_symbols:
         return sympy.Integer(0)
     for atom in sorted(expr.atoms(FloorDiv, Mod), key=sympy.count_ops):
@@ -30,8 +32,8 @@ def stride_along(index: Dim, axis: sympy.Symbol, lanes: int) -> sympy.Expr | Non
     return None if axis in step.free_symbols else step
 
 
-def _aligned(argument: sympy.Expr, modulus: sympy.Expr, axis: sympy.Symbol, lanes: int) -> bool:
-    rest = sympy.expand(argument - axis)
+def _aligned(argument: Any, modulus: Any, axis: sympy.Symbol, lanes: int) -> bool:
+    rest = sympy.expand(sympy.sympify(argument) - axis)
     if axis in rest.free_symbols or not modulus.is_Integer or int(modulus) % lanes:  # type: ignore[call-overload]
         return False
     return all(int(term.as_coeff_Mul()[0]) % lanes == 0 for term in sympy.Add.make_args(rest) if term != 0)

@@ -21,7 +21,7 @@ from ..kernel import Axis, Kernel, Reduce, Scan, free_axes, operands, scalars
 from .body import Body, Names, Scope, row_index
 from .expressions import MULTIPLY, PRIMARY, STORAGE, index_text, wrap
 from .lanes import LaneAnalysis, stride_along
-from .plan import Phase, cone, index_axes, keep_rows, operation_cost, phase_roots, plan_block
+from .plan import Block, Phase, cone, index_axes, keep_rows, operation_cost, phase_roots, plan_block
 from .schedule import Schedule
 
 ACCUMULATORS = {
@@ -192,21 +192,21 @@ class KernelPrinter:
     def lane_counts(self, extent: Dim) -> str:
         """Template arguments of `each`: the main lane count and what serves the tail."""
         lanes = self.schedule.lanes
-        rest = extent % lanes if isinstance(extent, int) else lanes - 1
-        counts = [lanes] if not isinstance(extent, int) or extent >= lanes else []
-        if lanes > 4 and rest >= 4 and (lanes > 8 or isinstance(extent, int)):
-            counts.append(4)
-        if rest % 4 or lanes <= 4 and rest:
-            counts.append(1)
+        static = isinstance(extent, int)
+        counts, rest = [], extent if isinstance(extent, int) else 2 * lanes - 1
+        for count in sorted({lanes, min(lanes, 16), 4, 1} if static or lanes > 8 else {lanes, 1}, reverse=True):
+            if count <= min(rest, lanes):
+                counts.append(count)
+                rest = rest % count
         return ", ".join(map(str, counts or [1]))
 
     # ---- row buffers
 
-    def choose_rows(self, block: object, bound: frozenset[str], columns: bool) -> list[str]:
+    def choose_rows(self, block: Block, bound: frozenset[str], columns: bool) -> list[str]:
         """Declarations of the buffers that keep values between phases; none where they would not fit the cache."""
-        keep_rows(block, self.free, bound)  # type: ignore[arg-type]
+        keep_rows(block, self.free, bound)
         declarations, total = [], 0
-        for value, phase in block.kept.items():  # type: ignore[attr-defined]
+        for value, phase in block.kept.items():
             order = [n for n in self.schedule.order if n in self.free[value]]
             axes = [(n, self.axes[n].extent) for n in order]
             wide = self.schedule.lanes if columns and self.analysis.varies(value) else 1

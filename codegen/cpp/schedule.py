@@ -66,12 +66,14 @@ def default_schedule(kernel: Kernel, target: CpuTarget) -> Schedule:
     vector = best.name if best is not None and lanes > 1 else None
     order = _order(kernel, vector, scanned)
     columns = best is not None and not best.inner and bool(kernel.inner)
+    if columns and best is not None and _streams(kernel) and (not isinstance(best.extent, int) or best.extent >= 4 * lanes):
+        lanes *= 4
     return Schedule(
         vector=vector,
         lanes=lanes,
         order=order,
         split=_splits(kernel, scanned, vector),
-        chunk=4 * lanes if columns else 4096,
+        chunk=max(64, lanes) if columns else 4096,
         buffer_bytes=target.cache_bytes // 2,
     )
 
@@ -92,6 +94,22 @@ def _contiguity(kernel: Kernel, free: dict[Scalar, frozenset[str]], axis: Axis) 
         score += weight * (1.0 if contiguous else 0.5 if step == 0 else -0.5)
     short = axis.extent if isinstance(axis.extent, int) else 1024
     return score * min(1.0, short / 16)
+
+
+STREAMING = frozenset({"add", "sub", "mul", "neg"})
+
+
+def _streams(kernel: Kernel) -> bool:
+    """Does it only add up floats? Then several registers of columns at once use more of each row that memory delivers."""
+
+    def simple(value: Scalar) -> bool:
+        if isinstance(value, Load):
+            return value.mask is None and not value.indirect and kernel.buffer(value.buffer).dtype == torch.float32
+        if isinstance(value, Reduce):
+            return value.op == "sum"
+        return isinstance(value, Const) or isinstance(value, Apply) and value.op in STREAMING and value.dtype == torch.float32
+
+    return all(simple(v) for v in scalars(kernel.stores))
 
 
 def _points(extents: object) -> float:

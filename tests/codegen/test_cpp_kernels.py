@@ -249,6 +249,11 @@ def column_sum() -> Kernel:
     return kernel([grid("i", 70), inner("r", 300)], {"x": (F32, 21000)}, {"out": (i, total("sum", load("x", 70 * r + i), "r"), 70)})
 
 
+@case({"n": 3, "m": 0}, {"n": 391, "m": 300})
+def symbolic_column_sum() -> Kernel:
+    return kernel([grid("i", n), inner("r", m)], {"x": (F32, n * m)}, {"out": (i, total("sum", load("x", n * r + i), "r"), n)}, "nm")
+
+
 @case({"n": 9, "m": 21}, {"n": 200, "m": 200})
 def column_softmax() -> Kernel:
     value = softmax_of(load("x", n * r + i))
