@@ -29,6 +29,9 @@ from .points import (
 MAX_POINTS = 4000
 """A region with more values than this is refused: it would compile slowly and spill."""
 
+MAX_DEPTH = 120
+"""Operations from an output down to an input, views included: the evaluation recurses, and Python's stack is shared with the caller's."""
+
 REDUCERS = frozenset({"sum", "prod", "amax", "amin", "any", "all", "argmax", "argmin"})
 """Reductions that a kernel has; the others are expanded into them first."""
 
@@ -46,12 +49,17 @@ class Puller:
         self._values: dict[tuple[Node, Index, Mask], Point] = {}
         self._shared: dict[object, Point] = {}
         self._computed: dict[str, Point] = {}
+        self._depth = 0
 
     def at(self, node: Node, index: Index, mask: Mask = ()) -> Point:
         """The value of `node` at `index`; where the mask is false, any value and no memory is touched. Raises Refusal."""
         key = (node, index, mask)
         if key not in self._values:
+            if self._depth >= MAX_DEPTH:
+                raise Refusal(Obstacle.TOO_LARGE, node, f"a chain of more than {MAX_DEPTH} operations")
+            self._depth += 1
             self._values[key] = self._evaluate(node, index, mask)
+            self._depth -= 1
         return self._values[key]
 
     def _evaluate(self, node: Node, index: Index, mask: Mask) -> Point:

@@ -327,6 +327,19 @@ def test_refused_because_it_grows_too_large():
     )
 
 
+def test_a_very_long_chain_is_cut_into_kernels():
+    x = ops.op("input")(type=TensorType(torch.float32, (4,)), strides=None, hint="x")
+    y = x
+    for _ in range(500):
+        y = ops.sin(ops.add(y, 1.0))
+    graph = make_graph("g", [x], [y], stage=Stage.CANONICAL)
+    after = FuseRegions().run(graph)
+    same(graph, after)
+    assert 1 < len(bodies(after)) < 40
+    for body in bodies(after):
+        lower(body, "k")
+
+
 def test_refused_because_of_a_library_call():
     assert Reason.LIBRARY_CALL in declined("""
         graph g(x: f32[8, 8], w: f32[8, 8]) stage canonical {
