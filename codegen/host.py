@@ -135,7 +135,7 @@ class Host:
     def dense(self, value: Value, strides: tuple[Dim, ...] | None = None) -> Value:
         """The value laid out row-major, or with the given strides: itself where it is so already."""
         if strides is not None:
-            check = f"laid_out({value.name}, {self.literal(strides)})"
+            check = f"strided({value.name}, {self.literal(strides)})"
         elif value.contiguous:
             return value
         else:

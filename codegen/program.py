@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,7 @@ class Program:
         names = host.names
         filename = f"<tilewright {graph.name} {id(self):x}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+        weakref.finalize(self, linecache.cache.pop, filename, None)
         exec(compile(source, filename, "exec"), names)  # our own text; nothing of the user's is in it but sanitised names
         self._call: Callable[..., list[Any]] = names["call"]
         self._sizes: Callable[[Sequence[Any]], tuple[int, ...]] = names["sizes"]
@@ -102,7 +104,7 @@ def compile_program(graph: Graph, targets: Mapping[str, Target] = TARGETS) -> Pr
     """
     built = build_regions(graph, targets)
     host = Host(graph)
-    host.names.update(empty=_EMPTY, slot=slot, dense=dense, laid_out=laid_out, get_num_threads=torch.get_num_threads)
+    host.names.update(empty=_EMPTY, slot=slot, dense=dense, strided=strided, laid_out=laid_out, get_num_threads=torch.get_num_threads)
     _emit_inputs(host)
     for node in order(graph):
         _emit(host, node, built, targets)
@@ -110,12 +112,17 @@ def compile_program(graph: Graph, targets: Mapping[str, Target] = TARGETS) -> Pr
     return Program(graph, host, host.source(_peak(graph), results, kept), built)
 
 
-_EMPTY = torch._C._dynamo.guards._empty_strided_cpu  # (shape, strides, dtype): a third of the cost of torch.empty_strided
+_EMPTY = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]  # (shape, strides, dtype): a third of the cost of torch.empty_strided
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
     """x itself where its memory can be read row by row as it is."""
     return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
+
+
+def strided(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """x itself where its memory can be read with these strides."""
+    return laid_out(x.resolve_neg(), strides)
 
 
 def _peak(graph: Graph) -> Dim:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -35,9 +36,9 @@ class PlanMemory(Pass):
         planned = plannable(graph, steps)
         static = [(life, size) for life, size in planned.values() if isinstance(size, int)]
         symbolic = [(life, size) for life, size in planned.values() if not isinstance(size, int)]
-        offsets, static_peak = place(static)
-        more, peak = _place_symbolic(symbolic, static_peak)
-        offsets.update(more)
+        fixed, static_peak = place(static)
+        varying, peak = _place_symbolic(symbolic, static_peak)
+        offsets: dict[Owner, Dim] = {**fixed, **varying}
         arena = {node: Slot(offsets[life.owner], size) for node, (life, size) in planned.items()}
         if notes is not None and arena:
             apart = dim(sum((size for _, size in planned.values()), start=0))
@@ -84,8 +85,7 @@ def place(values: Iterable[tuple[Lifetime, int]]) -> tuple[dict[Owner, int], int
     peak = 0
     for life, size in sorted(values, key=lambda v: (-v[1], v[0].start)):
         offset = _best_gap([(at, end) for at, end, other in placed if other.overlaps(life)], size)
-        placed.append((offset, offset + size, life))
-        placed.sort(key=lambda p: p[0])
+        bisect.insort(placed, (offset, offset + size, life), key=lambda p: p[0])
         peak = max(peak, offset + size)
     return {life.owner: at for at, _, life in placed}, peak
 

@@ -14,7 +14,7 @@ from .decompositions import decompositions
 from .fx import Binding, capture_fx
 from .origin import input_names
 
-CompiledGraph = Callable[[Sequence[Any]], Sequence[Any]]
+CompiledGraph = Callable[[list[Any]], Sequence[Any]]  # it may empty the list of inputs
 
 
 def compile_fx(
