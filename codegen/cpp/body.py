@@ -17,6 +17,7 @@ from .expressions import ADD, CALLS, COMPARE, NARROW, PRIMARY, STORAGE, Text, ap
 from .lanes import LaneAnalysis, stride_along
 from .plan import cone
 
+MEETING = frozenset({"and", "or", "xor", *COMPARE})
 MAX_INLINE = 90  # characters of an expression before it gets a variable
 
 # what vec.h, C++ and the printed frame call something else
@@ -24,7 +25,7 @@ RESERVED = frozenset(
     re.findall(
         r"\w+",
         """
-    L u begin end threads tile vec bf16 half load load_if store gather gather_if scatter select mask splat iota offsets as bits
+    L u begin end threads tile sequence vec bf16 half load load_if store gather gather_if scatter select mask splat iota offsets as bits
     recast rounded any all each each4 parallel share part next first elem lanes fold join low high map inf nan least greatest Row
     Sum Prod Max Min Any All ArgMax ArgMin auto bool break case char class const continue default delete do double else enum
     export extern false float for goto if inline int long mutable namespace new operator private protected public register return
@@ -132,7 +133,7 @@ class Body:
         return value in roots or any(value in operands(v) for v in cone(roots, known))
 
     def _needs_name(self, value: Scalar, uses: int, text: Text, scope: Scope) -> bool:
-        if isinstance(value, Const):
+        if isinstance(value, (Const, Position)):
             return False
         if isinstance(value, Load) and value.buffer in self._aliased:
             return True
@@ -151,9 +152,20 @@ class Body:
         if isinstance(value, Scan):
             return self._scan(value, scope)
         assert isinstance(value, Apply), value
-        if value.op in COMPARE and self.analysis.narrow(value) and self.varies(value, scope):
-            return self._position_comparison(value, scope)
-        return apply_text(value, [scope.texts[v] for v in value.args])
+        if value.op in COMPARE and self.analysis.difference(value) is not None:
+            if not self.varies(value, scope):
+                return self._uniform_comparison(value)
+            if self.analysis.narrow(value):
+                return self._position_comparison(value)
+        return apply_text(value, self._arguments(value, scope))
+
+    def _arguments(self, value: Apply, scope: Scope) -> list[Text]:
+        """The operands' texts; of bools that meet, all are masks if one is: a scalar's true is 1, a vector's -1."""
+        texts = [scope.texts[v] for v in value.args]
+        wide = [self.varies(v, scope) for v in value.args]
+        if value.args[0].dtype == torch.bool and value.op in MEETING and any(wide):
+            texts = [t if w else (f"splat<L>(bool({t[0]}))", PRIMARY) for t, w in zip(texts, wide)]
+        return texts
 
     def _scan(self, value: Scan, scope: Scope) -> Text:
         sign = "+=" if value.op == "cumsum" else "*="
@@ -163,12 +175,18 @@ class Body:
         text = f"{self.scans[value]} {sign} " + (f"as<double>({operand[0]})" if wide else operand[0])
         return (f"as<{kind}>({text})", PRIMARY)
 
-    def _position_comparison(self, value: Apply, scope: Scope) -> Text:
+    def _uniform_comparison(self, value: Apply) -> Text:
+        """Compares positions that all lanes of a block agree on, by those of its first lane."""
+        sign, precedence = COMPARE[value.op]
+        left, right = (index_text(v.index if isinstance(v, Position) else sympy.sympify(int(v.value)), {}) for v in value.args)  # type: ignore[attr-defined]
+        return (f"{wrap(left, precedence + 1)} {sign} {wrap(right, precedence + 1)}", precedence)
+
+    def _position_comparison(self, value: Apply) -> Text:
         """Compares lane offsets in 32 bits, whatever the width of the positions."""
         difference = self.analysis.difference(value)
         assert difference is not None and self.analysis.axis is not None
         step = stride_along(difference, self.analysis.axis, self.analysis.lanes)
-        sign, precedence = COMPARE[value.op]
+        sign, _ = COMPARE[value.op]
         return (f"mask(offsets<L>({index_text(difference, {})[0]}, {int(step)}) {sign} 0)", PRIMARY)  # type: ignore[arg-type]
 
     def _position(self, index: sympy.Expr, scope: Scope, dtype: torch.dtype = torch.int64) -> Text:
@@ -185,10 +203,11 @@ class Body:
         return text if dtype == torch.int64 else (f"as<{STORAGE[dtype]}>({text[0]})", PRIMARY)
 
     def _vector_index(self, index: sympy.Expr, scope: Scope, indirect: dict[str, str]) -> Text:
-        names = dict(indirect)
-        if self.analysis.axis is not None:
-            names[self.analysis.axis.name] = f"({self.analysis.axis.name} + iota<int64_t, L>())"
-        return index_text(index, names, vectors=True)
+        assert self.analysis.axis is not None
+        axis = self.analysis.axis.name
+        if not indirect:
+            return (f"sequence<L>([&](int64_t {axis}) {{ return {index_text(index, {})[0]}; }}, {axis})", PRIMARY)
+        return index_text(index, indirect | {axis: f"({axis} + iota<int64_t, L>())"}, vectors=True)
 
     # ---- memory
 

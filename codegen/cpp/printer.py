@@ -10,6 +10,7 @@ Loops are `each<16, 1>(0, n, [&]<int L>(int64_t r) LANES {...})`: the body is wr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ import torch
 
 from ...ir.dims import Dim, floordiv, product, symbol
 from ...ir.scalar import Const, Scalar
-from ..kernel import Axis, Kernel, Reduce, Scan, free_axes, operands, scalars
+from ..kernel import Axis, Kernel, Position, Reduce, Scan, free_axes, operands, scalars
 from .body import Body, Names, Scope, row_index
 from .expressions import MULTIPLY, PRIMARY, STORAGE, index_text, wrap
 from .lanes import LaneAnalysis, stride_along
@@ -88,7 +89,9 @@ class KernelPrinter:
 
     def text(self) -> str:
         kernel = self.kernel
-        self.line("// " + "    ".join(filter(None, (f"{kernel.name}: {kernel.label}".rstrip(": "), "  ".join(kernel.sources)))))
+        title = f"{kernel.name}: {kernel.label}".rstrip(": ")
+        comment = "    ".join(filter(None, (title, "  ".join(kernel.sources))))
+        self.line("// " + re.sub(r"[\r\n\\\\]+", " ", comment))
         parameters = [f"const {STORAGE[b.dtype]}* {self.names.buffers[b.name]}" for b in kernel.inputs]
         parameters += [f"{STORAGE[b.dtype]}* {self.names.buffers[b.name]}" for b in kernel.outputs]
         parameters += [f"int64_t {s}" for s in kernel.sizes] + ["int threads"]
@@ -372,7 +375,7 @@ class KernelPrinter:
                 continue
             seen.add(value)
             reduces = any(isinstance(v, (Reduce, Scan)) for v in cone([value], scope.texts))
-            if self.free[value] <= scope.bound and not reduces and not isinstance(value, Const):
+            if self.free[value] <= scope.bound and not reduces and not isinstance(value, (Const, Position)):
                 found.append(value)
             else:
                 stack.extend(operands(value))

@@ -73,6 +73,16 @@ template <class T, int L> INLINE vec<T, L> iota() {
   return v;
 }
 
+// f(i), f(i + 1), ...
+template <int L, class F> INLINE auto sequence(F f, int64_t i) {
+  if constexpr (L == 1) return f(i);
+  else {
+    vec<int64_t, L> v{};
+    for (int l = 0; l < L; l++) v[l] = f(i + l);
+    return v;
+  }
+}
+
 // Static cast lane by lane; narrow integers go through int32, which compilers vectorise.
 template <class T, class V> INLINE auto as(V v) {
   if constexpr (!is_vector<V>) return T(v);
@@ -314,6 +324,7 @@ template <int L, int... Narrower, class F> INLINE void each4(int64_t begin, int6
 
 // f(begin, end) over 0 .. n in as many threads as have at least `grain` items each.
 template <class F> INLINE void parallel(int64_t n, int64_t grain, int threads, F&& f) {
+  if (n <= 0) return;
   int64_t useful = n / (grain > 0 ? grain : 1);
   if (threads > useful) threads = int(useful);
   if (threads <= 1) {

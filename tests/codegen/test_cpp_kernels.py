@@ -98,6 +98,14 @@ def symbolic_pointwise() -> Kernel:
     return kernel([grid("i", n)], {"x": (F32, n)}, {"out": (i, apply("tanh", x) + x, n), "pos": (i, Position(I64, i * 2 + 1), n)}, "n")
 
 
+@case({"n": 0, "m": 4}, {"n": 4, "m": 0}, {"n": 5, "m": 3})
+def symbolic_grid() -> Kernel:
+    value = load("x", m * i + j) * load("y", j, mask=Position(I64, j) < 2, other=1.0)
+    axes = [grid("i", n), grid("j", m), inner("r", 6)]
+    outputs = {"out": (6 * m * i + 6 * j + r, value + load("z", r), 6 * n * m)}
+    return kernel(axes, {"x": (F32, n * m), "y": (F32, m), "z": (F32, 6)}, outputs, "nm", label="a label\\\nof two lines")
+
+
 @case()
 def scalar_point() -> Kernel:
     return kernel([], {"x": (F32, 1)}, {"out": (0, apply("exp", load("x", 0)), 1)})
@@ -196,6 +204,15 @@ def bool_logic() -> Kernel:
         "o7": where(a & (x > 0.0), x, -x), "o8": apply("isnan", x), "o9": cast(a, I64) + cast(b, I64), "o10": apply("ge", a, b),
     }  # fmt: skip
     return kernel([grid("i", 51)], {"a": (BOOL, 51), "b": (BOOL, 51), "x": (F32, 51)}, {k: (i, v, 51) for k, v in values.items()})
+
+
+@case()
+def bools_of_rows_and_columns() -> Kernel:
+    row, column = load("row", i, BOOL), load("column", j, BOOL)
+    values = [row ^ column, row & column, column | row, apply("eq", row, column), apply("lt", column, row), apply("ne", row, column)]
+    values += [~(row ^ column) & (Position(I64, j) < 20)]
+    outputs = {f"o{k}": (40 * i + j, v, 160) for k, v in enumerate(values)}
+    return kernel([grid("i", 4), grid("j", 40)], {"row": (BOOL, 4), "column": (BOOL, 40)}, outputs)
 
 
 @case()
