@@ -342,7 +342,7 @@ INLINE int64_t share(int64_t n, int64_t k, int64_t parts, int64_t lanes) { retur
 INLINE void next(int64_t& j, int64_t extent, int64_t& i) {
   if (++j == extent) j = 0, i++;
 }
-template <class... More> INLINE void next(int64_t& k, int64_t extent, int64_t& j, int64_t outer, More&... more) {
+template <class... More> INLINE void next(int64_t& k, int64_t extent, int64_t& j, int64_t outer, More&&... more) {
   if (++k == extent) k = 0, next(j, outer, more...);
 }
 
