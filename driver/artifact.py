@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from ..ir.graph import Graph, constants
 from ..ir.text import parse
 from .calling import CallingConvention
 from .compile import build_program
-from .errors import BadArtifact, CannotWrite
+from .errors import BadArtifact, CannotWrite, first_line
 from .receipt import Receipt
+from .trust import unsafe_in_graph
 
 FORMAT = 1
 MEMBERS = ("graph", "receipt", "kernels")
@@ -48,8 +50,8 @@ class Optimized:
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        flat = self.convention.bind(args, kwargs) + [self.state[name] for name in self.convention.state]
-        return self.convention.pack(self.program(flat))
+        flat = self.convention.checked(self.convention.bind(args, kwargs), self.graph)
+        return self.convention.pack(self.program.run(flat + [self.state[name] for name in self.convention.state]))
 
     def save(self, path: str | Path) -> None:
         """Writes the artifact; raises CannotWrite."""
@@ -67,17 +69,42 @@ def save(path: str | Path, model: Optimized) -> None:
         "weights": names,
         "sha256": {m: _digest(text) for m, text in members.items()} | {f"weight {n}": _tensor_digest(t) for n, t in tensors.items()},
     }
-    target = Path(path)
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent or Path(), prefix=f".{target.name}.")
+        with replacing(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata=members | {"tilewright": json.dumps(manifest)})
+    except SafetensorError as error:
+        raise CannotWrite(path=path, reason=_io_reason(error)) from error
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[str]:
+    """A temporary file beside `target` that takes its place if all goes well, and vanishes if not. Raises CannotWrite."""
+    if target.is_dir():
+        raise CannotWrite(path=target, reason="it is a directory")
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(handle)
-        save_file(tensors, temporary, metadata=members | {"tilewright": json.dumps(manifest)})
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
-        raise CannotWrite(path=path, reason=getattr(error, "strerror", None) or str(error)) from error
+        if isinstance(error, OSError):
+            raise CannotWrite(path=target, reason=error.strerror or str(error)) from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _io_reason(error: Exception) -> str:
+    """safetensors says `Error while serializing: I/O error: No space left on device (os error 28)`."""
+    return str(error).rpartition("error: ")[2].partition(" (os error")[0] or str(error)
 
 
 def _distinct(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -104,29 +131,41 @@ def _digest(text: str) -> str:
 
 
 def _tensor_digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def load(path: str | Path) -> Optimized:
-    """The optimized model in `path`, ready to call; builds its kernels unless this machine has them cached. Raises BadArtifact."""
+def load(path: str | Path, operators: Collection[str] = ()) -> Optimized:
+    """The optimized model in `path`, ready to call; builds its kernels unless this machine has them cached.
+
+    The file may come from anyone: it is parsed, not executed. operators: namespaces of custom operators that it may call besides
+    torch's own, e.g. ("torchvision",). Raises BadArtifact.
+    """
+    with _reported(path):
+        return _load(Path(path), operators)
+
+
+@contextmanager
+def _reported(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong with a file's content is a BadArtifact of one sentence."""
     try:
-        return _load(Path(path))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise BadArtifact(path=path, reason=f"it is damaged or no artifact at all ({error})") from error
+        yield
     except BadArtifact:
         raise
     except TilewrightError as error:
-        raise BadArtifact(path=path, reason=str(error)) from error
+        raise BadArtifact(path=path, reason=first_line(error)) from error
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise BadArtifact(path=path, reason=f"it is damaged or no artifact at all ({first_line(error)})") from error
 
 
-def _load(path: Path) -> Optimized:
+def _load(path: Path, operators: Collection[str]) -> Optimized:
     metadata, tensors = _read(path)
-    manifest = json.loads(metadata["tilewright"])
-    if manifest["format"] != FORMAT:
-        raise BadArtifact(path=path, reason=f"it has format {manifest['format']}, this version reads {FORMAT}; optimize the model again")
+    manifest = _manifest(path, metadata)
     _verify(path, manifest["sha256"], metadata, tensors)
     values = {name: tensors[stored] for name, stored in manifest["weights"].items()}
     graph = parse(metadata["graph"], values)
+    unsafe = unsafe_in_graph(graph, operators)
+    if unsafe:
+        raise BadArtifact(path=path, reason=unsafe)
     convention = CallingConvention.from_json(manifest["convention"])
     state = {name: values[f"{STATE}{name}"].clone() for name in convention.state}
     return Optimized(graph, convention, build_program(graph), Receipt.from_json(metadata["receipt"]), state)
@@ -135,9 +174,20 @@ def _load(path: Path) -> Optimized:
 def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     with safe_open(str(_existing(path)), framework="pt") as file:
         metadata = file.metadata() or {}
-        if "tilewright" not in metadata:
-            raise BadArtifact(path=path, reason="it is a safetensors file, but not one that tilewright wrote")
+        _manifest(path, metadata)
         return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _manifest(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest of a format that this version reads."""
+    if "tilewright" not in metadata:
+        raise BadArtifact(path=path, reason="it is a safetensors file, but not one that tilewright wrote")
+    manifest = json.loads(metadata["tilewright"])
+    found = manifest["format"]
+    if found != FORMAT:
+        hint = "a newer tilewright wrote it" if isinstance(found, int) and found > FORMAT else "optimize the model again"
+        raise BadArtifact(path=path, reason=f"it has format {found!r}, this version reads {FORMAT}; {hint}")
+    return manifest
 
 
 def _verify(path: Path, expected: Mapping[str, str], metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -149,16 +199,16 @@ def _verify(path: Path, expected: Mapping[str, str], metadata: Mapping[str, str]
 
 def member(path: str | Path, name: str) -> str:
     """One of MEMBERS as text, without building anything; raises BadArtifact."""
-    try:
-        with safe_open(str(_existing(path)), framework="pt") as file:
-            return (file.metadata() or {})[name]
-    except (SafetensorError, OSError, KeyError) as error:
-        raise BadArtifact(path=path, reason=f"it is damaged or no artifact at all ({error})") from error
+    with _reported(path), safe_open(str(_existing(path)), framework="pt") as file:
+        metadata = file.metadata() or {}
+        _manifest(path, metadata)
+        return metadata[name]
 
 
 def receipt_of(path: str | Path) -> Receipt:
     """The receipt alone; raises BadArtifact."""
-    return Receipt.from_json(member(path, "receipt"))
+    with _reported(path):
+        return Receipt.from_json(member(path, "receipt"))
 
 
 def _existing(path: str | Path) -> Path:

@@ -9,21 +9,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import sympy
+import torch
 from torch.export import ExportedProgram
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, register_pytree_node
 
 from ..ir.capture import CapturedModule
+from ..ir.dims import SymbolRange
+from ..ir.graph import Graph
+from ..ir.types import TensorType, Type
 
 Tree = Any  # JSON: "leaf" | "none" | {"kind": tuple|list|dict|record, "keys": [...], "items": [Tree, ...]}
 
 
 class Record(dict[str, Any]):
-    """A dict whose keys are also attributes: stands in for result classes of the original source."""
+    """A dict whose keys are also attributes: stands in for result classes of the original source. Torch's pytrees see its fields."""
 
     def __getattr__(self, name: str) -> Any:
         if name in self:
             return self[name]
         raise AttributeError(f"the result has no field {name!r}; it has {', '.join(self)}")
+
+
+register_pytree_node(
+    Record, lambda r: (list(r.values()), list(r)), lambda values, keys: Record(zip(keys, values)), serialized_type_name="tilewright.Record"
+)
 
 
 def tree_of(spec: TreeSpec) -> Tree:
@@ -119,6 +129,25 @@ class CallingConvention:
             leaves += flatten(tree, given[name], name) if name in given else [None] * count
         return [leaves[i] for i in self.tensors]
 
+    def checked(self, inputs: list[Any], graph: Graph) -> list[Any]:
+        """The inputs, if the graph is for such: dtype, rank, sizes and device. Raises TypeError naming the argument."""
+        sizes: dict[str, int] = {}
+        for i, (node, value) in enumerate(zip(graph.inputs, inputs)):
+            wrong = _misfit(node.type, value, sizes, graph)
+            if wrong:
+                raise TypeError(f"argument {self._place(i)} must be {node.type}, {wrong}")
+        return inputs
+
+    def _place(self, number: int) -> str:
+        """Where in the call graph input `number` comes from: `x`, or `cache (value 2 of 4)`."""
+        leaf = self.tensors[number]
+        for name, tree in zip(self.names, self.arguments):
+            count = _count(tree)
+            if leaf < count:
+                return repr(name) if count == 1 else f"{name!r} (value {leaf + 1} of {count})"
+            leaf -= count
+        return f"number {number + 1}"
+
     def pack(self, outputs: Sequence[Any]) -> Any:
         """The result of a call from the flat outputs of the graph."""
         leaves = (self.constants.get(i) if n is None else outputs[n] for i, n in enumerate(self.outputs))
@@ -148,6 +177,37 @@ def convention_of(program: ExportedProgram, captured: CapturedModule) -> Calling
         constants=dict(signature.results),
         state=signature.state,
     )
+
+
+def _misfit(kind: Type, value: Any, sizes: dict[str, int], graph: Graph) -> str:
+    """In what a value is not of that type, "" if it is; `sizes` collects what the symbols stand for in this call."""
+    if not isinstance(kind, TensorType):
+        return "" if isinstance(value, (bool, int, float, complex)) else f"not a {type(value).__name__}"
+    if not isinstance(value, torch.Tensor):
+        return f"not a {type(value).__name__}"
+    if value.dtype != kind.dtype or value.dim() != kind.rank or value.device.type != kind.device.split(":")[0]:
+        return f"not {TensorType(value.dtype, tuple(value.shape), str(value.device))}"
+    for wanted, found in zip(kind.shape, value.shape):
+        if isinstance(wanted, int):
+            fits = wanted == found
+        elif isinstance(wanted, sympy.Symbol):
+            fits = sizes.setdefault(wanted.name, found) == found and _in_range(graph.symbols.get(wanted.name), found)
+        else:
+            continue
+        if not fits:
+            where = "" if isinstance(wanted, int) else f" ({_range_text(wanted.name, graph)})"
+            return f"not {TensorType(value.dtype, tuple(value.shape), str(value.device))}{where}"
+    return ""
+
+
+def _in_range(known: SymbolRange | None, size: int) -> bool:
+    return known is None or (known.lo <= size and (known.hi is None or size <= known.hi) and size % known.divisor == 0)
+
+
+def _range_text(name: str, graph: Graph) -> str:
+    known = graph.symbols.get(name, SymbolRange())
+    limits = f"{name} in {known.lo}..{'' if known.hi is None else known.hi}"
+    return limits + (f", a multiple of {known.divisor}" if known.divisor > 1 else "")
 
 
 def _count(tree: Tree) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,7 +21,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from ..ir.errors import TilewrightError
 from .errors import CannotWrite
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Optimization with a receipt.")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Optimization with a receipt.")
+
+CommandLineError: Any = typer.BadParameter.__base__.__base__  # ClickException, which newer versions of typer carry inside
+INTERRUPTED = 130  # what typer returns for a KeyboardInterrupt
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a .pt2 program, a TorchScript file, or package.module:callable")]
 InputsOption = Annotated[
@@ -57,7 +63,10 @@ def optimize(
         with stage(f"writing {target}"):
             optimized.save(target)
     if json:
-        _write_text(json, optimized.receipt.to_json())
+        from .artifact import replacing
+
+        with replacing(json) as temporary:
+            Path(temporary).write_text(optimized.receipt.to_json())
     optimized.receipt.render(console)
     console.print(f"\nwrote [bold]{target}[/bold] ({target.stat().st_size / 1e6:.1f} MB); run it with tilewright.load({str(target)!r})")
 
@@ -98,16 +107,6 @@ def _require_writable(path: Path) -> None:
         raise CannotWrite(path=path, reason=error.strerror or str(error)) from error
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CannotWrite(path=path, reason=error.strerror or str(error)) from error
-
-
 @contextmanager
 def _progress(console: Console) -> Iterator:
     """A function that names the stage under way; a bar with the elapsed time is shown while it runs."""
@@ -138,13 +137,35 @@ def optimize_main() -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that temporary files are removed
+    _quiet()
     try:
-        app(arguments, prog_name="tilewright")
+        status = app(arguments or ["--help"], prog_name="tilewright", standalone_mode=False) or 0
+    except CommandLineError as error:
+        _say("[bold red]error:[/bold red]", f"{error.format_message().rstrip('.')}; see --help")
+        status = 2
     except TilewrightError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/bold red] {error}", highlight=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _say("[bold red]error:[/bold red]", str(error))
+        status = 2
+    if status == INTERRUPTED:
+        _say("[bold red]interrupted[/bold red]", "")
+    sys.exit(status)
+
+
+def _quiet() -> None:
+    """Our warnings as one line each; the logs and warnings of torch, which reports its errors twice, are not shown."""
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"tilewright\.")
+    warnings.showwarning = lambda message, *rest: _say("[bold yellow]warning:[/bold yellow]", str(message))
+
+
+def _say(label: str, text: str) -> None:
+    """One line on stderr."""
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(label, end=" " if text else "\n")
+    if text:
+        console.print(text, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,14 @@ class BadOption(UserError):
     template = "{option}: {reason}"
 
 
+class NoInputs(UserError):
+    template = '{path} carries no example inputs; give --inputs "x=1x3x224x224:f32" or a file of tensors'
+
+
+class ModelFails(UserError):
+    template = "{path} fails on these inputs ({inputs}): {reason}"
+
+
 class CannotWrite(UserError):
     template = "cannot write {path}: {reason}; nothing was left behind"
 
@@ -39,3 +47,9 @@ class BadArtifact(UserError):
 
 class CannotOptimize(UserError):
     template = "cannot optimize {path}: {reason}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says in its first line, as the reason of a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

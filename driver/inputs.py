@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
-from ..ir.types import DTYPES
-from .errors import BadInputs
+from ..ir.types import DTYPE_NAMES, DTYPES
+from .errors import BadInputs, first_line
 
 EXAMPLE_SIZE = 3  # what a dimension named in place of a number is filled with
 INTEGER_LIMIT = 2  # random integers are 0 or 1: valid as token ids, indices of any table, and masks
@@ -34,28 +36,61 @@ class Example:
             return self
         return self.matched([p.name for p in parameters])
 
-    def matched(self, names: list[str]) -> Example:
-        """Checks keyword names against the model's; a single mismatched name of a one-input model is an error like any other."""
-        unknown = [k for k in self.kwargs if k not in names]
-        if unknown and not self.args:
-            raise BadInputs(spec=unknown[0], reason=f"the model has no such input; its inputs are {', '.join(names)}")
+    def described(self) -> str:
+        """`x: f32[3, 8], mask: bool[3]`, for messages."""
+        named = [*((f"argument {i}", v) for i, v in enumerate(self.args)), *self.kwargs.items()]
+        return ", ".join(f"{k}: {_described(v)}" for k, v in named)
+
+    def matched(self, names: Sequence[str]) -> Example:
+        """Checks keyword names against the model's; raises BadInputs, naming the inputs that there are."""
+        unknown = [k for k in (*self.kwargs, *self.dynamic) if k not in names]
         if unknown:
-            raise BadInputs(spec=unknown[0], reason="the model has no such input")
+            raise BadInputs(spec=unknown[0], reason=f"the model has no such input; its inputs are {', '.join(names) or 'none'}")
         return self
 
-    def positional(self, names: list[str]) -> Example:
-        """Keyword arguments moved to their positions, for programs that take positions only."""
-        if not self.kwargs or self.args:
-            return self
-        ordered = tuple(self.kwargs[n] for n in names if n in self.kwargs)
-        return replace(self, args=ordered, kwargs={})
+    def positional(self, names: Sequence[str]) -> Example:
+        """Keyword arguments moved to the positions that `names` gives them, as far as there are no gaps."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for name in names[len(args) :]:
+            if name not in kwargs:
+                break
+            args.append(kwargs.pop(name))
+        return replace(self, args=tuple(args), kwargs=kwargs)
 
-    def dynamic_shapes(self) -> Any:
-        """The `dynamic_shapes` argument of torch.export for these keyword arguments; None if all shapes are fixed."""
+    def dynamic_shapes(self, module: torch.nn.Module, named: bool = True) -> Any:
+        """The `dynamic_shapes` argument of torch.export; None if all shapes are fixed. Raises BadInputs for an unknown input.
+
+        named: one size per symbol, of any value; else torch finds out which sizes are equal and what they may be.
+        """
         if not self.dynamic:
             return None
-        dims = {s: torch.export.Dim(s) for spec in self.dynamic.values() for s in spec.values()}
-        return {k: {d: dims[s] for d, s in self.dynamic.get(k, {}).items()} or None for k in self.kwargs}
+        dims = {s: torch.export.Dim(s) if named else torch.export.Dim.DYNAMIC for spec in self.dynamic.values() for s in spec.values()}
+        signature = inspect.signature(module.forward)
+        bound = signature.bind(*self.args, **self.kwargs).arguments
+        shapes = {k: self._varying(k, v, dims) for k, v in bound.items()}
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in bound:
+                shapes[name] = {k: self._varying(k, v, dims) for k, v in bound[name].items()}
+        return shapes
+
+    def _varying(self, name: str, value: Any, dims: dict[str, Any]) -> Any:
+        spec = self.dynamic.get(name)
+        if not spec:
+            return None
+        if not isinstance(value, torch.Tensor) or max(spec) >= value.dim():
+            raise BadInputs(spec=name, reason=f"dimension {max(spec)} is to vary, but the input has none")
+        return {d: dims[s] for d, s in spec.items()}
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{DTYPE_NAMES.get(value.dtype, str(value.dtype))}{list(value.shape)}"
+    return repr(value) if isinstance(value, (int, float, str, type(None))) else type(value).__name__
+
+
+def copied(tree: Any) -> Any:
+    """The same arguments with their tensors copied: a model may write into what it is given."""
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, tree)
 
 
 def parse_inputs(specs: list[str]) -> Example | None:
@@ -112,7 +147,7 @@ def _from_file(path: str) -> dict[str, Any]:
     except BadInputs:
         raise
     except Exception as error:  # readers raise many kinds; none of them executes what it reads
-        raise BadInputs(spec=path, reason=f"it cannot be read: {str(error).splitlines()[0]}") from error
+        raise BadInputs(spec=path, reason=f"it cannot be read: {first_line(error)}") from error
 
 
 def _read_npz(path: str) -> dict[str, Any]:

@@ -5,39 +5,48 @@ Files are untrusted: a `.pt2` archive is read with torch's restricted unpickler,
 
 from __future__ import annotations
 
+import copy
 import importlib
-import json
+import inspect
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .errors import CannotOptimize, ModelNotFound, NotAModel, PickleRefused
-from .inputs import Example
+from .errors import BadInputs, CannotOptimize, ModelFails, ModelNotFound, NoInputs, NotAModel, PickleRefused, first_line
+from .inputs import Example, copied
+from .trust import unsafe_in_program
 
 
 @dataclass(frozen=True)
 class Model:
-    """What was read: `program` is the exported graph, `module` runs eagerly, `example` are inputs to check and time with."""
+    """What was read: `program` is the exported graph, `module` runs eagerly, `example` are inputs to check and time with.
+
+    names: the arguments of its call, in order.
+    """
 
     name: str
     program: torch.export.ExportedProgram
     module: torch.nn.Module
     example: Example
+    names: tuple[str, ...]
 
 
 def load_model(path: str, example: Example | None, trust_pickle: bool = False) -> Model:
     """Reads `path` and exports it where it is not a program yet. `example` may be None for a program that carries its own.
 
-    Raises ModelNotFound, NotAModel, PickleRefused, BadInputs or CannotOptimize.
+    Raises ModelNotFound, NoInputs, NotAModel, PickleRefused, BadInputs or CannotOptimize.
     """
     if _is_import(path):
         return _from_callable(path, example)
+    if os.path.isdir(path):
+        raise NotAModel(path=path, reason="it is a directory")
     if not os.path.isfile(path):
         raise ModelNotFound(path=path)
     kind = _archive_kind(path)
@@ -79,7 +88,10 @@ def _archive_kind(path: str) -> str:
 def _load_program(path: str, trust_pickle: bool) -> torch.export.ExportedProgram:
     if trust_pickle:
         return _export_load(path)
-    what = _pickled_member(path)
+    try:
+        what = unsafe_in_program(path)
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise NotAModel(path=path, reason=f"it is damaged ({first_line(error)})") from error
     if what:
         raise PickleRefused(path=path, what=what)
     with _only_weights():
@@ -90,19 +102,7 @@ def _export_load(path: str) -> torch.export.ExportedProgram:
     try:
         return torch.export.load(path)
     except Exception as error:  # torch raises many kinds here; the first line says what it did not like
-        raise NotAModel(path=path, reason=_first_line(error)) from error
-
-
-def _pickled_member(path: str) -> str | None:
-    """What in a .pt2 archive would need an unrestricted unpickler, in words."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith("_constants_config.json"):
-                entries = json.loads(archive.read(name)).get("config", {})
-                odd = [fqn for fqn, meta in entries.items() if not str(meta.get("path_name", "")).startswith("tensor_")]
-                if odd:
-                    return f"the pickled object {odd[0]!r}"
-    return None
+        raise NotAModel(path=path, reason=f"torch.export cannot read it: {first_line(error.__context__ or error)}") from error
 
 
 @contextmanager
@@ -121,19 +121,29 @@ def _only_weights() -> Iterator[None]:
 
 
 def _from_program(path: str, program: torch.export.ExportedProgram, example: Example | None) -> Model:
-    module = program.module()
+    # the guards of a program are Python text in the file: they are not run, the inputs are checked by the graph's types
+    module = program.module(check_guards=False)
+    names, count = _parameters(program)
     if example is None:
         if program.example_inputs is None:
-            raise NotAModel(path=path, reason="it carries no example inputs; give --inputs")
-        example = Example(*program.example_inputs)
-    return Model(Path(path).stem, program, module, example.matched(_parameter_names(program)))
+            raise NoInputs(path=path)
+        return Model(Path(path).stem, program, module, Example(*program.example_inputs), names)
+    if example.dynamic:
+        name, dims = next(iter(example.dynamic.items()))
+        reason = f"an exported program has fixed which sizes vary; give a number for {', '.join(dims.values())}"
+        raise BadInputs(spec=name, reason=reason)
+    return Model(Path(path).stem, program, module, example.matched(names).positional(names[:count]), names)
 
 
-def _parameter_names(program: torch.export.ExportedProgram) -> list[str]:
-    """The names of the call's arguments, as far as the program records them."""
-    args_spec, kwargs_spec = program.call_spec.in_spec.children()  # type: ignore[union-attr]
-    names = [s for s in program.graph_signature.user_inputs if isinstance(s, str)]
-    return names[: args_spec.num_leaves] + list(kwargs_spec.context or ())
+def _parameters(program: torch.export.ExportedProgram) -> tuple[tuple[str, ...], int]:
+    """The names of the call's arguments, and how many of them are passed by position."""
+    args, kwargs = program.call_spec.in_spec.children()  # type: ignore[union-attr]
+    signature = program.module_call_graph[0].signature
+    recorded = tuple((signature and signature.forward_arg_names) or ())
+    keywords = tuple(kwargs.context or ())
+    if len(recorded) != args.num_children + len(keywords):
+        recorded = (*(f"input_{i}" for i in range(args.num_children)), *keywords)
+    return recorded, args.num_children
 
 
 def _from_torchscript(path: str, example: Example | None) -> Model:
@@ -142,19 +152,59 @@ def _from_torchscript(path: str, example: Example | None) -> Model:
     example = _required(path, example)
     try:
         script = torch.jit.load(path, map_location="cpu").eval()
-        names = [a.name for a in script.forward.schema.arguments[1:]]
-        example = example.matched(names)
-        program = TS2EPConverter(script, example.args, example.kwargs).convert()
     except (RuntimeError, ValueError) as error:
-        raise NotAModel(path=path, reason=_first_line(error)) from error
-    return Model(Path(path).stem, program, script, example)
+        raise NotAModel(path=path, reason=first_line(error)) from error
+    names = tuple(a.name for a in script.forward.schema.arguments[1:])
+    example = example.matched(names).positional(names)
+    if example.kwargs:
+        missing = next(n for n in names[len(example.args) :] if n not in example.kwargs)
+        raise BadInputs(spec=", ".join(example.kwargs), reason=f"the input {missing} comes before and is missing")
+    _try(path, script, example)
+    try:
+        program = TS2EPConverter(script, example.args, {}).convert()
+    except Exception as error:  # the converter raises many kinds
+        raise CannotOptimize(path=path, reason=f"torch cannot convert it from TorchScript: {first_line(error)}") from error
+    if example.dynamic:
+        program = _varying(path, program, names, example)
+    return Model(Path(path).stem, program, script, example, names)
+
+
+def _varying(path: str, program: torch.export.ExportedProgram, names: Sequence[str], example: Example) -> torch.export.ExportedProgram:
+    """The program exported once more, with sizes that vary."""
+    module = program.module(check_guards=False)
+    inner = list(inspect.signature(module.forward).parameters)
+    renamed = {new: example.dynamic[old] for old, new in zip(names, inner) if old in example.dynamic}
+    return _exported(path, module, replace(example, dynamic=renamed))
+
+
+def _try(name: str, module: torch.nn.Module, example: Example) -> None:
+    """Runs the model once, so that its own complaint about the inputs is what the user reads; raises ModelFails."""
+    try:
+        with torch.no_grad():
+            with_own_buffers(module)(*copied(example.args), **copied(example.kwargs))
+    except Exception as error:  # the model's own
+        raise ModelFails(path=name, inputs=example.described(), reason=_cause(error)) from error
+
+
+def with_own_buffers(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy that shares the parameters: running it leaves the module's buffers alone."""
+    if not any(True for _ in module.buffers()):
+        return module
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+def _cause(error: Exception) -> str:
+    """The line that says what is wrong: the first one, or for TorchScript, which quotes its source first, the last."""
+    text = str(error)
+    last = [line.strip() for line in text.splitlines() if line.strip()][-1:]
+    return last[0] if "TorchScript interpreter" in text and last else first_line(error)
 
 
 def _from_pickle(path: str, example: Example | None) -> Model:
     try:
         module = torch.load(path, weights_only=False, map_location="cpu")
     except Exception as error:  # whatever the pickle raises
-        raise NotAModel(path=path, reason=_first_line(error)) from error
+        raise NotAModel(path=path, reason=f"it cannot be unpickled: {first_line(error)}") from error
     if not isinstance(module, torch.nn.Module):
         raise NotAModel(path=path, reason=f"it holds a {type(module).__name__}, not a torch.nn.Module")
     return export_module(Path(path).stem, module, _required(path, example))
@@ -167,35 +217,57 @@ def _from_callable(path: str, example: Example | None) -> Model:
         sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(where), name)
-    except (ImportError, AttributeError) as error:
-        raise NotAModel(path=path, reason=_first_line(error)) from error
-    made = made() if callable(made) and not isinstance(made, torch.nn.Module) else made
+        made = made() if callable(made) and not isinstance(made, torch.nn.Module) else made
+    except Exception as error:  # the user's own code
+        kind = "" if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: "
+        raise NotAModel(path=path, reason=f"{kind}{first_line(error)}") from error
     module, given = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, torch.nn.Module):
-        raise NotAModel(path=path, reason=f"it gives a {type(module).__name__}, not a torch.nn.Module")
-    if example is None and given is not None:
-        example = Example((), dict(given)) if isinstance(given, dict) else Example(tuple(given), {})
-    return export_module(name, module, _required(path, example))
+        raise NotAModel(path=path, reason=f"it gives {_kind(made)}, not a torch.nn.Module or (module, example inputs)")
+    return export_module(name, module, _required(path, example or _given(given)))
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _given(inputs: Any) -> Example | None:
+    """The example that came with a module: a dict by name, a sequence by position, or one tensor."""
+    if inputs is None:
+        return None
+    if isinstance(inputs, dict):
+        return Example((), dict(inputs))
+    return Example(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
 
 
 def export_module(name: str, module: torch.nn.Module, example: Example) -> Model:
-    """A module in evaluation mode, exported on the example with its declared dynamic dimensions; raises CannotOptimize."""
+    """A module in evaluation mode, exported on the example with its declared dynamic dimensions.
+
+    Raises BadInputs, ModelFails where it does not run on the example, or CannotOptimize where it cannot be exported.
+    """
     module = module.eval()
     example = example.bound_to(module)
-    try:
-        with torch.no_grad():
-            program = torch.export.export(module, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes(), strict=False)
-    except Exception as error:  # torch.export raises many kinds; its first line names the cause
-        raise CannotOptimize(path=name, reason=f"torch.export says: {_first_line(error)}") from error
-    return Model(name, program, module, example)
+    _try(name, module, example)
+    program = _exported(name, module, example)
+    return Model(name, program, module, example, _parameters(program)[0])
+
+
+def _exported(name: str, module: torch.nn.Module, example: Example) -> torch.export.ExportedProgram:
+    """With one size per symbol; where the model allows not every such size, with the sizes that torch finds it allows."""
+    failure: Exception | None = None
+    for named in (True, False) if example.dynamic else (True,):
+        shapes = example.dynamic_shapes(module, named)
+        try:
+            with torch.no_grad():
+                return torch.export.export(module, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # torch.export raises many kinds; its first line names the cause
+            failure = error
+    assert failure is not None
+    raise CannotOptimize(path=name, reason=f"torch.export says: {first_line(failure)}") from failure
 
 
 def _required(path: str, example: Example | None) -> Example:
     if example is None:
-        raise NotAModel(path=path, reason='it carries no example inputs; give --inputs "x=1x3x224x224:f32" or a file of tensors')
+        raise NoInputs(path=path)
     return example
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].strip() if text else type(error).__name__

@@ -16,11 +16,11 @@ from ..ir.errors import CaptureError
 from ..ir.interpret import interpret
 from .accuracy import ErrorCheck, check
 from .artifact import Optimized
-from .calling import convention_of
+from .calling import CallingConvention, convention_of
 from .compile import Options, compile_graph
-from .errors import CannotOptimize
-from .inputs import Example
-from .loading import Model, export_module
+from .errors import CannotOptimize, ModelFails
+from .inputs import Example, copied
+from .loading import Model, export_module, with_own_buffers
 from .receipt import Speed
 
 EAGER_TRUST = 1e-2  # eager further than this from float64 means that the reference is not the user's model
@@ -53,10 +53,12 @@ def optimize_model(model: Model, passes: str | None = None, stage: Stages = lamb
         captured = _captured(model)
     with stage("rewriting and building kernels"):
         compiled = compile_graph(captured.graph, Options(passes=passes))
-    convention = convention_of(model.program, captured)
+    convention = replace(convention_of(model.program, captured), names=model.names)
+    _require_fitting(model, captured, convention)
     # measuring runs the model, which may update its buffers: that happens on copies
     scratch = {name: value.clone() for name, value in captured.state.items()}
     optimized = Optimized(compiled.graph, convention, compiled.program, compiled.receipt, scratch)
+    model = replace(model, module=with_own_buffers(model.module)) if captured.state else model
     with stage("checking against float64"):
         error = _error(model, captured, optimized)
     with stage("measuring speed against eager"):
@@ -71,15 +73,23 @@ def _captured(model: Model) -> CapturedModule:
         raise CannotOptimize(path=model.name, reason=error.fields["reason"]) from error
 
 
+def _require_fitting(model: Model, captured: CapturedModule, convention: CallingConvention) -> None:
+    """The example must be a call that the graph is for; raises ModelFails."""
+    try:
+        convention.checked(convention.bind(model.example.args, dict(model.example.kwargs)), captured.graph)
+    except TypeError as error:
+        raise ModelFails(path=model.name, inputs=model.example.described(), reason=error) from error
+
+
 def _error(model: Model, captured: CapturedModule, optimized: Optimized) -> ErrorCheck:
     """By the float64 rule on the example. The reference is the captured graph, interpreted in float64; that it is the user's model is
     seen from eager being near it."""
-    args, kwargs = model.example.args, dict(model.example.kwargs)
+    args, kwargs = copied(model.example.args), copied(dict(model.example.kwargs))
     convention = optimized.convention
-    flat = convention.bind(args, kwargs) + [captured.state[name] for name in convention.state]
+    flat = copied(convention.bind(args, kwargs)) + [captured.state[name] for name in convention.state]
     with torch.no_grad():
-        reference = convention.pack(interpret(captured.graph, _copies(flat), torch.float64))
-        eager = model.module(*args, **kwargs)
+        reference = convention.pack(interpret(captured.graph, copied(flat), torch.float64))
+        eager = model.module(*copied(args), **copied(kwargs))
     result = check(optimized(*args, **kwargs), eager, reference)
     if result.eager > EAGER_TRUST:
         reason = f"the captured graph does not compute what the model does (they differ by {result.eager:.1e})"
@@ -88,10 +98,6 @@ def _error(model: Model, captured: CapturedModule, optimized: Optimized) -> Erro
         reason = f"the result would be off by {result.ours:.1e} where {result.allowed:.1e} is allowed; please report this model"
         raise CannotOptimize(path=model.name, reason=reason)
     return result
-
-
-def _copies(values: Sequence[Any]) -> list[Any]:
-    return [v.clone() if isinstance(v, torch.Tensor) else v for v in values]
 
 
 def _speed(model: Model, optimized: Optimized) -> Speed:
