@@ -17,6 +17,7 @@ _NAMED = (Category.CONTRACTION, Category.COMPOSITE, Category.GATHER)
 _LOCAL = re.compile(r"^[LG]\['([^']*)'\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _LIBRARY = ("/torch/", "<eval_with_key>", "<frozen ")
+_WRAPPERS = ("/transformers/utils/", "/transformers/modeling_layers.py", "/transformers/integrations/", "/transformers/pytorch_utils.py")
 _PATH_NOISE = (
     (re.compile(r"L\['[^']*'\]"), ""),
     (re.compile(r"@\d+$"), ""),
@@ -35,9 +36,9 @@ def provenance(node: torch.fx.Node) -> Provenance:
 
 
 def source_line(meta: dict[str, Any]) -> str:
-    """ "model.py:41": the deepest frame of the user's own code, else of the library that is not torch."""
+    """ "model.py:41": the deepest frame that is not torch's. A model library's frame counts: it is where the model is written."""
     frames = [(path, line) for path, line in _FRAME.findall(meta.get("stack_trace") or "") if not any(part in path for part in _LIBRARY)]
-    own = [f for f in frames if "site-packages" not in f[0]] or frames
+    own = [f for f in frames if not any(part in f[0] for part in _WRAPPERS)] or frames
     return f"{PurePath(own[-1][0]).name}:{own[-1][1]}" if own else ""
 
 
