@@ -113,7 +113,12 @@ def internal_error(what: str, error: Exception) -> str:
 
 
 def _sources(nodes: Sequence[Node]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(s for n in nodes for s in n.prov.sources))
+    return tuple(dict.fromkeys(_one_line(s) for n in nodes for s in n.prov.sources))
+
+
+def _one_line(text: str) -> str:
+    """As it may stand in a comment of generated source: where a node came from is text from the model's file."""
+    return "".join(c if c.isprintable() else " " for c in text).rstrip("\\")
 
 
 def _compile(units: Sequence[tuple[Kernel | str, list[Node]]], targets: Mapping[str, Target]) -> list[Unit]:
