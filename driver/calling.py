@@ -201,12 +201,15 @@ def _misfit(kind: Type, value: Any, sizes: dict[str, int], graph: Graph) -> str:
 
 
 def _in_range(known: SymbolRange | None, size: int) -> bool:
-    return known is None or (known.lo <= size and (known.hi is None or size <= known.hi) and size % known.divisor == 0)
+    if known is None:
+        return True
+    low = known.lo if known.lo > 2 else 0  # torch counts varying sizes from 2, and means any
+    return low <= size and (known.hi is None or size <= known.hi) and size % known.divisor == 0
 
 
 def _range_text(name: str, graph: Graph) -> str:
     known = graph.symbols.get(name, SymbolRange())
-    limits = f"{name} in {known.lo}..{'' if known.hi is None else known.hi}"
+    limits = f"{name} in {known.lo if known.lo > 2 else 0}..{'' if known.hi is None else known.hi}"
     return limits + (f", a multiple of {known.divisor}" if known.divisor > 1 else "")
 
 

@@ -23,7 +23,7 @@ from .errors import CannotWrite
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Optimization with a receipt.")
 
-CommandLineError: Any = typer.BadParameter.__base__.__base__  # ClickException, which newer versions of typer carry inside
+CommandLineError: Any = typer.BadParameter.__mro__[2]  # ClickException, which newer versions of typer carry inside
 INTERRUPTED = 130  # what typer returns for a KeyboardInterrupt
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a .pt2 program, a TorchScript file, or package.module:callable")]
@@ -47,7 +47,7 @@ def optimize(
     json: JsonOption = None,
 ) -> None:
     """Optimize a model for inference: write an artifact that `tilewright.load` runs, and print the receipt."""
-    console = Console()
+    console = Console(file=sys.stdout)  # not what sys.stdout may be while torch exports
     target = output or Path(Path(model.rpartition(":")[2] if ":" in model else model).stem + ".tw")
     for path in filter(None, (target, json)):
         _require_writable(path)

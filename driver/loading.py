@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import io
 import os
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,12 @@ def _load_program(path: str, trust_pickle: bool) -> torch.export.ExportedProgram
 
 
 def _export_load(path: str) -> torch.export.ExportedProgram:
+    from torch.export.pt2_archive._package import load_pt2  # torch.export.load hides why it fails
+
     try:
-        return torch.export.load(path)
+        return load_pt2(path).exported_programs["model"]
     except Exception as error:  # torch raises many kinds here; the first line says what it did not like
-        raise NotAModel(path=path, reason=f"torch.export cannot read it: {first_line(error.__context__ or error)}") from error
+        raise NotAModel(path=path, reason=f"torch.export cannot read it: {first_line(error)}") from error
 
 
 @contextmanager
@@ -259,7 +262,7 @@ def _exported(name: str, module: torch.nn.Module, example: Example) -> torch.exp
     for named in (True, False) if example.dynamic else (True,):
         shapes = example.dynamic_shapes(module, named)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # torch prints graphs where it fails
                 return torch.export.export(module, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # torch.export raises many kinds; its first line names the cause
             failure = error

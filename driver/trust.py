@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from torch._C import PyTorchFileReader
+from torch.utils._pytree import tree_leaves
 
 from ..ir.graph import Graph, Node, order
 
@@ -51,7 +52,7 @@ def _words(node: Node) -> Iterator[str]:
     """Every string of a node that may be printed outside quotes."""
     yield node.hint
     if node.op.name != "extern":  # its arguments are printed as quoted literals
-        yield from (v for v in node.attrs.values() if isinstance(v, str))
+        yield from (v for v in tree_leaves(list(node.attrs.values())) if isinstance(v, str))
 
 
 # -- .pt2
