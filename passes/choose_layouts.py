@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,7 +57,7 @@ class ChooseLayouts(Pass):
         convs = _convs(flat)
         chosen = _Choice(flat).chosen()
         _note(convs, chosen, notes, flat.symbols)
-        return _turned(flat, chosen) if any(n in chosen for n in convs) else graph
+        return with_channels_last(flat, chosen) if any(n in chosen for n in convs) else graph
 
 
 def _convs(graph: Graph) -> list[Node]:
@@ -182,7 +182,8 @@ def _per_channel(node: Node) -> bool:
     return node.tensor.rank > 1 and product(node.shape) == node.shape[1]
 
 
-def _turned(graph: Graph, chosen: set[Node]) -> Graph:
+def with_channels_last(graph: Graph, chosen: Container[Node]) -> Graph:
+    """The graph with the `chosen` values, each with a turn rule, kept with their channels last; any choice computes the same."""
     layouts = Layouts()
     for node in order(graph):
         rule = turn_rule(node) if node in chosen else None

@@ -1,5 +1,8 @@
 """choose-layouts: convolutions with their channels last, permutes only at the ends, refused where it does not pay."""
 
+import random
+import re
+
 import pytest
 import torch
 from pass_checks import assert_becomes, assert_same_values, body, refusals, run
@@ -7,7 +10,8 @@ from tilewright.ir.graph import order
 from tilewright.ir.text import parse
 from tilewright.ir.verify import verify
 from tilewright.passes.base import Reason
-from tilewright.passes.choose_layouts import ChooseLayouts
+from tilewright.passes.choose_layouts import ChooseLayouts, with_channels_last
+from tilewright.passes.layout_rules import turn_rule
 
 CONV = "stride=[1, 1], padding=[1, 1], dilation=[1, 1]"
 X = "x: f32[2, 16, 32, 32]"
@@ -161,3 +165,26 @@ def test_a_net_without_convolutions_stays():
     text = body("x: f32[2, 4, 64, 64], m: f32[64, 64]", "a = attention(x, x, x, m, scale=0.125)", "r = relu(a)", "r")
     before, after, notes = run(ChooseLayouts(), text)
     assert after is before and not notes.applied and not notes.declined
+
+
+def test_other_devices_stay():
+    text = re.sub(r"(f32\[[^]]*\])", r"\1@cuda:0", net(*convs("x", "w", "v", "u", "t"), "m = mean(c3, dims=[2, 3])", "m"))
+    before, after, notes = run(ChooseLayouts(), text)
+    assert after is before and {d.value for d in notes.declined} == {"cuda:0"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_choice_computes_the_same(seed):
+    """The cut decides what is fast, not what is right."""
+    graph = parse(net(
+        *convs("x", "w", "v"), "a = mul(c1, s)", "b = relu(a)", "p = max_pool(b, kernel=[3, 3], stride=[1, 1], padding=[1, 1])",
+        "d = cat(p, c0, dim=1)", "e = slice(d, dim=1, start=3, stop=19)", "g = amax(e, dims=[2, 3], keepdim=true)", "h = sub(e, g)",
+        "i = permute(h, dims=[0, 2, 3, 1])", "j = softmax(i, dim=3)", "k = permute(j, dims=[0, 3, 1, 2])", "l = add(k, c0)",
+        f"o = conv(l, u, {CONV})", "q = reshape(o, shape=[2, 16, 1024])", "r = permute(q, dims=[0, 2, 1])", "y = sum(o, dims=[1])",
+        "z = argmax(o, dims=[2])", "r, y, z, o, k", extra="s: f32[16, 1, 1]",
+    ))  # fmt: skip
+    chance = random.Random(seed)
+    chosen = {n for n in order(graph) if turn_rule(n) and chance.random() < 0.5}
+    after = with_channels_last(graph, chosen)
+    verify(after)
+    assert_same_values(graph, after, values(graph), 1e-4)
