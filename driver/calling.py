@@ -48,12 +48,15 @@ def tree_of(spec: TreeSpec) -> Tree:
     keys = spec.context if spec.type is dict else _field_names(spec, len(items))
     if keys is None:
         return {"kind": "tuple", "items": items}
+    items += ["none"] * (len(keys) - len(items))
     return {"kind": "dict" if spec.type is dict else "record", "keys": list(keys), "items": items}
 
 
 def _field_names(spec: TreeSpec, count: int) -> Sequence[str] | None:
-    """The field names of a registered container: a named tuple's, or those its flattening recorded."""
+    """The field names of a registered container: a named tuple's, or those its flattening recorded; fields that are None come last."""
     names = getattr(spec.context, "_fields", None) or spec.context
+    if isinstance(names, (list, tuple)) and len(names) == 2 and all(isinstance(n, list) for n in names) and len(names[0]) == count:
+        return [*names[0], *names[1]]  # a dataclass: its fields, and those that are None
     while isinstance(names, (list, tuple)) and len(names) and isinstance(names[0], (list, tuple)):
         names = names[0]
     good = isinstance(names, (list, tuple)) and len(names) == count and all(isinstance(n, str) for n in names)

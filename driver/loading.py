@@ -103,9 +103,11 @@ def _export_load(path: str) -> torch.export.ExportedProgram:
     from torch.export.pt2_archive._package import load_pt2  # torch.export.load hides why it fails
 
     try:
-        return load_pt2(path).exported_programs["model"]
+        program = load_pt2(path).exported_programs["model"]
     except Exception as error:  # torch raises many kinds here; the first line says what it did not like
         raise NotAModel(path=path, reason=f"torch.export cannot read it: {first_line(error)}") from error
+    program._guards_code = []  # Python text that torch would execute; the inputs are checked by the graph's types instead
+    return program
 
 
 @contextmanager
@@ -124,7 +126,6 @@ def _only_weights() -> Iterator[None]:
 
 
 def _from_program(path: str, program: torch.export.ExportedProgram, example: Example | None) -> Model:
-    # the guards of a program are Python text in the file: they are not run, the inputs are checked by the graph's types
     module = program.module(check_guards=False)
     names, count = _parameters(program)
     if example is None:
