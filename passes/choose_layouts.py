@@ -69,8 +69,8 @@ def _refusal(conv: Node) -> tuple[Reason, str] | None:
     if conv.tensor.device != "cpu":
         return Reason.LIBRARY_CALL, conv.tensor.device
     if conv.dtype not in CONV_DTYPES:
-        return Reason.UNSUPPORTED_DTYPE, str(conv.dtype).removeprefix("torch.")
-    return None if turn_rule(conv) else (Reason.LIBRARY_CALL, f"{conv.tensor.rank - 2}d")
+        return Reason.NO_GAIN, str(conv.dtype).removeprefix("torch.")
+    return None if turn_rule(conv) else (Reason.NO_GAIN, f"{conv.tensor.rank - 2}d")
 
 
 def _note(convs: list[Node], chosen: set[Node], notes: Notes, symbols: Mapping[str, SymbolRange]) -> None:
