@@ -25,7 +25,7 @@ RESERVED = frozenset(
     re.findall(
         r"\w+",
         """
-    L u begin end threads tile sequence vec bf16 half load load_if store gather gather_if scatter select mask splat iota offsets as bits
+    L way begin end threads tile sequence vec bf16 half load load_if store gather gather_if scatter select mask splat iota offsets as bits
     recast rounded any all each each4 parallel share part next first elem lanes fold join low high map inf nan least greatest Row
     Sum Prod Max Min Any All ArgMax ArgMin auto bool break case char class const continue default delete do double else enum
     export extern false float for goto if inline int long mutable namespace new operator private protected public register return

@@ -337,7 +337,7 @@ class KernelPrinter:
             start, stop, extent = self.shared[1], self.shared[2], symbol("part")
         if name == self.schedule.vector:
             unrolled = ways > 1
-            each, extra = ("each4", ", int u") if unrolled else ("each", "")
+            each, extra = ("each4", ", int way") if unrolled else ("each", "")
             self.open(f"{each}<{self.lane_counts(extent)}>({start}, {stop}, [&]<int L>(int64_t {name}{extra}) LANES")
             inside = scope.inner([name], "L")
             inside.unrolled = unrolled
@@ -403,7 +403,7 @@ class KernelPrinter:
         if reduce.op in ("argmax", "argmin"):
             arguments.append(self.position(reduce, scope, vectorised))
         elif scope.unrolled:
-            arguments.append("u")
+            arguments.append("way")
         self.line(f"{acc}.add({', '.join(arguments)});")
 
     def position(self, reduce: Reduce, scope: Scope, vectorised: bool) -> str:
