@@ -123,6 +123,9 @@ class CallingConvention:
         unknown = [k for k in kwargs if k not in self.names]
         if unknown:
             raise TypeError(f"the model has no argument {unknown[0]!r}; its arguments are {listed}")
+        twice = [k for k in self.names[: len(args)] if k in kwargs]
+        if twice:
+            raise TypeError(f"argument {twice[0]!r} is given twice")
         leaves: list[Any] = []
         for name, tree in zip(self.names, self.arguments):
             count = _count(tree)
@@ -138,7 +141,8 @@ class CallingConvention:
         for i, (node, value) in enumerate(zip(graph.inputs, inputs)):
             wrong = _misfit(node.type, value, sizes, graph)
             if wrong:
-                raise TypeError(f"argument {self._place(i)} must be {node.type}, {wrong}")
+                kind = node.type if isinstance(node.type, TensorType) else "a number"
+                raise TypeError(f"argument {self._place(i)} must be {kind}, {wrong}")
         return inputs
 
     def _place(self, number: int) -> str:

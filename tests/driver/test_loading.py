@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 import warnings
 import zipfile
@@ -244,11 +245,11 @@ def test_pickles_that_are_more_than_weights_are_not_run(program, tmp_path, membe
 
 
 HOSTILE = {
-    "expr_str": ("\"Symbol('s77', positive=True, integer=True)\"", "\"open('boom', 'w')\""),
-    "target": ("torch.ops.aten.gelu.default", "torch.ops.aten.from_file.default"),
-    "call": ("torch.ops.aten.gelu.default", "torch.os.system"),
-    "name": ('"name": "gelu"', "\"name\": \"gelu\\n    open('boom', 'w')\""),
-    "enum": ('\\"context\\": \\"null\\"', '\\"context\\": \\"{\\\\\\"__enum__\\\\\\": true, \\\\\\"fqn\\\\\\": \\\\\\"boom:x\\\\\\"}\\"'),
+    "an expression": (r'"expr_str": "[^"]*"', "\"expr_str\": \"open('boom', 'w')\""),
+    "an operator that reads files": (r"torch\.ops\.aten\.gelu\.default", "torch.ops.aten.from_file.default"),
+    "a function of Python": (r"torch\.ops\.aten\.gelu\.default", "torch.os.system"),
+    "a name with code in it": (r'"name": "gelu"', "\"name\": \"gelu):\\n    open('boom', 'w')\""),
+    "a module to import": (r'\\"context\\": \\"null\\"', r"\"context\": \"{\\\"__enum__\\\": 1}\""),
 }
 
 
@@ -260,14 +261,10 @@ def test_text_that_would_run_is_refused(program, tmp_path, monkeypatch, kind):
     def change(name, data):
         if not name.endswith("models/model.json"):
             return data
-        text = data.decode()
-        text = text if before in text else text.replace("'s77'", "'s77'")
-        assert before in text or kind == "expr_str", text[:2000]
-        if kind == "expr_str":
-            import re
-
-            return re.sub(r'"expr_str": "[^"]*"', "\"expr_str\": \"open('boom', 'w')\"", text)
-        return text.replace(before, after)
+        text, count = re.subn(before, lambda match: after, data.decode())
+        assert count
+        json.loads(text)
+        return text
 
     with pytest.raises(PickleRefused):
         opened(rewritten(program, tmp_path / "m.pt2", change))
