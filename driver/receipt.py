@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ from .accuracy import ErrorCheck
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -120,15 +119,9 @@ class Receipt:
 
     def render(self, console: Console | None = None, details: bool = False) -> None:
         """Prints the receipt as tables; `details` adds every rewrite, refusal and time."""
-        from rich.console import Console
+        from .render import render
 
-        out = console or Console()
-        out.print(f"[bold]{self.graph}[/bold]  {self.summary}")
-        if self.failure:
-            out.print(f"  runs by eager: {self.failure}", markup=False)
-        for title, columns, rows in self._tables(details):
-            if rows:
-                out.print(_table(title, columns, rows))
+        render(self, console, details)
 
     @property
     def summary(self) -> str:
@@ -142,51 +135,12 @@ class Receipt:
             parts.append(f"{1e3 * ours:.3g} ms (eager {1e3 * eager:.3g} ms, {eager / ours:.2f}x)")
         return "; ".join(parts)
 
-    def _tables(self, details: bool) -> list[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
-        coverage = [(f.name, *(f"{n:,}" for n in dataclasses.astuple(s)), str(s)) for f, s in _fields(self.coverage)]
-        library = Counter(c.node for c in self.library)
-        tables = [
-            ("coverage", ("", "our kernels", "library", "fallback", "shares"), coverage),
-            ("kernels", ("kernel", "computes", "ops", "places", "MB", "source"),
-             [(k.name, k.label, k.nodes, k.uses, f"{k.bytes / 1e6:.2f}", _few(k.sources)) for k in self.kernels]),
-            ("library calls", ("op", "calls"), list(library.items())),
-            ("fallbacks", ("op", "source", "reason"), [(f.node, f.source, f.reason) for f in self.fallbacks]),
-            ("refused", ("rule", "what", "reason", "value", "source", "times"),
-             [(r.rule, r.what, r.reason, r.value, r.source, r.count) for r in self.refused]),
-        ]  # fmt: skip
-        if details:
-            tables.append(("applied", ("rule", "what", "source"), [(a.rule, a.what, a.source) for a in self.applied]))
-            tables.append(("time", ("step", "ms"), [(k, f"{1e3 * s:.1f}") for k, s in self.seconds.items()]))
-            tables.append(("memory", ("", ""), [("arena bytes", self.arena), ("laid out anew if need be", _few(self.copies, 8))]))
-        return tables
-
 
 _ROWS: dict[str, type] = {"kernels": KernelLine, "library": LibraryCall, "fallbacks": Fallback, "applied": Applied, "refused": Refusal}
 
 
 def _row(kind: type, row: dict[str, Any]) -> Any:
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-
-
-def _fields(value: Any) -> list[tuple[dataclasses.Field[Any], Any]]:
-    return [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
-
-
-def _few(items: Sequence[str], count: int = 3) -> str:
-    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")
-
-
-def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))  # as text: brackets in a name are no markup
-    return table
 
 
 def make_receipt(program: Program, notes: Notes, seconds: Mapping[str, float]) -> Receipt:

@@ -14,6 +14,7 @@ import pytest
 import tilewright
 import torch
 from offline import Mlp, run, save_program, sentence
+from rich.console import Console
 from tilewright.driver import optimize as optimizing
 
 HERE = Path(__file__).parent
@@ -148,3 +149,18 @@ def test_interrupted(here, number, status):
     said = process.communicate(timeout=30)[1]
     assert process.returncode == status and b"Traceback" not in said
     assert sorted(set(os.listdir()) - {"__pycache__"}) == ["slow.py", "started"]
+
+
+def test_a_receipt_reads_well_in_80_columns(program, here):
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    assert run(program, "-o", "a.tw") == 0
+    receipt = tilewright.load("a.tw").receipt
+    receipt.render(console)
+    lines = console.export_text(clear=False).splitlines()
+    assert lines[0].startswith("mlp  ") and "error" in lines[0] and "native" in lines[0]
+    assert not any("…" in line for line in lines)
+    assert all(any(k.name in line for line in lines) for k in receipt.kernels)
+    assert any("because one side is a library call" in line for line in lines)
+    receipt.render(console, details=True)
+    details = console.export_text()
+    assert "rewrites" in details and "fuse-regions" in details and "allowed" in details
