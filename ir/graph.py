@@ -221,6 +221,14 @@ def users(graph: Graph) -> dict[Node, list[Node]]:
     return found
 
 
+def use_counts(graph: Graph) -> dict[Node, int]:
+    """node -> how often it is needed: by the nodes that read it, as an output, as a value written back."""
+    counts = {node: len(readers) for node, readers in users(graph).items()}
+    for root in graph.roots:
+        counts[root] += 1
+    return counts
+
+
 def constants(graph: Graph) -> dict[str, Data]:
     """Name -> data of every constant of the graph, regions included."""
     found: dict[str, Data] = {}

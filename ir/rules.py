@@ -1,97 +1,78 @@
-"""The rule engine: `pattern` / `check` / `rewrite`, driven to a fixpoint, with a trace of what applied and what nearly did.
+"""The rule engine: rules are tried at every node, operands first, until none applies; a trace says what applied and what nearly did.
 
-    MERGE = Rule(
-        "double-neg",
-        pat("neg", pat("neg", Var("x"))),
-        rewrite=lambda m: m["x"],
-    )
-    graph = apply_rules(graph, [MERGE], tracer := Tracer())
+A rule is a function from one node to what replaces it, or a pattern over several nodes with a rewrite and a check:
 
-A pattern is matched from its root down against operands already rewritten. Commutative ops match in either order.
+    Rule("neg-of-neg", ("neg",), lambda node, site: node.inputs[0].inputs[0] if node.inputs[0].op.name == "neg" else None)
+    pattern_rule("neg-of-neg", pat("neg", pat("neg", Var("x"))), lambda m: m["x"])
+
+A function says in fewer words what depends on the attributes, types and numbers of one node; a pattern shows the shape of many.
 """
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Union
 
 from .errors import TilewrightError
-from .graph import Graph, Node, users, visit
-from .ops import OPS
+from .graph import Graph, Node, use_counts, visit
+from .patterns import Matcher, Pat, Refusal, Trial
 from .provenance import Provenance
-from .rewrite import attr_key, cleaned, rewrite, structural_key
+from .rewrite import cleaned, rewrite, structural_key
 from .types import same_type, type_source
 
-# -- patterns
+Outcome = Union[Node, Refusal, None]
+
+
+class Site:
+    """Where rules are being tried: how often each value is needed, counting the nodes that read it, outputs and write-backs."""
+
+    def __init__(self, uses: dict[Node, int]) -> None:
+        self.uses = uses
+        self.matched: tuple[Node, ...] = ()
+        self._root: Node | None = None
+        self._root_uses = 0
+
+    def enter(self, root: Node, uses: int) -> None:
+        """`root` is the node to rewrite from now on; no value of the new graph has counted its readers yet."""
+        self._root, self._root_uses, self.matched = root, uses, ()
+
+    def count(self, node: Node) -> int | None:
+        """The number of readers; None or 0 while that is unknown, for a value made in the current sweep: the next sweep asks again."""
+        return self._root_uses if node is self._root else self.uses.get(node)
+
+    def single(self, node: Node) -> bool:
+        """Known to have exactly one reader."""
+        return self.count(node) == 1
+
+    def shared(self, node: Node) -> bool:
+        """Known to have several readers."""
+        return (self.count(node) or 0) > 1
+
+
+# -- rules
 
 
 @dataclass(frozen=True)
-class Var:
-    """Any value, bound to `name`; the same name twice means the same value. `where` may object with False or a Refusal."""
+class Rule:
+    """A rewrite, tried at nodes of `ops`.
 
-    name: str
-    where: Callable[[Node], Any] | None = None
-
-
-@dataclass(frozen=True)
-class Rest:
-    """All remaining operands (none, too), bound to `name` as a tuple; the last operand of a pattern only."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Literal:
-    """A scalar of exactly this value; a plain number in a pattern means this."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class Pat:
-    """One of `ops` on operands; `attrs` gives the value of an attribute or a predicate on it."""
-
-    ops: tuple[str, ...]
-    operands: tuple[Any, ...]
-    name: str
-    attrs: Mapping[str, Any]
-
-
-Pattern = Union[Var, Rest, Literal, Pat]
-
-
-def pat(ops: str | tuple[str, ...], *operands: Any, name: str = "", attrs: Mapping[str, Any] | None = None) -> Pat:
-    """A pattern: `pat("linear", Var("x"), Var("w"), name="lin")`, `pat(("relu", "gelu"), Var("x"))`, `pat("mul", Var("x"), 1.0)`.
-
-    The matched node is bound to `name`. Raises KeyError for an unknown op.
+    attempt(node, site): what replaces the node, of the same type; a Refusal that says why not; None where there is nothing to do.
     """
-    names = (ops,) if isinstance(ops, str) else ops
-    for op in names:
-        OPS[op]
-    return Pat(names, tuple(o if isinstance(o, (Var, Rest, Literal, Pat)) else Literal(o) for o in operands), name, attrs or {})
 
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a rule that matched must not apply: a reason (from the caller's closed list, or a sentence) and the guilty value."""
-
-    reason: Any
-    value: Any = None
-
-    def __bool__(self) -> bool:
-        return False
+    name: str
+    ops: tuple[str, ...]
+    attempt: Callable[[Node, Site], Outcome]
 
 
 class Match:
     """What a pattern matched: `match["x"]` is the value bound to a name, `root` the matched root, `nodes` all matched nodes."""
 
-    def __init__(self, root: Node, bound: Mapping[str, Any], nodes: tuple[Node, ...], uses: Mapping[Node, int]) -> None:
+    def __init__(self, root: Node, trial: Trial, site: Site) -> None:
         self.root = root
-        self.nodes = nodes
-        self._bound = bound
-        self._uses = uses
+        self.nodes = trial.nodes
+        self._bound = trial.bound
+        self._site = site
 
     def __getitem__(self, name: str) -> Any:
         return self._bound[name]
@@ -100,112 +81,35 @@ class Match:
         return self._bound.get(name)
 
     def single(self, name: str) -> bool:
-        """True if exactly one node, output or write-back reads the value bound to `name`.
-
-        False while that is unknown, for a value made in the current sweep: the next sweep asks again.
-        """
-        return self._uses.get(self._bound[name]) == 1
+        """The value bound to `name` has exactly one reader, as far as known."""
+        return self._site.single(self._bound[name])
 
     def escaping(self, *more: Node) -> Node | None:
         """An inner matched node (or one of `more`, found by a check) that something outside of the match reads too, or may read."""
         inner = set(self.nodes) | set(more)
         for node in inner - {self.root}:
-            if self._uses.get(node) != sum(node in reader.inputs for reader in inner):
+            if self._site.count(node) != sum(node in reader.inputs for reader in inner):
                 return node
         return None
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """A partial match: immutable, so that alternatives do not disturb each other."""
+def pattern_rule(name: str, pattern: Pat, rewrite: Callable[[Match], Node], check: Callable[[Match], bool | Refusal] | None = None) -> Rule:
+    """`rewrite(match)` replaces the root wherever `pattern` matches and `check(match)` is True; otherwise it gives a Refusal."""
 
-    bound: Mapping[str, Any] = field(default_factory=dict)
-    nodes: tuple[Node, ...] = ()
+    def attempt(node: Node, site: Site) -> Outcome:
+        matcher = Matcher()
+        for trial in matcher.match(pattern, node, Trial()):
+            match = Match(node, trial, site)
+            answer = check(match) if check else True
+            if answer is True:
+                site.matched = match.nodes
+                return rewrite(match)
+            if not isinstance(answer, Refusal):
+                raise RuleError(node.prov.source, rule=name, reason=f"answered {answer!r} where True or a Refusal is due")
+            matcher.refusal = answer
+        return matcher.refusal
 
-    def bind(self, name: str, value: Any) -> _Trial | None:
-        if not name:
-            return self
-        if name in self.bound:
-            return self if self.bound[name] == value else None
-        return replace(self, bound={**self.bound, name: value})
-
-
-class _Matcher:
-    """Enumerates the ways in which a pattern matches; keeps the last refusal of a `where` for the trace."""
-
-    def __init__(self) -> None:
-        self.refusal: Refusal | None = None
-
-    def match(self, pattern: Pattern, node: Node, trial: _Trial) -> Iterator[_Trial]:
-        if isinstance(pattern, Pat):
-            yield from self._pat(pattern, node, trial)
-        elif isinstance(pattern, Literal):
-            if node.op.name == "scalar" and attr_key(node.attrs["value"]) == attr_key(pattern.value):
-                yield trial
-        elif isinstance(pattern, Var) and self._accepts(pattern, node):
-            found = trial.bind(pattern.name, node)
-            if found is not None:
-                yield found
-
-    def _accepts(self, pattern: Var, node: Node) -> bool:
-        answer = pattern.where(node) if pattern.where else True
-        if isinstance(answer, Refusal):
-            self.refusal = answer
-        return bool(answer)
-
-    def _pat(self, pattern: Pat, node: Node, trial: _Trial) -> Iterator[_Trial]:
-        if node.op.name not in pattern.ops or not _attributes_fit(pattern, node):
-            return
-        found = trial.bind(pattern.name, node)
-        if found is None:
-            return
-        found = replace(found, nodes=(*found.nodes, node))
-        for operands in _arrangements(pattern, node):
-            yield from self._operands(pattern.operands, operands, found)
-
-    def _operands(self, patterns: tuple[Pattern, ...], nodes: tuple[Node, ...], trial: _Trial) -> Iterator[_Trial]:
-        if not patterns:
-            if not nodes:
-                yield trial
-            return
-        first = patterns[0]
-        if isinstance(first, Rest):
-            found = trial.bind(first.name, nodes)
-            if found is not None:
-                yield found
-        elif nodes:
-            for found in self.match(first, nodes[0], trial):
-                yield from self._operands(patterns[1:], nodes[1:], found)
-
-
-def _attributes_fit(pattern: Pat, node: Node) -> bool:
-    for name, wanted in pattern.attrs.items():
-        actual = node.attrs[name]
-        if not (wanted(actual) if callable(wanted) else attr_key(actual) == attr_key(wanted)):
-            return False
-    return True
-
-
-def _arrangements(pattern: Pat, node: Node) -> Iterator[tuple[Node, ...]]:
-    yield node.inputs
-    if node.op.commutative and len(node.inputs) == len(pattern.operands) == 2:
-        yield node.inputs[::-1]
-
-
-# -- rules
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`rewrite(match)` gives what replaces the root wherever `pattern` matches and `check(match)` is True.
-
-    check: True, or a Refusal that says why not. The replacement must have the root's type.
-    """
-
-    name: str
-    pattern: Pat
-    rewrite: Callable[[Match], Node]
-    check: Callable[[Match], bool | Refusal] | None = None
+    return Rule(name, pattern.ops, attempt)
 
 
 class RuleError(TilewrightError):
@@ -216,22 +120,20 @@ class RuleError(TilewrightError):
 
 @dataclass(frozen=True)
 class Applied:
-    """One rewrite: the rule, what it matched and made, in words, and the source line of the matched root."""
+    """One rewrite: the rule, the root it matched, and what it made of that."""
 
     rule: str
-    before: str
-    after: str
-    source: str
+    before: Node
+    after: Node
 
 
 @dataclass(frozen=True)
 class Missed:
-    """The nearest miss of a rule at a node: it matched, and was refused."""
+    """The nearest miss of a rule: what it was refused for at a node."""
 
     rule: str
     node: Node
     refusal: Refusal
-    source: str
 
 
 @dataclass
@@ -242,25 +144,28 @@ class Tracer:
     missed: list[Missed] = field(default_factory=list)
 
 
+# -- the driver
+
 MAX_STEPS = 50
 """Rewrites of one node within a sweep, and sweeps over a graph, before rules count as looping."""
 
 
-def apply_rules(graph: Graph, rules: Sequence[Rule], tracer: Tracer | None = None) -> Graph:
-    """The graph on which none of `rules` applies any more. Rules are tried in order; what a rule makes carries its name.
+def apply_rules(graph: Graph, rules: Sequence[Rule], tracer: Tracer | None = None, **changes: Any) -> Graph:
+    """The graph on which none of `rules` applies any more; `changes` replace fields of the result (`stage=`).
 
-    Raises RuleError, with the rule's name, for rules that loop or change a type.
+    Rules are tried in order; what a rule makes carries its name and the origins of all that it replaces. Raises RuleError, with the
+    rule's name, for rules that loop or change a type.
     """
     index: dict[str, list[Rule]] = {}
     for rule in rules:
-        for op in rule.pattern.ops:
+        for op in rule.ops:
             index.setdefault(op, []).append(rule)
     trace = Tracer() if tracer is None else tracer
     graph = cleaned(graph)  # equal nodes are one before uses are counted
     fired: list[str] = []
     for _ in range(MAX_STEPS):
         sweep = _Sweep(graph, index, trace)
-        graph = rewrite(graph, sweep)
+        graph = rewrite(graph, sweep, **changes)
         if not sweep.fired:
             trace.missed += sweep.missed
             return graph
@@ -273,21 +178,19 @@ def _names(fired: Sequence[str]) -> str:
 
 
 class _Sweep:
-    """One pass over a graph, operands first, as the callback of `rewrite`."""
+    """One pass over a graph, operands first, as the callback of `rewrite`; each node is rewritten until no rule for its op applies."""
 
     def __init__(self, graph: Graph, index: Mapping[str, list[Rule]], trace: Tracer) -> None:
         self.index = index
         self.trace = trace
         self.fired: list[str] = []
         self.missed: list[Missed] = []
-        self.old_uses = {n: len(readers) for n, readers in users(graph).items()}
-        for root in graph.roots:
-            self.old_uses[root] += 1
-        self.uses: dict[Node, int] = {}
-        self.image: dict[Node, Node] = {}
+        self.old_uses = use_counts(graph)
+        self.site = Site({})
+        self.followed: set[Node] = set()
 
     def __call__(self, node: Node, inputs: tuple[Node, ...]) -> Node | None:
-        self._correspond(node, inputs)
+        self._follow(node, inputs)
         current = node if inputs == node.inputs else node.with_inputs(inputs)
         for _ in range(MAX_STEPS):
             made = self._step(current, self.old_uses[node])
@@ -296,64 +199,78 @@ class _Sweep:
             current = made
         raise RuleError(node.prov.source, rule=_names(self.fired[-MAX_STEPS:]), reason=f"keeps rewriting {node}: it loops")
 
-    def _correspond(self, node: Node, inputs: tuple[Node, ...]) -> None:
-        """The uses of an image are those of the old nodes that became it."""
+    def _follow(self, node: Node, inputs: tuple[Node, ...]) -> None:
+        """The readers of a new operand are those of the old nodes that became it."""
+        uses = self.site.uses
         for old, new in zip(node.inputs, inputs):
-            if old not in self.image:
-                self.image[old] = new
-                self.uses[new] = self.uses.get(new, 0) + self.old_uses[old]
+            if old not in self.followed:
+                self.followed.add(old)
+                uses[new] = uses.get(new, 0) + self.old_uses[old]
 
     def _step(self, node: Node, uses: int) -> Node | None:
         """What the first rule that applies makes of the node."""
         missed: list[Missed] = []
         for rule in self.index.get(node.op.name, ()):
-            found = self._try(rule, node, uses)
-            if isinstance(found, Match):
-                return self._rewritten(rule, found)
-            if found is not None:
-                missed.append(Missed(rule.name, node, found, node.prov.source))
+            self.site.enter(node, uses)
+            outcome = rule.attempt(node, self.site)
+            if isinstance(outcome, Refusal):
+                missed.append(Missed(rule.name, node, outcome))
+            elif outcome is not None:
+                return self._replaced(rule, node, outcome)
         self.missed += missed
         return None
 
-    def _try(self, rule: Rule, node: Node, uses: int) -> Match | Refusal | None:
-        """The first match that the rule's check accepts, else the last refusal, else None."""
-        matcher = _Matcher()
-        for trial in matcher.match(rule.pattern, node, _Trial()):
-            match = Match(node, trial.bound, trial.nodes, ChainMap({node: uses}, self.uses))
-            answer = rule.check(match) if rule.check else True
-            if answer is True:
-                return match
-            if not isinstance(answer, Refusal):
-                raise RuleError(node.prov.source, rule=rule.name, reason=f"answered {answer!r} where True or a Refusal is due")
-            matcher.refusal = answer
-        return matcher.refusal
-
-    def _rewritten(self, rule: Rule, match: Match) -> Node:
-        root = match.root
+    def _replaced(self, rule: Rule, root: Node, made: Node) -> Node:
         self.fired.append(rule.name)
-        made = rule.rewrite(match)
         if not same_type(made.type, root.type):
-            raise RuleError(
-                root.prov.source, rule=rule.name, reason=f"turns {type_source(root.type)} of {root} into {type_source(made.type)} of {made}"
-            )
+            reason = f"turns {type_source(root.type)} of {root} into {type_source(made.type)} of {made}"
+            raise RuleError(root.prov.source, rule=rule.name, reason=reason)
         if structural_key(made) == structural_key(root):
             raise RuleError(root.prov.source, rule=rule.name, reason=f"yields what it matched, {root}: it loops")
-        self.trace.applied.append(Applied(rule.name, repr(root), repr(made), root.prov.source))
-        return _marked(made, match, rule.name, self.uses)
+        marked = _marked(made, root, rule.name, self.site)
+        self.trace.applied.append(Applied(rule.name, root, marked))
+        return marked
 
 
-def _marked(made: Node, match: Match, rule: str, known: Container[Node]) -> Node:
-    """The new nodes under `made` with the provenance of everything matched and the name of the rule; the root keeps its name.
+def _marked(made: Node, root: Node, rule: str, site: Site) -> Node:
+    """`made` with its new nodes marked by the rule and by the origins of all that it replaces; the root keeps its name.
 
-    known: the nodes of the graph, which a check may have reached beyond the pattern.
+    New is what the graph does not hold; a check may have reached beyond its pattern.
     """
     fresh: list[Node] = []
-    visit(made, set(), fresh, known)
-    origin = Provenance().union(*(n.prov for n in match.nodes)).with_rule(rule)
+    visit(made, set(), fresh, site.uses)
+    if not fresh:
+        return made
+    replaced = site.matched or _between(root, fresh)
+    origin = Provenance().union(*(n.prov for n in replaced)).with_rule(rule)
     new: dict[Node, Node] = {}
     for node in fresh:
         inputs = tuple(new.get(i, i) for i in node.inputs)
         prov = node.prov if node.op.name in ("scalar", "input") else node.prov.union(origin)
-        hint = match.root.hint if node is made and not node.hint else node.hint
+        hint = root.hint if node is made and not node.hint else node.hint
         new[node] = replace(node, inputs=inputs, prov=prov, hint=hint)
-    return new.get(made, made)
+        site.uses.setdefault(new[node], 0)
+    return new[made]
+
+
+_DEPTH = 3
+"""How far below its root a function looks, at most."""
+
+
+def _between(root: Node, fresh: Sequence[Node]) -> list[Node]:
+    """What a function replaced: the nodes on the ways from its root down to the operands that its result still reads."""
+    made = set(fresh)
+    kept = {i for node in fresh for i in node.inputs if i not in made}
+    found: list[Node] = []
+    _leads_to(kept, root, _DEPTH, found)
+    return list(dict.fromkeys((root, *found)))
+
+
+def _leads_to(kept: set[Node], node: Node, depth: int, found: list[Node]) -> bool:
+    """Whether a node of `kept` lies at or at most so deep under `node`; adds the nodes above it to `found`."""
+    if node in kept or not depth:
+        return node in kept
+    leads = [_leads_to(kept, i, depth - 1, found) for i in node.inputs]
+    if any(leads):
+        found.append(node)
+    return any(leads)

@@ -10,19 +10,21 @@ from typing import Any
 import torch
 
 from ..ir.graph import Node, is_scalar
-from ..ir.rules import Refusal
+from ..ir.ops import OPS
+from ..ir.patterns import Refusal
+from ..ir.rules import Outcome, Site
 from ..ir.types import Number, TensorType, category, same_type
 from .base import Reason
 from .facts import fit, holds, is_float, is_integer, is_literal, literal, never_minus_zero, power_of_two
-from .local import Outcome, Rule, Site
+from .rules import Table
 
 _FLIPPED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 _WIDE = (torch.float32, torch.float64)
 
 
-def _full(node: Node, value: Number, site: Site) -> Node:
+def _full(node: Node, value: Number) -> Node:
     t = node.tensor
-    return site.make("full", shape=t.shape, value=value, dtype=t.dtype, device=t.device)
+    return OPS["full"](shape=t.shape, value=value, dtype=t.dtype, device=t.device)
 
 
 def literal_right(node: Node, site: Site) -> Outcome:
@@ -30,7 +32,7 @@ def literal_right(node: Node, site: Site) -> Outcome:
     a, b = node.inputs
     if literal(a) is None or literal(b) is not None:
         return None
-    return site.make(_FLIPPED.get(node.op.name, node.op.name), b, a)
+    return OPS[_FLIPPED.get(node.op.name, node.op.name)](b, a)
 
 
 def add_zero(node: Node, site: Site) -> Outcome:
@@ -40,7 +42,7 @@ def add_zero(node: Node, site: Site) -> Outcome:
         return None
     if is_float(node) and not is_literal(zero, -0.0) and not never_minus_zero(x) or category(node.dtype) == 3:
         return Refusal(Reason.SIGNED_ZERO, x.hint or x.op.name)
-    return fit(x, node.type, site)
+    return fit(x, node.type)
 
 
 def sub_zero(node: Node, site: Site) -> Outcome:
@@ -48,7 +50,7 @@ def sub_zero(node: Node, site: Site) -> Outcome:
     x, zero = node.inputs
     if is_scalar(x) or category(node.dtype) == 3 or not (is_literal(zero, 0) or is_literal(zero, -0.0) and not is_float(node)):
         return None
-    return fit(x, node.type, site)
+    return fit(x, node.type)
 
 
 def zero_sub(node: Node, site: Site) -> Outcome:
@@ -58,14 +60,14 @@ def zero_sub(node: Node, site: Site) -> Outcome:
         return None
     if not is_integer(node):
         return Refusal(Reason.SIGNED_ZERO, x.hint or x.op.name)
-    whole = fit(x, node.type, site)
-    return whole and site.make("neg", whole)
+    whole = fit(x, node.type)
+    return whole and OPS["neg"](whole)
 
 
 def times_one(node: Node, site: Site) -> Outcome:
     """x * 1 --> x;  x / 1 --> x"""
     x, one = node.inputs
-    return fit(x, node.type, site) if literal(one) == 1 and not is_scalar(x) else None
+    return fit(x, node.type) if literal(one) == 1 and not is_scalar(x) else None
 
 
 def times_minus_one(node: Node, site: Site) -> Outcome:
@@ -73,8 +75,8 @@ def times_minus_one(node: Node, site: Site) -> Outcome:
     x, factor = node.inputs
     if literal(factor) != -1 or is_scalar(x) or category(node.dtype) == 3:
         return None
-    whole = fit(x, node.type, site)
-    return whole and site.make("neg", whole)
+    whole = fit(x, node.type)
+    return whole and OPS["neg"](whole)
 
 
 def times_zero(node: Node, site: Site) -> Outcome:
@@ -84,13 +86,13 @@ def times_zero(node: Node, site: Site) -> Outcome:
         return None
     if category(node.dtype) > 1:
         return Refusal(Reason.NOT_FINITE, x.hint or x.op.name)
-    return _full(node, 0, site)
+    return _full(node, 0)
 
 
 def square_of(node: Node, site: Site) -> Outcome:
     """x * x --> square(x)"""
     a, b = node.inputs
-    return site.make("square", a) if a is b and category(node.dtype) in (1, 2) else None
+    return OPS["square"](a) if a is b and category(node.dtype) in (1, 2) else None
 
 
 def div_by_power_of_two(node: Node, site: Site) -> Outcome:
@@ -101,8 +103,8 @@ def div_by_power_of_two(node: Node, site: Site) -> Outcome:
         return None
     if not power_of_two(value):
         return Refusal(Reason.ROUNDING, str(value))
-    product = site.make("mul", x, 1 / value)
-    return fit(product, node.type, site)
+    product = OPS["mul"](x, 1 / value)
+    return fit(product, node.type)
 
 
 def one_over(node: Node, site: Site) -> Outcome:
@@ -110,8 +112,8 @@ def one_over(node: Node, site: Site) -> Outcome:
     one, x = node.inputs
     if literal(one) != 1 or is_scalar(x) or not is_float(node):
         return None
-    whole = fit(x, node.type, site)
-    return whole and site.make("reciprocal", whole)
+    whole = fit(x, node.type)
+    return whole and OPS["reciprocal"](whole)
 
 
 def reciprocal_of_sqrt(node: Node, site: Site) -> Outcome:
@@ -121,7 +123,7 @@ def reciprocal_of_sqrt(node: Node, site: Site) -> Outcome:
         return None
     if node.dtype not in _WIDE or x.inputs[0].dtype != node.dtype:
         return Refusal(Reason.ROUNDING, str(node.dtype))
-    return site.make("rsqrt", x.inputs[0])
+    return OPS["rsqrt"](x.inputs[0])
 
 
 def neg_of_neg(node: Node, site: Site) -> Outcome:
@@ -140,27 +142,27 @@ def not_of_equal(node: Node, site: Site) -> Outcome:
     """not (a == b) --> a != b, also with NaN;  not (a < b) is no a >= b"""
     (x,) = node.inputs
     other = {"eq": "ne", "ne": "eq"}.get(x.op.name)
-    return site.make(other, *x.inputs) if other else None
+    return OPS[other](*x.inputs) if other else None
 
 
 def add_of_neg(node: Node, site: Site) -> Outcome:
     """x + -y --> x - y;  -x + y --> y - x"""
     for x, y in (node.inputs, node.inputs[::-1]):
         if y.op.name == "neg" and y.dtype == node.dtype:
-            return site.make("sub", x, y.inputs[0])
+            return OPS["sub"](x, y.inputs[0])
     return None
 
 
 def sub_of_neg(node: Node, site: Site) -> Outcome:
     """x - -y --> x + y"""
     x, y = node.inputs
-    return site.make("add", x, y.inputs[0]) if y.op.name == "neg" and y.dtype == node.dtype else None
+    return OPS["add"](x, y.inputs[0]) if y.op.name == "neg" and y.dtype == node.dtype else None
 
 
 def drop_sign(node: Node, site: Site) -> Outcome:
     """abs(-x), abs(abs(x)) --> abs(x);  square(-x), square(abs(x)) --> square(x)"""
     (x,) = node.inputs
-    return site.make(node.op.name, x.inputs[0]) if x.op.name in ("neg", "abs") and x.inputs[0].dtype == x.dtype else None
+    return OPS[node.op.name](x.inputs[0]) if x.op.name in ("neg", "abs") and x.inputs[0].dtype == x.dtype else None
 
 
 def idempotent(node: Node, site: Site) -> Outcome:
@@ -177,7 +179,7 @@ def same_operands(node: Node, site: Site) -> Outcome:
 
 def bool_operator(node: Node, site: Site) -> Outcome:
     """bitwise_and on bool --> logical_and; likewise or, xor, not"""
-    return site.make(node.op.name.replace("bitwise", "logical"), *node.inputs) if node.dtype == torch.bool else None
+    return OPS[node.op.name.replace("bitwise", "logical")](*node.inputs) if node.dtype == torch.bool else None
 
 
 def logical_constant(node: Node, site: Site) -> Outcome:
@@ -187,8 +189,8 @@ def logical_constant(node: Node, site: Site) -> Outcome:
     if not isinstance(value, (bool, int, float)) or is_scalar(x):
         return None
     if bool(value) != (node.op.name == "logical_and"):
-        return _full(node, bool(value), site)
-    return fit(x, node.type, site) if x.dtype == torch.bool else None
+        return _full(node, bool(value))
+    return fit(x, node.type) if x.dtype == torch.bool else None
 
 
 def power(node: Node, site: Site) -> Outcome:
@@ -200,13 +202,13 @@ def power(node: Node, site: Site) -> Outcome:
     if n not in (0, 1, 2) and not is_float(node):
         return None
     if n == 0:
-        return _full(node, 1, site)
+        return _full(node, 1)
     if n in (3, -0.5) and node.dtype not in _WIDE:
         return Refusal(Reason.ROUNDING, str(node.dtype))
-    whole = fit(x, node.type, site)
+    whole = fit(x, node.type)
     if whole is None or n == 1:
         return whole
-    return site.make("mul", site.make("square", whole), whole) if n == 3 else site.make(_POWERS[n], whole)
+    return OPS["mul"](OPS["square"](whole), whole) if n == 3 else OPS[_POWERS[n]](whole)
 
 
 _POWERS: dict[Any, str] = {0: "full", 1: "", 2: "square", 3: "mul", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
@@ -217,14 +219,14 @@ def where_constant(node: Node, site: Site) -> Outcome:
     condition, a, b = node.inputs
     value = literal(condition)
     if a is b and not is_scalar(a):
-        return fit(a, node.type, site)
+        return fit(a, node.type)
     if value is None:
         return None
     kept = a if value else b
     number = literal(kept)
     if is_scalar(kept):
-        return None if number is None or isinstance(number, complex) else _full(node, number, site)
-    return fit(kept, node.type, site)
+        return None if number is None or isinstance(number, complex) else _full(node, number)
+    return fit(kept, node.type)
 
 
 def where_not(node: Node, site: Site) -> Outcome:
@@ -232,7 +234,7 @@ def where_not(node: Node, site: Site) -> Outcome:
     condition, a, b = node.inputs
     if condition.op.name != "logical_not" or condition.inputs[0].dtype != torch.bool:
         return None
-    return site.make("where", condition.inputs[0], b, a)
+    return OPS["where"](condition.inputs[0], b, a)
 
 
 def cast_same(node: Node, site: Site) -> Outcome:
@@ -251,7 +253,7 @@ def cast_of_cast(node: Node, site: Site) -> Outcome:
         return Refusal(Reason.ROUNDING, f"{x.dtype} to {middle.dtype}".replace("torch.", ""))
     if is_float(x) and category(node.dtype) == 1:  # out-of-range floats become whatever the hardware says, which may depend on the width
         return None
-    return site.make("cast", x, dtype=node.dtype)
+    return OPS["cast"](x, dtype=node.dtype)
 
 
 def cast_of_full(node: Node, site: Site) -> Outcome:
@@ -261,7 +263,7 @@ def cast_of_full(node: Node, site: Site) -> Outcome:
     if value is None:
         return None
     converted = torch.full((), value, dtype=x.dtype).to(node.dtype)
-    return _full(node, converted.item(), site)
+    return _full(node, converted.item())
 
 
 def mean_of_sum(node: Node, site: Site) -> Outcome:
@@ -276,10 +278,10 @@ def mean_of_sum(node: Node, site: Site) -> Outcome:
     value = by.type.value if is_scalar(by) else literal(by)  # type: ignore[union-attr]
     if value is None or isinstance(value, (bool, complex)) or x.dtype != node.dtype or not total.attrs["dims"] or value != count:
         return None
-    return site.make("mean", x, dims=total.attrs["dims"], keepdim=total.attrs["keepdim"])
+    return OPS["mean"](x, dims=total.attrs["dims"], keepdim=total.attrs["keepdim"])
 
 
-ALGEBRA: dict[str, tuple[Rule, ...]] = {
+ALGEBRA: Table = {
     "add": (literal_right, add_zero, add_of_neg),
     "sub": (sub_zero, zero_sub, sub_of_neg),
     "mul": (literal_right, times_one, times_minus_one, times_zero, square_of),

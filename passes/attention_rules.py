@@ -12,7 +12,8 @@ from ..ir.dims import product, same
 from ..ir.errors import TypeInferenceError
 from ..ir.graph import Node
 from ..ir.ops import OPS
-from ..ir.rules import Match, Refusal, Rule, Var, pat
+from ..ir.patterns import Refusal, Var, pat
+from ..ir.rules import Match, Rule, pattern_rule
 from ..ir.types import ScalarType, same_type
 from .base import Reason
 from .facts import literal, same_shape
@@ -263,7 +264,7 @@ def _without_mask(causal: bool) -> Callable[[Match], Node]:
 _MASKED = pat("attention", Var("q"), Var("k"), Var("v"), Var("mask"))
 
 ATTENTION_RULES: list[Rule] = [
-    Rule("no-mask", _MASKED, rewrite=_without_mask(False), check=_attends_all),
-    Rule("causal-mask", _MASKED, rewrite=_without_mask(True), check=_attends_causally),
-    Rule("attention", pat("matmul", pat("softmax", Var("logits"), name="p"), Var("v")), rewrite=_rewritten, check=_attends),
+    pattern_rule("recognize.no-mask", _MASKED, _without_mask(False), _attends_all),
+    pattern_rule("recognize.causal-mask", _MASKED, _without_mask(True), _attends_causally),
+    pattern_rule("recognize.attention", pat("matmul", pat("softmax", Var("logits"), name="p"), Var("v")), _rewritten, _attends),
 ]

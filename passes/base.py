@@ -42,6 +42,11 @@ class Reason(enum.Enum):
     STATE = "the operation depends on state of training"
 
 
+def describe(node: Node) -> str:
+    """A node in a few words, for notes."""
+    return f"{node.op.name} {node.hint}".rstrip()
+
+
 @dataclass(frozen=True)
 class Applied:
     """One rewrite that happened: by whom, to what (in words), where in the user's source, bytes of memory traffic saved."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,18 +10,11 @@ from ..ir.rewrite import rewrite
 from .algebra import ALGEBRA
 from .base import Notes, Pass
 from .contraction_rules import CONTRACTION_RULES
-from .local import Rule, settle
+from .rules import rules_at, settle
 from .view_rules import VIEW_RULES
 
-
-def merged(*tables: Mapping[str, tuple[Rule, ...]]) -> dict[str, tuple[Rule, ...]]:
-    """One table of rules; where several have rules for an op, those of the first come first."""
-    names = dict.fromkeys(name for table in tables for name in table)
-    return {name: tuple(rule for table in tables for rule in table.get(name, ())) for name in names}
-
-
-RULES = merged(VIEW_RULES, ALGEBRA, CONTRACTION_RULES)
-"""Op name -> the rules tried at it, in order. The docstring of a rule is its picture."""
+RULES = rules_at("canonicalize", VIEW_RULES, ALGEBRA, CONTRACTION_RULES)
+"""Tried in that order at each op. The docstring of a rule is its picture."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,7 @@ class Canonicalize(Pass):
 
     def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
         plain = rewrite(graph, without_layout)
-        return settle(plain, self.name, RULES, notes or Notes(), stage=max(graph.stage, Stage.CANONICAL))
+        return settle(plain, RULES, notes or Notes(), stage=max(graph.stage, Stage.CANONICAL))
 
 
 def without_layout(node: Node, inputs: tuple[Node, ...]) -> Node | None:

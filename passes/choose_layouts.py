@@ -16,10 +16,9 @@ from ..ir.dims import Dim, SymbolRange, hint, product
 from ..ir.graph import Graph, Node, order, users
 from ..ir.rewrite import cleaned, remap
 from ..ir.types import TensorType
-from .base import Notes, Pass, Reason
+from .base import Notes, Pass, Reason, describe
 from .facts import same_shape
 from .layout_rules import CONV_DTYPES, Layouts, first_dims, last_dims, read_last, reads_either, turn_rule, turned_operands
-from .local import describe
 from .weights import value_of
 
 CONVERSION = 3

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from ..ir.dims import product, same
 from ..ir.graph import Node
-from ..ir.rules import Refusal
+from ..ir.ops import OPS
+from ..ir.patterns import Refusal
+from ..ir.rules import Outcome, Site
 from .base import Reason
 from .facts import same_shape
-from .local import Outcome, Rule, Site
+from .rules import Table
 
 _MOVES = frozenset({"permute", "reshape", "cast", "slice"})
 
@@ -28,8 +30,8 @@ def matmul_by_weight(node: Node, site: Site) -> Outcome:
     if w.tensor.rank != 2 or x.tensor.rank < 1:
         return None
     if w.op.name == "permute" and w.attrs["dims"] == (1, 0):
-        return site.make("linear", x, w.inputs[0])
-    return site.make("linear", x, site.make("permute", w, dims=(1, 0))) if _is_weight(w) else None
+        return OPS["linear"](x, w.inputs[0])
+    return OPS["linear"](x, OPS["permute"](w, dims=(1, 0))) if _is_weight(w) else None
 
 
 def fold_leading_dims(node: Node, site: Site) -> Outcome:
@@ -40,7 +42,7 @@ def fold_leading_dims(node: Node, site: Site) -> Outcome:
     x = flat.inputs[0]
     if x.tensor.rank <= flat.tensor.rank or not same(x.shape[-1], flat.shape[-1]):
         return None
-    return site.make("reshape", site.make(node.op.name, x, w, *bias), shape=node.shape)
+    return OPS["reshape"](OPS[node.op.name](x, w, *bias), shape=node.shape)
 
 
 def unfold_leading_dims(node: Node, site: Site) -> Outcome:
@@ -51,7 +53,7 @@ def unfold_leading_dims(node: Node, site: Site) -> Outcome:
     if node.tensor.rank < 3 or not same(node.shape[-1], linear.shape[-1]) or not site.single(linear):
         return None
     flat, *weights = linear.inputs
-    return site.make("linear", site.make("reshape", flat, shape=(*node.shape[:-1], flat.shape[-1])), *weights)
+    return OPS["linear"](OPS["reshape"](flat, shape=(*node.shape[:-1], flat.shape[-1])), *weights)
 
 
 def fold_batch_dims(node: Node, site: Site) -> Outcome:
@@ -60,8 +62,8 @@ def fold_batch_dims(node: Node, site: Site) -> Outcome:
         return None
     sources = [i.inputs[0] for i in node.inputs]
     lead = min((s.shape[:-2] for s in sources), key=len)  # the other one may be split further, by heads that share a key
-    a, b = (s if same_shape(s.shape[:-2], lead) else site.make("reshape", s, shape=(*lead, *s.shape[-2:])) for s in sources)
-    return site.make("reshape", site.make("matmul", a, b), shape=node.shape)
+    a, b = (s if same_shape(s.shape[:-2], lead) else OPS["reshape"](s, shape=(*lead, *s.shape[-2:])) for s in sources)
+    return OPS["reshape"](OPS["matmul"](a, b), shape=node.shape)
 
 
 def _keeps_matrix(flat: Node) -> bool:
@@ -89,9 +91,9 @@ def _with_bias(node: Node, y: Node, bias: Node, site: Site) -> Outcome:
         return Refusal(Reason.SHARED, linear.hint or "linear")
     if not site.single(linear) or not site.single(y):
         return None  # made in this sweep; the next one knows its readers
-    flat = bias if bias.tensor.rank == 1 else site.make("reshape", bias, shape=(linear.shape[-1],))
-    made = site.make("linear", *linear.inputs, flat)
-    return made if y is linear else site.make("reshape", made, shape=y.shape)
+    flat = bias if bias.tensor.rank == 1 else OPS["reshape"](bias, shape=(linear.shape[-1],))
+    made = OPS["linear"](*linear.inputs, flat)
+    return made if y is linear else OPS["reshape"](made, shape=y.shape)
 
 
 def _is_vector(bias: Node, linear: Node) -> bool:
@@ -101,7 +103,7 @@ def _is_vector(bias: Node, linear: Node) -> bool:
     return bool(shape) and bias.dtype == linear.dtype and same(shape[-1], linear.shape[-1]) and same(product(shape), linear.shape[-1])
 
 
-CONTRACTION_RULES: dict[str, tuple[Rule, ...]] = {
+CONTRACTION_RULES: Table = {
     "matmul": (matmul_by_weight, fold_leading_dims, fold_batch_dims),
     "linear": (fold_leading_dims,),
     "add": (bias_into_linear,),

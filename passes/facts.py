@@ -9,8 +9,8 @@ import torch
 
 from ..ir.dims import Dim, product, same
 from ..ir.graph import Node
+from ..ir.ops import OPS
 from ..ir.types import Number, ScalarType, TensorType, Type, category
-from .local import Site
 
 
 def literal(node: Node) -> Number | None:
@@ -34,13 +34,13 @@ def is_literal(node: Node, value: Number) -> bool:
     return isinstance(found, complex) or found != 0 or math.copysign(1, found) == math.copysign(1, float(value.real))
 
 
-def fit(x: Node, like: Type, site: Site) -> Node | None:
+def fit(x: Node, like: Type) -> Node | None:
     """`x` cast and expanded to the type `like`; None where that is not possible."""
     if not isinstance(x.type, TensorType) or not isinstance(like, TensorType) or x.type.device != like.device:
         return None
     if x.type.dtype != like.dtype:
-        x = site.make("cast", x, dtype=like.dtype)
-    return x if same_shape(x.shape, like.shape) else site.make("expand", x, shape=like.shape)
+        x = OPS["cast"](x, dtype=like.dtype)
+    return x if same_shape(x.shape, like.shape) else OPS["expand"](x, shape=like.shape)
 
 
 def same_shape(a: Iterable[Dim], b: Iterable[Dim]) -> bool:

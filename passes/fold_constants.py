@@ -12,9 +12,8 @@ from ..ir.graph import Data, Graph, Node, constants, is_scalar
 from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
-from .base import Notes, Pass, Reason
+from .base import Notes, Pass, Reason, describe
 from .facts import literal
-from .local import describe
 from .weights import ConstantMaker, source_name, static, value_of
 
 _FOLDED = frozenset({Category.POINTWISE, Category.REDUCTION, Category.SCAN, Category.GATHER, Category.CONTRACTION, Category.COMPOSITE})

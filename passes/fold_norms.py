@@ -7,13 +7,14 @@ from typing import ClassVar
 
 import torch
 
-from ..ir.graph import Graph, Node, users
+from ..ir.graph import Graph, Node, use_counts, users
 from ..ir.ops import OPS
+from ..ir.patterns import Refusal
 from ..ir.rewrite import rewrite
-from ..ir.rules import Refusal
-from .base import Notes, Pass, Reason
+from ..ir.rules import Outcome, Site
+from .base import Notes, Pass, Reason, describe
 from .facts import is_float, same_shape
-from .local import Outcome, Site, describe, settle
+from .rules import rules_at, settle
 from .weights import ConstantMaker, value_of
 
 _PRODUCTS = ("conv", "linear")
@@ -40,15 +41,15 @@ class FoldNorms(Pass):
 
     def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
         notes = notes or Notes()
-        rules = _IntoProduct(ConstantMaker(graph))
+        into = _IntoProduct(ConstantMaker(graph))
         table = {
-            "batch_norm": (rules.batch_norm,),
-            "mul": (rules.scale,),
-            "add": (rules.shift,),
-            "sub": (rules.shift,),
+            "batch_norm": (into.batch_norm,),
+            "mul": (into.scale,),
+            "add": (into.shift,),
+            "sub": (into.shift,),
             "item": (in_training,),
         }
-        graph = settle(graph, self.name, table, notes)
+        graph = settle(graph, rules_at(self.name, table), notes)
         return fold_affine(graph, notes)
 
 
@@ -114,7 +115,7 @@ class _IntoProduct:
             return Refusal(Reason.NOT_FINITE, w.hint or "weight")
         made_w = w if scale is None else self.maker.derived([w], "scaled", lambda _: new_weight, node.prov)
         made_b = [self.maker.derived([bias[0] if bias else w], "shifted", lambda _: new_bias, node.prov)] if new_bias is not None else []
-        return site.make(node.op.name, x, made_w, *made_b, **node.attrs)
+        return OPS[node.op.name](x, made_w, *made_b, **node.attrs)
 
 
 def _fixed(node: Node, site: Site) -> Refusal | None:
@@ -171,7 +172,7 @@ def _offset(base: torch.Tensor | None, scale: torch.Tensor | None, shift: torch.
 
 def fold_affine(graph: Graph, notes: Notes) -> Graph:
     """Scale and shift of layer_norm and rms_norm into the linears that read them, where all readers are such linears."""
-    site, readers = Site(graph), users(graph)
+    site, readers = Site(use_counts(graph)), users(graph)
     bare: set[Node] = set()
     for norm in readers:
         if norm.op.name not in ("layer_norm", "rms_norm") or len(norm.inputs) == 1:

@@ -13,8 +13,7 @@ from ..ir.graph import Graph, Node, users
 from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
-from .base import Notes, Pass, Reason
-from .local import describe
+from .base import Notes, Pass, Reason, describe
 from .weights import ConstantMaker, value_of
 
 _CALL_BYTES = 50_000

@@ -12,11 +12,13 @@ import torch
 from ..ir.dims import dim, same
 from ..ir.graph import Graph, Node
 from ..ir.ops import OPS
-from ..ir.rules import Match, Pat, Refusal, Rule, Tracer, Var, apply_rules, pat
+from ..ir.patterns import Pat, Refusal, Var, pat
+from ..ir.rules import Match, Rule, pattern_rule
 from ..ir.types import same_type
 from .attention_rules import ATTENTION_RULES
-from .base import Applied, Notes, Pass, Reason
+from .base import Notes, Pass, Reason
 from .facts import literal, same_shape
+from .rules import settle
 
 Answer = Union[bool, Refusal]
 
@@ -41,13 +43,7 @@ class Recognize(Pass):
     name: ClassVar[str] = "recognize"
 
     def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
-        notes, tracer = notes or Notes(), Tracer()
-        graph = apply_rules(graph, RULES, tracer)
-        for done in tracer.applied:
-            notes.applied.append(Applied(f"{self.name}.{done.rule}", done.after, done.source))
-        for miss in tracer.missed:
-            notes.decline(f"{self.name}.{miss.rule}", repr(miss.node), miss.refusal.reason, miss.node, str(miss.refusal.value or ""))
-        return graph
+        return settle(graph, RULES, notes or Notes())
 
 
 # -- patterns
@@ -264,7 +260,7 @@ def _rules() -> list[Rule]:
         ("silu", (pat("mul", X, pat("sigmoid", X)), pat("div", X, _EXP_SUM)), _make("silu", "x"), _activation),
         ("rope", (_ROPE,), _make("rope", "x", "cos", "sin"), _rotated),
     ]  # fmt: skip
-    return [Rule(name, pattern, make, check) for name, patterns, make, check in table for pattern in patterns]
+    return [pattern_rule(f"recognize.{name}", pattern, make, check) for name, patterns, make, check in table for pattern in patterns]
 
 
 RULES: list[Rule] = [*_rules(), *ATTENTION_RULES]

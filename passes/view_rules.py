@@ -6,9 +6,11 @@ from typing import Any
 
 from ..ir.dims import dim, same
 from ..ir.graph import Node
+from ..ir.ops import OPS
+from ..ir.rules import Outcome, Site
 from ..ir.types import same_type
 from .facts import fit, same_shape
-from .local import Outcome, Rule, Site
+from .rules import Table
 
 
 def canonical_dims(node: Node, site: Site) -> Outcome:
@@ -21,7 +23,7 @@ def canonical_dims(node: Node, site: Site) -> Outcome:
         attrs["dims"] = _canonical_list(node, rank)
     if attrs == node.attrs:
         return None
-    return site.make(node.op.name, *node.inputs, **attrs)
+    return OPS[node.op.name](*node.inputs, **attrs)
 
 
 def _canonical_list(node: Node, rank: int) -> tuple[int, ...]:
@@ -41,7 +43,7 @@ def reshape_identity(node: Node, site: Site) -> Outcome:
 def reshape_of_reshape(node: Node, site: Site) -> Outcome:
     """reshape(reshape(x, a), b) --> reshape(x, b); likewise expand"""
     (x,) = node.inputs
-    return site.make(node.op.name, x.inputs[0], shape=node.attrs["shape"]) if x.op is node.op else None
+    return OPS[node.op.name](x.inputs[0], shape=node.attrs["shape"]) if x.op is node.op else None
 
 
 def permute_identity(node: Node, site: Site) -> Outcome:
@@ -55,7 +57,7 @@ def permute_of_permute(node: Node, site: Site) -> Outcome:
     (x,) = node.inputs
     if x.op.name != "permute":
         return None
-    return site.make("permute", x.inputs[0], dims=tuple(x.attrs["dims"][d] for d in node.attrs["dims"]))
+    return OPS["permute"](x.inputs[0], dims=tuple(x.attrs["dims"][d] for d in node.attrs["dims"]))
 
 
 def flip_of_flip(node: Node, site: Site) -> Outcome:
@@ -65,7 +67,7 @@ def flip_of_flip(node: Node, site: Site) -> Outcome:
         return x
     if x.op.name != "flip":
         return None
-    return site.make("flip", x.inputs[0], dims=tuple(sorted(set(x.attrs["dims"]) ^ set(node.attrs["dims"]))))
+    return OPS["flip"](x.inputs[0], dims=tuple(sorted(set(x.attrs["dims"]) ^ set(node.attrs["dims"]))))
 
 
 def view_of_full(node: Node, site: Site) -> Outcome:
@@ -74,7 +76,7 @@ def view_of_full(node: Node, site: Site) -> Outcome:
     if x.op.name != "full":
         return None
     t = node.tensor
-    return site.make("full", shape=t.shape, value=x.attrs["value"], dtype=t.dtype, device=t.device)
+    return OPS["full"](shape=t.shape, value=x.attrs["value"], dtype=t.dtype, device=t.device)
 
 
 def slice_whole(node: Node, site: Site) -> Outcome:
@@ -97,7 +99,7 @@ def slice_of_slice(node: Node, site: Site) -> Outcome:
         stop = dim(start + (count - 1) * step + 1)
     else:
         return None
-    return site.make("slice", x.inputs[0], dim=a["dim"], start=start, stop=stop, step=step)
+    return OPS["slice"](x.inputs[0], dim=a["dim"], start=start, stop=stop, step=step)
 
 
 def select_of_slice(node: Node, site: Site) -> Outcome:
@@ -105,7 +107,7 @@ def select_of_slice(node: Node, site: Site) -> Outcome:
     (x,), d = node.inputs, node.attrs["dim"]
     if x.op.name != "slice" or x.attrs["dim"] != d:
         return None
-    return site.make("select", x.inputs[0], dim=d, index=dim(x.attrs["start"] + x.attrs["step"] * node.attrs["index"]))
+    return OPS["select"](x.inputs[0], dim=d, index=dim(x.attrs["start"] + x.attrs["step"] * node.attrs["index"]))
 
 
 def slice_of_expand(node: Node, site: Site) -> Outcome:
@@ -117,7 +119,7 @@ def slice_of_expand(node: Node, site: Site) -> Outcome:
     lead = len(x.shape) - source.tensor.rank
     if d >= lead and not same(source.shape[d - lead], 1):
         return None
-    return site.make("expand", source, shape=node.shape)
+    return OPS["expand"](source, shape=node.shape)
 
 
 def select_of_expand(node: Node, site: Site) -> Outcome:
@@ -125,7 +127,7 @@ def select_of_expand(node: Node, site: Site) -> Outcome:
     (x,), d = node.inputs, node.attrs["dim"]
     if x.op.name != "expand" or d >= len(x.shape) - x.inputs[0].tensor.rank:
         return None
-    return fit(x.inputs[0], node.type, site)
+    return fit(x.inputs[0], node.type)
 
 
 def slice_of_cat(node: Node, site: Site) -> Outcome:
@@ -141,16 +143,16 @@ def slice_of_cat(node: Node, site: Site) -> Outcome:
         if not all(isinstance(v, int) for v in (offset, size, start, stop)):
             return None
         if offset <= start and stop <= offset + size and part.dtype == node.dtype and start < stop:
-            return _within(node, part, start - offset, stop - offset, site)
+            return _within(node, part, start - offset, stop - offset)
         offset += size
     return None
 
 
-def _within(node: Node, part: Node, start: int, stop: int, site: Site) -> Node:
+def _within(node: Node, part: Node, start: int, stop: int) -> Node:
     d = node.attrs["dim"]
     if node.op.name == "select":
-        return site.make("select", part, dim=d, index=start)
-    return site.make("slice", part, dim=d, start=start, stop=stop, step=node.attrs["step"])
+        return OPS["select"](part, dim=d, index=start)
+    return OPS["slice"](part, dim=d, start=start, stop=stop, step=node.attrs["step"])
 
 
 def cat_parts(node: Node, site: Site) -> Outcome:
@@ -164,10 +166,10 @@ def cat_parts(node: Node, site: Site) -> Outcome:
     if not filled:
         return None
     if len(filled) == 1:
-        return fit(filled[0], node.type, site)
+        return fit(filled[0], node.type)
     if len(filled) == len(node.inputs):
         return None
-    made = site.make("cat", *filled, dim=d)
+    made = OPS["cat"](*filled, dim=d)
     return made if made.dtype == node.dtype else None
 
 
@@ -176,19 +178,19 @@ def cat_of_slices(node: Node, site: Site) -> Outcome:
     d = node.attrs["dim"]
     parts = list(node.inputs[:1])
     for part in node.inputs[1:]:
-        joined = _joined(parts[-1], part, d, site)
+        joined = _joined(parts[-1], part, d)
         parts[-1:] = [joined] if joined else [parts[-1], part]
     if len(parts) == len(node.inputs):
         return None
-    return fit(parts[0], node.type, site) if len(parts) == 1 else site.make("cat", *parts, dim=d)
+    return fit(parts[0], node.type) if len(parts) == 1 else OPS["cat"](*parts, dim=d)
 
 
-def _joined(a: Node, b: Node, d: int, site: Site) -> Node | None:
+def _joined(a: Node, b: Node, d: int) -> Node | None:
     """One slice for two adjacent ones."""
     both = a.op.name == b.op.name == "slice" and a.inputs == b.inputs and a.attrs["dim"] == b.attrs["dim"] == d
     if not both or a.attrs["step"] != 1 or b.attrs["step"] != 1 or not same(a.attrs["stop"], b.attrs["start"]):
         return None
-    return site.make("slice", a.inputs[0], dim=d, start=a.attrs["start"], stop=b.attrs["stop"])
+    return OPS["slice"](a.inputs[0], dim=d, start=a.attrs["start"], stop=b.attrs["stop"])
 
 
 def pad_nothing(node: Node, site: Site) -> Outcome:
@@ -201,7 +203,7 @@ def layout_of_layout(node: Node, site: Site) -> Outcome:
     (x,) = node.inputs
     if x.op.name != "layout":
         return None
-    return site.make("layout", x.inputs[0], strides=node.attrs["strides"], own=node.attrs["own"] or x.attrs["own"])
+    return OPS["layout"](x.inputs[0], strides=node.attrs["strides"], own=node.attrs["own"] or x.attrs["own"])
 
 
 def strided_identity(node: Node, site: Site) -> Outcome:
@@ -214,7 +216,7 @@ def strided_identity(node: Node, site: Site) -> Outcome:
 _DIMENSIONED = ("softmax", "log_softmax", "cumsum", "cumprod", "cat", "gather", "scatter", "slice_scatter", "cache_update", "sum", "mean",
                 "prod", "amax", "amin", "any", "all", "argmax", "argmin", "var")  # fmt: skip
 
-VIEW_RULES: dict[str, tuple[Rule, ...]] = {
+VIEW_RULES: Table = {
     **dict.fromkeys(_DIMENSIONED, (canonical_dims,)),
     "reshape": (reshape_identity, reshape_of_reshape, view_of_full),
     "expand": (reshape_identity, reshape_of_reshape, view_of_full),

@@ -8,11 +8,13 @@ from tilewright.ir import ops
 from tilewright.ir.analysis.hashing import equal
 from tilewright.ir.graph import Node, is_scalar, order
 from tilewright.ir.interpret import interpret
-from tilewright.ir.rules import Match, Pat, Refusal, Rest, Rule, RuleError, Tracer, Var, apply_rules, pat
+from tilewright.ir.patterns import Pat, Refusal, Rest, Var, pat
+from tilewright.ir.provenance import Provenance
+from tilewright.ir.rules import Match, Outcome, Rule, RuleError, Site, Tracer, apply_rules, pattern_rule
 from tilewright.ir.text import parse
 
-DOUBLE_NEG = Rule("double-neg", pat("neg", pat("neg", Var("x"))), lambda m: m["x"])
-MUL_ONE = Rule("mul-one", pat("mul", Var("x"), 1.0), lambda m: m["x"])
+DOUBLE_NEG = pattern_rule("double-neg", pat("neg", pat("neg", Var("x"))), lambda m: m["x"])
+MUL_ONE = pattern_rule("mul-one", pat("mul", Var("x"), 1.0), lambda m: m["x"])
 
 
 def graph_of(body: str, result: str = "y"):
@@ -38,13 +40,13 @@ def test_rules_feed_each_other_in_either_direction():
 
 def test_commutative_operands_match_in_both_orders():
     check([MUL_ONE], "a = mul(1.0, x) b = mul(a, 1.0) y = exp(b)", "y = exp(x)")
-    div_one = Rule("div-one", pat("div", Var("x"), 1.0), lambda m: m["x"])
+    div_one = pattern_rule("div-one", pat("div", Var("x"), 1.0), lambda m: m["x"])
     check([div_one], "y = div(1.0, x)", "y = div(1.0, x)")
 
 
 def test_commutative_patterns_backtrack():
     """(a * k) + b where the product stands on either side and its factor on either side."""
-    rule = Rule(
+    rule = pattern_rule(
         "pull",
         pat("add", pat("mul", Var("a"), Var("k", where=is_scalar)), pat("mul", Var("b"), Var("k"))),
         lambda m: ops.mul(ops.add(m["a"], m["b"]), m["k"]),
@@ -59,7 +61,7 @@ def test_commutative_patterns_backtrack():
 
 
 def test_one_name_means_one_value():
-    rule = Rule("self-sub", pat("sub", Var("x"), Var("x")), lambda m: ops.mul(m["x"], 0.0))
+    rule = pattern_rule("self-sub", pat("sub", Var("x"), Var("x")), lambda m: ops.mul(m["x"], 0.0))
     check([rule], "y = sub(x, x)", "y = mul(x, 0.0)")
     check([rule], "y = sub(x, z)", "y = sub(x, z)")
 
@@ -76,19 +78,19 @@ def test_any_of_ops_attributes_and_names():
         seen.append((m["act"].op.name, m.get("missing")))
         return True
 
-    rule = Rule("drop", pat(("relu", "gelu"), pat("exp", Var("x"), name="e"), name="act"), lambda m: m["e"], note)
+    rule = pattern_rule("drop", pat(("relu", "gelu"), pat("exp", Var("x"), name="e"), name="act"), lambda m: m["e"], note)
     check([rule], "a = exp(x) y = relu(a)", "y = exp(x)")
     assert seen == [("relu", None)]
-    exact = Rule("tanh-gelu", pat("gelu", Var("x"), attrs={"approximate": "tanh"}), lambda m: ops.gelu(m["x"]))
+    exact = pattern_rule("tanh-gelu", pat("gelu", Var("x"), attrs={"approximate": "tanh"}), lambda m: ops.gelu(m["x"]))
     start = graph_of('y = gelu(x, approximate="tanh")')
     assert equal(apply_rules(start, [exact]), graph_of("y = gelu(x)")) is None
-    keep = Rule("last", pat("softmax", Var("x"), attrs={"dim": lambda d: d < 0}), lambda m: ops.softmax(m["x"], dim=0))
+    keep = pattern_rule("last", pat("softmax", Var("x"), attrs={"dim": lambda d: d < 0}), lambda m: ops.softmax(m["x"], dim=0))
     assert equal(apply_rules(graph_of("y = softmax(x, dim=-1)"), [keep]), graph_of("y = softmax(x, dim=0)")) is None
 
 
 def test_the_number_of_operands_is_exact_unless_the_rest_is_taken():
     start = parse("graph f(x: f32[2, 4], w: f32[3, 4], b: f32[3]) { y = linear(x, w, b) return y }")
-    plain = Rule("plain", pat("linear", Var("x"), Var("w")), lambda m: m["nothing"])
+    plain = pattern_rule("plain", pat("linear", Var("x"), Var("w")), lambda m: m["nothing"])
     assert equal(apply_rules(start, [plain]), start) is None
     caught = []
 
@@ -96,7 +98,7 @@ def test_the_number_of_operands_is_exact_unless_the_rest_is_taken():
         caught.append(m["rest"])
         return Refusal("seen")
 
-    any_number = Rule("any", pat("linear", Var("x"), Var("w"), Rest("rest")), lambda m: m.root, keep)
+    any_number = pattern_rule("any", pat("linear", Var("x"), Var("w"), Rest("rest")), lambda m: m.root, keep)
     apply_rules(start, [any_number])
     apply_rules(parse("graph f(x: f32[2, 4], w: f32[3, 4]) { y = linear(x, w) return y }"), [any_number])
     assert [tuple(n.hint for n in rest) for rest in caught] == [("b",), ()]
@@ -114,14 +116,14 @@ def unshared(m: Match) -> bool | Refusal:
     return True if m.single("inner") else Refusal("another consumer needs the value", m["inner"])
 
 
-CAREFUL = Rule("careful", pat("neg", pat("neg", Var("x"), name="inner")), lambda m: m["x"], unshared)
+CAREFUL = pattern_rule("careful", pat("neg", pat("neg", Var("x"), name="inner")), lambda m: m["x"], unshared)
 
 
 def test_a_refusal_names_reason_value_and_source():
     tracer = Tracer()
     check([CAREFUL], "a = neg(x)\nb = neg(a)  # m.py:3\ny = add(a, b)", "a = neg(x) b = neg(a) y = add(a, b)", tracer=tracer)
     (missed,) = tracer.missed
-    assert (missed.rule, missed.source, missed.refusal.reason) == ("careful", "m.py:3", "another consumer needs the value")
+    assert (missed.rule, missed.node.prov.source, missed.refusal.reason) == ("careful", "m.py:3", "another consumer needs the value")
     assert isinstance(missed.refusal.value, Node)
     assert tracer.applied == []
 
@@ -140,7 +142,7 @@ def test_equal_nodes_are_one_before_readers_are_counted():
 
 def test_only_refusals_that_stand_at_the_end_are_reported():
     """The inner negation has a second reader until the product with it is rewritten away."""
-    drop = Rule("drop", pat("mul", Var("x"), Var("y")), lambda m: ops.abs(m["x"]))
+    drop = pattern_rule("drop", pat("mul", Var("x"), Var("y")), lambda m: ops.abs(m["x"]))
     tracer = Tracer()
     done = apply_rules(graph_of("a = neg(x) b = neg(a) y = mul(z, a)", "b, y"), [CAREFUL, drop], tracer)
     assert [a.rule for a in tracer.applied] == ["drop", "careful"]
@@ -149,14 +151,14 @@ def test_only_refusals_that_stand_at_the_end_are_reported():
 
 
 def test_a_where_may_refuse_with_a_reason():
-    rule = Rule("picky", pat("exp", Var("x", where=lambda n: Refusal("no", n.hint))), lambda m: m["x"])
+    rule = pattern_rule("picky", pat("exp", Var("x", where=lambda n: Refusal("no", n.hint))), lambda m: m["x"])
     tracer = Tracer()
     apply_rules(graph_of("y = exp(x)"), [rule], tracer)
     assert [(m.rule, m.refusal) for m in tracer.missed] == [("picky", Refusal("no", "x"))]
 
 
 def test_a_check_that_answers_nothing_is_a_defect():
-    rule = Rule("vague", pat("exp", Var("x")), lambda m: m["x"], lambda m: None)  # type: ignore[arg-type,return-value]
+    rule = pattern_rule("vague", pat("exp", Var("x")), lambda m: m["x"], lambda m: None)  # type: ignore[arg-type,return-value]
     with pytest.raises(RuleError, match="'vague' answered None"):
         apply_rules(graph_of("y = exp(x)"), [rule])
 
@@ -165,7 +167,7 @@ def test_a_check_that_answers_nothing_is_a_defect():
 
 
 def test_what_is_made_knows_where_it_comes_from():
-    spread = Rule(
+    spread = pattern_rule(
         "spread",
         pat("mul", pat("add", Var("a"), Var("b")), Var("k", where=is_scalar)),
         lambda m: ops.add(ops.mul(m["a"], m["k"]), ops.mul(m["b"], m["k"])),
@@ -181,21 +183,42 @@ def test_what_is_made_knows_where_it_comes_from():
         assert node.prov.rules == ("old", "spread")
     assert done.outputs[0].hint == "y"
     (applied,) = tracer.applied
-    assert (applied.rule, applied.source) == ("spread", "m.py:3")
-    assert "mul(s, 2.0)" in applied.before
+    assert (applied.rule, applied.before.prov.source) == ("spread", "m.py:3")
+    assert "mul(s, 2.0)" in repr(applied.before)
 
 
 def test_a_rule_that_changes_a_type_is_named():
-    rule = Rule("retype", pat("exp", Var("x")), lambda m: ops.cast(m["x"], dtype=torch.float64))
+    rule = pattern_rule("retype", pat("exp", Var("x")), lambda m: ops.cast(m["x"], dtype=torch.float64))
     with pytest.raises(RuleError, match=r"'retype' turns f32\[4\] .* into f64\[4\]"):
         apply_rules(graph_of("y = exp(x)"), [rule])
 
 
+def test_a_function_marks_what_it_makes_with_all_that_it_replaces():
+    """The exponential is read still, and the sum beside it is not on the way to it: neither is an origin."""
+
+    def merge(node: Node, site: Site) -> Outcome:
+        inner = node.inputs[0]
+        if inner.op.name != "mul":
+            return None
+        return ops.mul(inner.inputs[0], ops.square(inner.inputs[0])) if site.single(inner) else Refusal("shared", inner)
+
+    body = "e = exp(x)  # m.py:1\ns = add(z, z)  # m.py:2\np = mul(e, s)  # m.py:3 block\ny = neg(p)  # m.py:4"
+    done = apply_rules(graph_of(body), [Rule("merge", ("neg",), merge)])
+    product = done.outputs[0]
+    for node in product, product.inputs[1]:
+        assert node.prov == Provenance(("m.py:4", "m.py:3"), ("block",), ("merge",))
+    assert product.hint == "y" and product.inputs[0].prov.rules == ()
+    tracer = Tracer()
+    apply_rules(graph_of(body, "y, p"), [Rule("merge", ("neg",), merge)], tracer)
+    assert [(m.rule, m.refusal.reason) for m in tracer.missed] == [("merge", "shared")]
+
+
 LOOPS = {
-    "swap": Rule("swap", pat("add", Var("a"), Var("b")), lambda m: ops.add(m["b"], m["a"])),
-    "grow": Rule("grow", pat("neg", Var("x")), lambda m: ops.neg(ops.neg(ops.neg(m["x"])))),
-    "same": Rule("same", pat("neg", Var("x"), name="n"), lambda m: m["n"]),
-    "deep": Rule("deep", pat("neg", Var("x")), lambda m: ops.abs(ops.abs(ops.neg(ops.abs(m["x"]))))),
+    "swap": pattern_rule("swap", pat("add", Var("a"), Var("b")), lambda m: ops.add(m["b"], m["a"])),
+    "grow": pattern_rule("grow", pat("neg", Var("x")), lambda m: ops.neg(ops.neg(ops.neg(m["x"])))),
+    "same": pattern_rule("same", pat("neg", Var("x"), name="n"), lambda m: m["n"]),
+    "again": Rule("again", ("neg",), lambda node, site: ops.neg(node.inputs[0])),
+    "deep": pattern_rule("deep", pat("neg", Var("x")), lambda m: ops.abs(ops.abs(ops.neg(ops.abs(m["x"]))))),
 }
 
 
@@ -206,8 +229,8 @@ def test_a_rule_that_loops_is_named(name):
 
 
 def test_two_rules_that_undo_each_other_are_both_named():
-    to_sub = Rule("to-sub", pat("add", Var("a"), pat("neg", Var("b"))), lambda m: ops.sub(m["a"], m["b"]))
-    to_add = Rule("to-add", pat("sub", Var("a"), Var("b")), lambda m: ops.add(m["a"], ops.neg(m["b"])))
+    to_sub = pattern_rule("to-sub", pat("add", Var("a"), pat("neg", Var("b"))), lambda m: ops.sub(m["a"], m["b"]))
+    to_add = pattern_rule("to-add", pat("sub", Var("a"), Var("b")), lambda m: ops.add(m["a"], ops.neg(m["b"])))
     with pytest.raises(RuleError, match="to-sub.*to-add|to-add.*to-sub"):
         apply_rules(graph_of("y = sub(x, z)"), [to_sub, to_add])
 
@@ -215,7 +238,7 @@ def test_two_rules_that_undo_each_other_are_both_named():
 def test_many_rules_on_a_large_graph_take_little_time():
     lines = "\n".join(f"v{i} = {'neg' if i % 3 else 'exp'}({'x' if i == 0 else f'v{i - 1}'})" for i in range(1500))
     graph = graph_of(lines, "v1499")
-    others = [Rule(f"no-{i}", Pat(("log", "sin"), (Var("x"),), "", {}), lambda m: m["x"]) for i in range(300)]
+    others = [pattern_rule(f"no-{i}", Pat(("log", "sin"), (Var("x"),), "", {}), lambda m: m["x"]) for i in range(300)]
     start = time.process_time()
     done = apply_rules(graph, [*others, DOUBLE_NEG])
     assert time.process_time() - start < 3

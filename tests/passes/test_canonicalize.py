@@ -12,7 +12,6 @@ from tilewright.ir.ops import OPS
 from tilewright.ir.types import TensorType
 from tilewright.passes.base import Reason
 from tilewright.passes.canonicalize import Canonicalize
-from tilewright.passes.local import EndlessRewriteError, settle
 
 F = "x: f32[4, 6]"
 I = "x: i32[4, 6]"  # noqa: E741
@@ -160,13 +159,6 @@ def test_operands_have_no_layout_but_outputs_do() -> None:
     text = body(F, "a = layout(x, strides=[1, 4])", "b = neg(a)", "y = layout(b, strides=[1, 4])", "y")
     _, new, _ = run(Canonicalize(), text)
     assert_becomes(new, body(F, "b = neg(x)", "y = layout(b, strides=[1, 4])", "y"))
-
-
-def test_endless_rules_are_named() -> None:
-    table = {"neg": (lambda node, site: site.make("neg", node.inputs[0], hint="again"),)}
-    x = graph_input("x", TensorType(torch.float32, (2,)))
-    with pytest.raises(EndlessRewriteError, match="lambda"):
-        settle(make_graph("g", [x], [OPS["neg"](x)]), "loop", table, run(Canonicalize(), body(F, "x"))[2])
 
 
 # -- generated graphs
