@@ -45,21 +45,21 @@ def tree_of(spec: TreeSpec) -> Tree:
     items = [tree_of(c) for c in spec.children()]
     if spec.type in (tuple, list):
         return {"kind": spec.type.__name__, "items": items}
-    keys = spec.context if spec.type is dict else _field_names(spec, len(items))
+    keys = spec.context if spec.type is dict else field_names(spec.context, len(items))
     if keys is None:
         return {"kind": "tuple", "items": items}
     items += ["none"] * (len(keys) - len(items))
     return {"kind": "dict" if spec.type is dict else "record", "keys": list(keys), "items": items}
 
 
-def _field_names(spec: TreeSpec, count: int) -> Sequence[str] | None:
+def field_names(context: Any, count: int) -> Sequence[str] | None:
     """The field names of a registered container: a named tuple's, or those its flattening recorded; fields that are None come last."""
-    names = getattr(spec.context, "_fields", None) or spec.context
+    names = getattr(context, "_fields", None) or context
     if isinstance(names, (list, tuple)) and len(names) == 2 and all(isinstance(n, list) for n in names) and len(names[0]) == count:
-        return [*names[0], *names[1]]  # a dataclass: its fields, and those that are None
+        names = [*names[0], *names[1]]  # a dataclass: its fields, and those that are None
     while isinstance(names, (list, tuple)) and len(names) and isinstance(names[0], (list, tuple)):
         names = names[0]
-    good = isinstance(names, (list, tuple)) and len(names) == count and all(isinstance(n, str) for n in names)
+    good = isinstance(names, (list, tuple)) and len(names) >= count and all(isinstance(n, str) for n in names)
     return names if good else None
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .containers import stand_in_for_unknown
 from .errors import BadInputs, CannotOptimize, ModelFails, ModelNotFound, NoInputs, NotAModel, PickleRefused, first_line
 from .inputs import Example, copied
 from .trust import unsafe_in_program
@@ -91,6 +92,8 @@ def _load_program(path: str, trust_pickle: bool) -> torch.export.ExportedProgram
         return _export_load(path)
     try:
         what = unsafe_in_program(path)
+        if not what:
+            stand_in_for_unknown(path)
     except (RuntimeError, ValueError, AttributeError) as error:
         raise NotAModel(path=path, reason=f"it is damaged ({first_line(error)})") from error
     if what:

@@ -94,7 +94,7 @@ def refused(path, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("at, words", [("weights", "weight .* does not match"), ("graph", "graph does not match"), ("header", "")])
+@pytest.mark.parametrize("at, words", [("weights", "weight .* does not match"), ("graph", "graph does not match"), ("header", "damaged or no artifact")])
 def test_flipped_bits(path, at, words):
     data = bytearray(path.read_bytes())
     where = {"weights": len(data) - 5, "graph": data.index(b"= region("), "header": 3}[at]
@@ -129,7 +129,7 @@ def test_forged_conventions(path, convention):
 
 
 def test_forged_graphs(path):
-    refused(changed(path, graph="graph g() {"), "")
+    refused(changed(path, graph="graph g() {"), "line")
     refused(changed(path, graph="graph g(x: f32[3, 8]) {\n  y = nope(x) : f32[3, 8]\n  return y\n}"), "no op named 'nope'")
 
 
@@ -142,7 +142,7 @@ EXTERN = "graph g(x: f32[3, 8]) {{\n  y = extern[{}](x) : f32[3, 8]\n  return y\
         ("aten.from_file.default", "aten.from_file.default, which reaches files"),
         ("aten.save.default", "reaches files"),
         ("image.read_file.default", r"not torch's own.*operators=\('image',\)"),
-        ("aten", ""),
+        ("aten", "damaged|does not"),
     ],
 )
 def test_operators_that_reach_beyond_tensors(path, target, words):

@@ -87,6 +87,15 @@ def test_results_of_named_classes_become_records(tmp_path):
     assert torch.equal(got.first, X + 1) and got.second is None and got["second"] is None
 
 
+def test_results_of_classes_that_are_not_here(tmp_path):
+    path = save_program(tmp_path / "m.pt2", Paired(), (X,))
+    optimize_model(opened(rewritten(path, tmp_path / "n.pt2", lambda n, d: d.replace(b"test_loading.Pair", b"elsewhere.Pair")))).save(
+        tmp_path / "a.tw"
+    )
+    got = tilewright.load(tmp_path / "a.tw")(X)
+    assert torch.equal(got.first, X + 1) and got.second is None
+
+
 def test_state_goes_on_from_where_it_was(tmp_path):
     module = Running()
     module(X)
