@@ -27,7 +27,7 @@ from typing import Any
 import sympy
 import torch
 
-from ..ir.dims import Dim, dim, to_source
+from ..ir.dims import Dim, contiguous_strides, dim, to_source
 from ..ir.graph import Graph, Node, is_scalar, order, scalar_value
 from ..ir.types import TensorType
 
@@ -198,7 +198,7 @@ class Host:
     def fresh(self, kind: TensorType, strides: tuple[Dim, ...] | None = None) -> str:
         """The text of a new tensor."""
         shape, dtype = self.literal(kind.shape), self.literal(kind.dtype)
-        steps = self.literal(strides if strides is not None else row_major(kind.shape))
+        steps = self.literal(strides if strides is not None else contiguous_strides(kind.shape))
         if kind.device == "cpu":
             return f"empty({shape}, {steps}, {dtype})"
         return f"torch.empty_strided({shape}, {steps}, dtype={dtype}, device={kind.device!r})"
@@ -235,16 +235,6 @@ class Host:
             if i in dying:
                 lines.append(f"del {', '.join(dying[i])}")
         return lines
-
-
-def row_major(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """Contiguous strides as torch gives them: a size 0 counts as 1."""
-    strides: list[Dim] = []
-    step: Any = 1
-    for d in reversed(shape):
-        strides.append(step)
-        step = dim(step * (max(d, 1) if isinstance(d, int) else d))
-    return tuple(reversed(strides))
 
 
 def _indent(lines: Iterable[str]) -> list[str]:

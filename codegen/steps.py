@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from ..ir.analysis.memory import foldable
-from ..ir.dims import product, same, to_source
+from ..ir.dims import contiguous_strides, product, same_shape, to_source
 from ..ir.graph import Node, is_scalar
 from ..ir.op import Category
 from ..ir.ops.structure import Ref, resolve, tensor_leaves
-from .host import Host, Scope, Value, row_major
+from .host import Host, Scope, Value
 from .windows import emit_window
 
 LIBRARY = frozenset({"matmul", "linear", "conv", "max_pool", "avg_pool", "attention"})
@@ -79,7 +79,7 @@ def _as_strided(host: Host, node: Node, x: Value) -> tuple[str, bool]:
 
 def _layout(host: Host, node: Node, x: Value) -> tuple[str, bool]:
     strides = node.attrs["strides"]
-    plain = all(same(a, b) for a, b in zip(strides, row_major(node.shape)))
+    plain = same_shape(strides, contiguous_strides(node.shape))
     own = ", own=True" if node.attrs["own"] else ""
     return f"laid_out({x.name}, {host.literal(strides)}{own})", plain
 

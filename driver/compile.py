@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..codegen.program import Program, compile_program
 from ..ir.analysis.memory import Owner, may_share, owners, views
-from ..ir.capture.sizes import contiguous_strides
+from ..ir.dims import contiguous_strides
 from ..ir.graph import Graph, Node, is_scalar, order
 from ..ir.ops import OPS
 from ..ir.verify import verify

@@ -114,6 +114,22 @@ def same(a: Dim, b: Dim) -> bool:
     return a == b or dim(sympy.sympify(a) - sympy.sympify(b)) == 0
 
 
+def same_shape(a: Iterable[Dim], b: Iterable[Dim]) -> bool:
+    """Provably equal, dimension by dimension."""
+    a, b = tuple(a), tuple(b)
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+
+
+def contiguous_strides(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """Row-major strides, in elements, as torch gives them: a size 0 counts as 1."""
+    strides: list[Dim] = []
+    step: Dim = 1
+    for d in reversed(shape):
+        strides.append(step)
+        step = dim(step * (max(d, 1) if isinstance(d, int) else d))
+    return tuple(reversed(strides))
+
+
 def free_symbols(dims: Iterable[Dim]) -> set[sympy.Symbol]:
     found: set[sympy.Symbol] = set()
     for d in dims:

@@ -8,7 +8,7 @@ from typing import Union
 import sympy
 import torch
 
-from .dims import Dim, dim, product, same, to_source
+from .dims import Dim, dim, product, same, same_shape, to_source
 
 Number = Union[bool, int, float, complex]
 
@@ -109,8 +109,7 @@ def scalar_type(value: Number | sympy.Expr) -> ScalarType:
 def same_type(a: Type, b: Type) -> bool:
     """Provably equal types (shapes compared up to sympy normal form)."""
     if isinstance(a, TensorType) and isinstance(b, TensorType):
-        same_shape = a.rank == b.rank and all(same(x, y) for x, y in zip(a.shape, b.shape))
-        return a.dtype == b.dtype and a.device == b.device and same_shape
+        return a.dtype == b.dtype and a.device == b.device and same_shape(a.shape, b.shape)
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(same_type(x, y) for x, y in zip(a, b))
     return type(a) is type(b) and str(a) == str(b)

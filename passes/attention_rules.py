@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..ir.dims import product, same
+from ..ir.dims import product, same, same_shape
 from ..ir.errors import TypeInferenceError
 from ..ir.graph import Node
 from ..ir.ops import OPS
@@ -16,7 +16,7 @@ from ..ir.patterns import Refusal, Var, pat
 from ..ir.rules import Match, Rule, pattern_rule
 from ..ir.types import ScalarType, same_type
 from .base import Reason
-from .facts import literal, same_shape
+from .facts import literal
 from .weights import value_of
 
 _FAR_BELOW = -1e30

@@ -11,13 +11,11 @@ from networkx.algorithms.flow import boykov_kolmogorov
 
 from ..ir import ops
 from ..ir.analysis.primitives import expanded
-from ..ir.capture.sizes import contiguous_strides
-from ..ir.dims import Dim, SymbolRange, hint, product
+from ..ir.dims import Dim, SymbolRange, contiguous_strides, hint, product, same_shape
 from ..ir.graph import Graph, Node, order, users
 from ..ir.rewrite import cleaned, remap
 from ..ir.types import TensorType
 from .base import Notes, Pass, Reason, describe
-from .facts import same_shape
 from .layout_rules import CONV_DTYPES, Layouts, first_dims, last_dims, read_last, reads_either, turn_rule, turned_operands
 from .weights import value_of
 

@@ -5,13 +5,12 @@ Exact up to the order in which a product is summed; a bias joins its product, wh
 
 from __future__ import annotations
 
-from ..ir.dims import product, same
+from ..ir.dims import product, same, same_shape
 from ..ir.graph import Node
 from ..ir.ops import OPS
 from ..ir.patterns import Refusal
 from ..ir.rules import Outcome, Site
 from .base import Reason
-from .facts import same_shape
 from .rules import Table
 
 _MOVES = frozenset({"permute", "reshape", "cast", "slice"})

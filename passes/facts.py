@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 
-from ..ir.dims import Dim, product, same
+from ..ir.dims import same_shape
 from ..ir.graph import Node
 from ..ir.ops import OPS
 from ..ir.types import Number, ScalarType, TensorType, Type, category
@@ -41,11 +40,6 @@ def fit(x: Node, like: Type) -> Node | None:
     if x.type.dtype != like.dtype:
         x = OPS["cast"](x, dtype=like.dtype)
     return x if same_shape(x.shape, like.shape) else OPS["expand"](x, shape=like.shape)
-
-
-def same_shape(a: Iterable[Dim], b: Iterable[Dim]) -> bool:
-    a, b = tuple(a), tuple(b)
-    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
 
 
 def is_float(node: Node) -> bool:
@@ -103,8 +97,3 @@ def never_minus_zero(node: Node) -> bool:
     if node.op.name == "cast":
         return not is_float(node.inputs[0])
     return node.op.name == "add" and any(never_minus_zero(i) for i in node.inputs if isinstance(i.type, TensorType))
-
-
-def row_major(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """Strides, in elements, of a contiguous tensor."""
-    return tuple(product(shape[i + 1 :]) for i in range(len(shape)))

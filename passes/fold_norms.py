@@ -7,13 +7,14 @@ from typing import ClassVar
 
 import torch
 
+from ..ir.dims import same_shape
 from ..ir.graph import Graph, Node, use_counts, users
 from ..ir.ops import OPS
 from ..ir.patterns import Refusal
 from ..ir.rewrite import rewrite
 from ..ir.rules import Outcome, Site
 from .base import Notes, Pass, Reason, describe
-from .facts import is_float, same_shape
+from .facts import is_float
 from .rules import rules_at, settle
 from .weights import ConstantMaker, value_of
 

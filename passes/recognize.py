@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Union
 
 import torch
 
-from ..ir.dims import dim, same
+from ..ir.dims import dim, same, same_shape
 from ..ir.graph import Graph, Node
 from ..ir.ops import OPS
 from ..ir.patterns import Pat, Refusal, Var, pat
@@ -17,7 +17,7 @@ from ..ir.rules import Match, Rule, pattern_rule
 from ..ir.types import same_type
 from .attention_rules import ATTENTION_RULES
 from .base import Notes, Pass, Reason
-from .facts import literal, same_shape
+from .facts import literal
 from .rules import settle
 
 Answer = Union[bool, Refusal]

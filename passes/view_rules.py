@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..ir.dims import dim, same
+from ..ir.dims import dim, same, same_shape
 from ..ir.graph import Node
 from ..ir.ops import OPS
 from ..ir.rules import Outcome, Site
 from ..ir.types import same_type
-from .facts import fit, same_shape
+from .facts import fit
 from .rules import Table
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..dims import same
+from ..dims import same_shape
 from ..graph import Graph, Node, is_scalar
 from ..op import Category
 from ..types import TensorType
@@ -69,7 +69,7 @@ def foldable(a: TensorType, b: TensorType) -> bool:
     """Whether a @ b is one mm or bmm on reshaped operands: b a matrix, or both with the same leading dimensions."""
     if a.rank < 2 or b.rank < 2:
         return False
-    return b.rank == 2 or (a.rank == b.rank and all(same(x, y) for x, y in zip(a.shape[:-2], b.shape[:-2])))
+    return b.rank == 2 or same_shape(a.shape[:-2], b.shape[:-2])
 
 
 def owners(steps: Sequence[Node], shares: Callable[[Node], tuple[Node, ...]] = may_share) -> dict[Node, frozenset[Owner]]:

@@ -12,7 +12,7 @@ import torch
 import torch.fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-from ..dims import Dim, free_symbols, same
+from ..dims import Dim, contiguous_strides, free_symbols, same
 from ..errors import CaptureError, TypeInferenceError
 from ..graph import Data, Graph, Node, graph_input, lift, make_graph, order, visit
 from ..op import Category
@@ -21,7 +21,7 @@ from ..types import NATIVE_DTYPES, ScalarType, TensorType, same_type
 from .call import Call, Converter, cast
 from .extern import extern, results, target_name
 from .origin import identifier, input_hint, provenance, value_hint
-from .sizes import Sizes, contiguous_strides
+from .sizes import Sizes
 from .tables import ASSERTIONS, EFFECT_FREE, NATIVE
 
 

@@ -82,13 +82,3 @@ def _convert(expr: sympy.Expr) -> Any:
     if expr.is_Pow and isinstance(args[1], int) and args[1] >= 0:
         return sympy.sympify(args[0]) ** args[1]
     raise CaptureError(reason=f"the size {expr} has no integer form ({name})")
-
-
-def contiguous_strides(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """Row-major strides of a shape, in elements."""
-    strides: list[Dim] = []
-    step: Dim = 1
-    for d in reversed(shape):
-        strides.append(step)
-        step = dim(step * (d if not isinstance(d, int) else max(d, 1)))
-    return tuple(reversed(strides))
