@@ -318,3 +318,15 @@ def test_other_archives(tmp_path):
     (tmp_path / "a.pt2").write_text("hello")
     with pytest.raises(NotAModel, match="no torch archive"):
         opened(tmp_path / "a.pt2")
+
+
+class Fixed(torch.nn.Module):
+    def forward(self, x):
+        return x + 1, 1, True, 1.0, "text", None, torch.arange(3)
+
+
+def test_results_that_are_no_tensors(tmp_path):
+    tilewright.optimize(Fixed(), (X,)).save(tmp_path / "a.tw")
+    y, *fixed, positions = tilewright.load(tmp_path / "a.tw")(X)
+    assert torch.equal(y, X + 1) and positions.tolist() == [0, 1, 2]
+    assert [(type(v), v) for v in fixed] == [(int, 1), (bool, True), (float, 1.0), (str, "text"), (type(None), None)]
