@@ -299,10 +299,12 @@ class _Walker:
                 self._write_back(self.binding.written[i], value)
                 returns.append(None)
                 continue
-            if value is not None and value not in numbers:
-                numbers[value] = len(outputs)
+            fixed = value is None or isinstance(value, str)
+            key = (type(value), value)  # True is not 1, nor 1 is 1.0
+            if not fixed and key not in numbers:
+                numbers[key] = len(outputs)
                 outputs.append(self._returned(value, memory))
-            returns.append(None if value is None else numbers[value])
+            returns.append(None if fixed else numbers[key])
         checks = tuple((len(outputs) + i, message) for i, (_, message) in enumerate(self.checks))
         outputs += [condition for condition, _ in self.checks]
         inputs = [n for n in self.inputs if n not in self.late] + self.late
