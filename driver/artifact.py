@@ -33,6 +33,7 @@ from .trust import unsafe_in_graph
 
 FORMAT = 1
 MEMBERS = ("graph", "receipt", "kernels")
+KNOWN_CALLS = 1024  # kinds of calls that are remembered as checked
 STATE = "state "  # what the names of updated buffers begin with
 
 
@@ -48,9 +49,15 @@ class Optimized:
     program: Program
     receipt: Receipt
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    _known: set[Any] = field(default_factory=set, repr=False, compare=False)  # kinds of inputs that have been checked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        flat = self.convention.checked(self.convention.bind(args, kwargs), self.graph)
+        flat = self.convention.bind(args, kwargs)
+        kind = tuple([(v.dtype, v.shape, v.device) if isinstance(v, torch.Tensor) else type(v) for v in flat])
+        if kind not in self._known:
+            self.convention.checked(flat, self.graph)
+            if len(self._known) < KNOWN_CALLS:
+                self._known.add(kind)
         return self.convention.pack(self.program.run(flat + [self.state[name] for name in self.convention.state]))
 
     def save(self, path: str | Path) -> None:

@@ -5,6 +5,7 @@ Containers a new process may not know (a transformers `ModelOutput`) become `Rec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -114,8 +115,15 @@ class CallingConvention:
     constants: dict[int, Any]
     state: tuple[str, ...] = ()
 
+    @functools.cached_property
+    def _plain(self) -> bool:
+        """Every argument is a graph input, in that order."""
+        return all(t == "leaf" for t in self.arguments) and self.tensors == tuple(range(len(self.names)))
+
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """The graph inputs (without state) for a call; arguments may be passed by position or by name. Raises TypeError."""
+        if not kwargs and self._plain and len(args) == len(self.names):
+            return list(args)
         listed = ", ".join(self.names)
         if len(args) > len(self.names):
             raise TypeError(f"the model takes {len(self.names)} arguments ({listed}), {len(args)} were given")
