@@ -29,12 +29,13 @@ def headline(receipt: Receipt) -> str:
     parts: list[str] = []
     if receipt.speed is not None:
         ours, eager = receipt.speed.ours, receipt.speed.eager
-        ratio = f"{eager / ours:.2f}x faster" if eager >= ours else f"{ours / eager:.2f}x slower"
+        ratio = f"{eager / ours:.3g}x faster" if eager >= ours else f"{ours / eager:.3g}x slower"
         parts.append(f"{ratio} ({_time(eager)} -> {_time(ours)})")
     if receipt.error is not None:
         parts.append(f"error {receipt.error.ours:.0e} (eager {receipt.error.eager:.0e})")
     nodes = receipt.coverage.nodes
-    parts.append(f"{_percent(nodes.kernels + nodes.library, nodes.total)} native")
+    native = 100 * (nodes.kernels + nodes.library) // max(nodes.total, 1)  # rounded down: 100 means all
+    parts.append(f"{native}% native")
     return ", ".join(parts)
 
 
