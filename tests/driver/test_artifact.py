@@ -94,7 +94,9 @@ def refused(path, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("at, words", [("weights", "weight .* does not match"), ("graph", "graph does not match"), ("header", "damaged or no artifact")])
+@pytest.mark.parametrize(
+    "at, words", [("weights", "weight .* does not match"), ("graph", "graph does not match"), ("header", "damaged or no artifact")]
+)
 def test_flipped_bits(path, at, words):
     data = bytearray(path.read_bytes())
     where = {"weights": len(data) - 5, "graph": data.index(b"= region("), "header": 3}[at]
