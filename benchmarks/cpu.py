@@ -132,7 +132,8 @@ def _geomean(results: dict[str, Any], peer: str) -> float:
 
 
 def machine() -> dict[str, Any]:
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {
         "cpu": model,
         "threads": torch.get_num_threads(),

@@ -19,9 +19,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from workloads import build
-
 from tilewright.driver.accuracy import reference_outputs, relative_error
+from workloads import build
 
 Call = Callable[[], torch.Tensor]
 

@@ -40,7 +40,7 @@ class Compiled:
     receipt: Receipt
 
 
-def compile_graph(graph: Graph, options: Options = Options()) -> Compiled:  # noqa: B008 - frozen
+def compile_graph(graph: Graph, options: Options = Options()) -> Compiled:
     """Runs the passes and compiles. Raises what a broken pass raises; a region that cannot be compiled is a fallback, never an error."""
     notes, records = Notes(), list[PassRecord]()
     start = time.perf_counter()

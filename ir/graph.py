@@ -124,7 +124,7 @@ class Graph:
         return print_graph(self)
 
 
-def _infer_input(*, type: Type, strides: tuple[Any, ...] | None = None) -> Type:  # noqa: A002
+def _infer_input(*, type: Type, strides: tuple[Any, ...] | None = None) -> Type:
     return type
 
 
@@ -154,7 +154,7 @@ def lift(value: Any) -> Node:
     raise TypeError(f"{value!r} is neither a node nor a number")
 
 
-def graph_input(name: str, type: Type, strides: tuple[Any, ...] | None = None, prov: Provenance = NOWHERE) -> Node:  # noqa: A002
+def graph_input(name: str, type: Type, strides: tuple[Any, ...] | None = None, prov: Provenance = NOWHERE) -> Node:
     return INPUT(type=type, strides=strides, hint=name, prov=prov)
 
 

@@ -80,7 +80,7 @@ def load(source: str, interpreted: bool = False, directory: Path | None = None) 
         filename = _file_name(source, directory)
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         names: dict[str, Any] = {"__name__": f"tilewright_triton_{hashlib.sha256(source.encode()).hexdigest()[:16]}"}
-        exec(compile(source, filename, "exec"), names)  # noqa: S102  (source that this package printed)
+        exec(compile(source, filename, "exec"), names)
         _LOADED[key] = {name: _converted(name, value, interpreted) for name, value in names.items()}
         for value in _LOADED[key].values():
             if isinstance(value, (JITFunction, InterpretedFunction)):

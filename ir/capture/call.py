@@ -67,5 +67,5 @@ def reshape(x: Node, shape: tuple[Dim, ...]) -> Node:
     return x if x.shape == tuple(shape) else make("reshape", x, shape=tuple(shape))
 
 
-def full(type: TensorType, value: Any) -> Node:  # noqa: A002
+def full(type: TensorType, value: Any) -> Node:
     return make("full", shape=type.shape, value=value, dtype=type.dtype, device=type.device)

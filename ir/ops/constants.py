@@ -12,7 +12,7 @@ from ..op import Category, Op, no_cost
 from ..types import TensorType, Type
 
 
-def _infer_constant(*, data: Data, type: TensorType | None = None) -> Type:  # noqa: A002
+def _infer_constant(*, data: Data, type: TensorType | None = None) -> Type:
     """`type` may be left out where the data is at hand."""
     if type is not None:
         return type
@@ -27,7 +27,7 @@ def tensor_type(value: torch.Tensor) -> TensorType:
     return TensorType(value.dtype, tuple(int(d) for d in value.shape), device)
 
 
-def _constant(*, data: Data, type: Any = None) -> torch.Tensor:  # noqa: A002
+def _constant(*, data: Data, type: Any = None) -> torch.Tensor:
     if data.value is None:
         raise RuntimeError(f'constant "{data.name}" has no data: the graph was read without its weights')
     return data.value

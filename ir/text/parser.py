@@ -32,7 +32,7 @@ from .tokens import Cursor, Token
 from .values import RESERVED, ValueReader, is_dim
 
 
-def parse(text: str, constants: Mapping[str, torch.Tensor] = {}) -> Graph:  # noqa: B006 - read only
+def parse(text: str, constants: Mapping[str, torch.Tensor] = {}) -> Graph:
     """The graph that `text` describes. `constants` gives the data of constants by name; the others stay without data.
 
     Raises ParseError, with the line, for anything that is not a well-typed graph in text form.

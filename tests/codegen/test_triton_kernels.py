@@ -11,8 +11,8 @@ from triton_kernels import CASES, OLD_INTERPRETER, Case
 
 pytest.importorskip("triton")
 
-from tilewright.codegen.triton.runtime import LaunchError, build, load, run  # noqa: E402
-from tilewright.codegen.triton.schedule import Schedule, default_schedule, inner_groups, needs_whole_block  # noqa: E402
+from tilewright.codegen.triton.runtime import LaunchError, build, load, run
+from tilewright.codegen.triton.schedule import Schedule, default_schedule, inner_groups, needs_whole_block
 
 SCHEDULES = {
     "default": None,

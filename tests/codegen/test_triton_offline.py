@@ -7,8 +7,8 @@ from triton_kernels import CASES, Case
 
 pytest.importorskip("triton")
 
-from tilewright.codegen.triton.offline import TARGETS, OfflineError, compile_offline  # noqa: E402
-from tilewright.codegen.triton.schedule import Schedule, inner_groups, needs_whole_block  # noqa: E402
+from tilewright.codegen.triton.offline import TARGETS, OfflineError, compile_offline
+from tilewright.codegen.triton.schedule import Schedule, inner_groups, needs_whole_block
 
 
 @pytest.mark.parametrize("target", TARGETS)

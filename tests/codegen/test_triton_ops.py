@@ -14,18 +14,18 @@ from triton_kernels import OLD_INTERPRETER
 
 pytest.importorskip("triton")
 
-from tilewright.codegen.lower import lower  # noqa: E402
-from tilewright.codegen.triton.offline import TARGETS, compile_offline  # noqa: E402
-from tilewright.codegen.triton.runtime import build, run  # noqa: E402
-from tilewright.codegen.triton.scalars import PRINTED  # noqa: E402
-from tilewright.codegen.triton.schedule import Schedule  # noqa: E402
-from tilewright.ir import ops  # noqa: E402
-from tilewright.ir.dims import SymbolRange, symbol  # noqa: E402
-from tilewright.ir.graph import Graph, Node, graph_input  # noqa: E402
-from tilewright.ir.interpret import interpret  # noqa: E402
-from tilewright.ir.ops.pointwise import POINTWISE, unprintable  # noqa: E402
-from tilewright.ir.scalar import SCALAR_OPS  # noqa: E402
-from tilewright.ir.types import TensorType  # noqa: E402
+from tilewright.codegen.lower import lower
+from tilewright.codegen.triton.offline import TARGETS, compile_offline
+from tilewright.codegen.triton.runtime import build, run
+from tilewright.codegen.triton.scalars import PRINTED
+from tilewright.codegen.triton.schedule import Schedule
+from tilewright.ir import ops
+from tilewright.ir.dims import SymbolRange, symbol
+from tilewright.ir.graph import Graph, Node, graph_input
+from tilewright.ir.interpret import interpret
+from tilewright.ir.ops.pointwise import POINTWISE, unprintable
+from tilewright.ir.scalar import SCALAR_OPS
+from tilewright.ir.types import TensorType
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool]
 FLOATS = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, -2.5, 0.1, -7.0, 10.0, -20.0, 100.0, 1e-6, 6e4, math.inf, -math.inf, math.nan]
@@ -63,7 +63,7 @@ def node(op: Any, dtype: torch.dtype, n: int) -> Node | None:
         if unprintable(op, tuple(i.type for i in inputs)):
             inputs[1] = -3 if dtype.is_signed else 3
         return op(*inputs)
-    except Exception:  # noqa: BLE001  (ops refuse in several ways what torch refuses)
+    except Exception:
         return None
 
 

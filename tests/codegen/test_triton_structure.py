@@ -11,14 +11,14 @@ from triton_kernels import OLD_INTERPRETER
 
 pytest.importorskip("triton")
 
-from tilewright.codegen.lower import lower  # noqa: E402
-from tilewright.codegen.triton.runtime import build, run  # noqa: E402
-from tilewright.codegen.triton.schedule import Schedule  # noqa: E402
-from tilewright.ir import ops  # noqa: E402
-from tilewright.ir.dims import SymbolRange, symbol  # noqa: E402
-from tilewright.ir.graph import Graph, Node, graph_input  # noqa: E402
-from tilewright.ir.interpret import interpret  # noqa: E402
-from tilewright.ir.types import TensorType  # noqa: E402
+from tilewright.codegen.lower import lower
+from tilewright.codegen.triton.runtime import build, run
+from tilewright.codegen.triton.schedule import Schedule
+from tilewright.ir import ops
+from tilewright.ir.dims import SymbolRange, symbol
+from tilewright.ir.graph import Graph, Node, graph_input
+from tilewright.ir.interpret import interpret
+from tilewright.ir.types import TensorType
 
 B = symbol("b")
 

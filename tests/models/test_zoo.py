@@ -1,4 +1,4 @@
-"""Real architectures through torch.compile: two shapes each, by the float64 rule; what falls back is listed and bounded. Training of six."""
+"""Real architectures through torch.compile, two shapes each, by the float64 rule; fallbacks are bounded. Training of six."""
 
 import copy
 import os
@@ -60,7 +60,9 @@ def test_gradients_match_eager(name):
     gradients = {}
     for kind, twin in twins.items():
         run = torch.compile(twin, backend="tilewright") if kind == "ours" else twin
-        values = {k: v.double() if kind == "reference" and torch.is_floating_point(v) else v for k, v in given.items() if torch.is_tensor(v)}
+        values = {
+            k: v.double() if kind == "reference" and torch.is_floating_point(v) else v for k, v in given.items() if torch.is_tensor(v)
+        }
         output = run(**(given | values))
         sum(v.square().mean() for v in output.values() if torch.is_tensor(v) and v.requires_grad).backward()
         gradients[kind] = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}

@@ -15,7 +15,8 @@ Inputs = Callable[[int, int], dict[str, torch.Tensor]]
 Entry = Callable[[], tuple[torch.nn.Module, Inputs]]
 
 VOCAB = 99
-COMMON: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+BODY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+COMMON: dict[str, Any] = BODY | {"vocab_size": VOCAB}
 DECODER: dict[str, Any] = COMMON | {"use_cache": False, "max_position_embeddings": 64, "pad_token_id": 0}
 GQA: dict[str, Any] = DECODER | {"num_key_value_heads": 2}
 IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 8, "num_channels": 3}
@@ -109,9 +110,10 @@ ZOO: dict[str, Entry] = {
                    decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
                    max_position_embeddings=64),
     # vision
-    "vit": _build("ViTModel", "ViTConfig", _image, **{k: v for k, v in COMMON.items() if k != "vocab_size"}, **IMAGE),
-    "deit": _build("DeiTModel", "DeiTConfig", _image, **{k: v for k, v in COMMON.items() if k != "vocab_size"}, **IMAGE),
-    "swin": _build("SwinModel", "SwinConfig", _image, image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4),
+    "vit": _build("ViTModel", "ViTConfig", _image, **BODY, **IMAGE),
+    "deit": _build("DeiTModel", "DeiTConfig", _image, **BODY, **IMAGE),
+    "swin": _build("SwinModel", "SwinConfig", _image, image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2],
+                   window_size=4),
     "resnet": _build("ResNetModel", "ResNetConfig", _image, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"),
     "convnext": _build("ConvNextModel", "ConvNextConfig", _image, hidden_sizes=[16, 32], depths=[1, 1], num_stages=2),
     "mobilenet-v2": _build("MobileNetV2Model", "MobileNetV2Config", _image, image_size=32, depth_multiplier=0.25),
@@ -119,10 +121,10 @@ ZOO: dict[str, Entry] = {
                         hidden_sizes=[16, 32], patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2]),
     "clip": _build("CLIPModel", "CLIPConfig", _clip_inputs,
                    text_config={**COMMON, "max_position_embeddings": 32, "eos_token_id": 2, "projection_dim": 16},
-                   vision_config={**{k: v for k, v in COMMON.items() if k != "vocab_size"}, **IMAGE, "projection_dim": 16},
+                   vision_config={**BODY, **IMAGE, "projection_dim": 16},
                    projection_dim=16),
     # audio
-    "wav2vec2": _build("Wav2Vec2Model", "Wav2Vec2Config", _audio, **{k: v for k, v in COMMON.items() if k != "vocab_size"}, conv_dim=[16, 16],
+    "wav2vec2": _build("Wav2Vec2Model", "Wav2Vec2Config", _audio, **BODY, conv_dim=[16, 16],
                        conv_stride=[5, 4], conv_kernel=[10, 8], num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, vocab_size=VOCAB),
     "whisper": _build("WhisperForConditionalGeneration", "WhisperConfig", _whisper_inputs, vocab_size=VOCAB, d_model=32, encoder_layers=2,
                       decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,

@@ -13,7 +13,7 @@ from tilewright.ir.types import same_type
 from tilewright.passes.base import Notes, Pass, Reason
 
 
-def run(item: Pass, text: str, constants: Mapping[str, torch.Tensor] = {}) -> tuple[Graph, Graph, Notes]:  # noqa: B006
+def run(item: Pass, text: str, constants: Mapping[str, torch.Tensor] = {}) -> tuple[Graph, Graph, Notes]:
     """The graph of `text`, the graph after the pass, and the notes."""
     graph, notes = parse(text, constants), Notes()
     return graph, item.run(graph, notes), notes
