@@ -195,10 +195,10 @@ class Host:
             self.values[node] = value
         return value
 
-    def fresh(self, kind: TensorType, strides: tuple[Dim, ...] | None = None) -> str:
+    def fresh(self, kind: TensorType) -> str:
         """The text of a new tensor."""
         shape, dtype = self.literal(kind.shape), self.literal(kind.dtype)
-        steps = self.literal(strides if strides is not None else contiguous_strides(kind.shape))
+        steps = self.literal(contiguous_strides(kind.shape))
         if kind.device == "cpu":
             return f"empty({shape}, {steps}, {dtype})"
         return f"torch.empty_strided({shape}, {steps}, dtype={dtype}, device={kind.device!r})"

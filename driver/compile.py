@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from ..ir.graph import Graph, Node, is_scalar, order
 from ..ir.ops import OPS
 from ..ir.verify import verify
 from ..passes.base import Notes, Pass
-from ..passes.manager import Callback, PassRecord, run_passes
+from ..passes.manager import Callback, run_passes
 from .pipeline import passes_from
 from .receipt import Receipt, make_receipt
 
@@ -42,13 +43,10 @@ class Compiled:
 
 def compile_graph(graph: Graph, options: Options = Options()) -> Compiled:
     """Runs the passes and compiles. Raises what a broken pass raises; a region that cannot be compiled is a fallback, never an error."""
-    notes, records = Notes(), list[PassRecord]()
+    notes, seconds = Notes(), dict[str, float]()
     start = time.perf_counter()
-    fused = kept_apart(graph, run_passes(graph, passes_from(options.passes), notes, _callback(options), records))
+    fused = kept_apart(graph, run_passes(graph, passes_from(options.passes), notes, _between(options, seconds)))
     program = build_program(fused)
-    seconds: dict[str, float] = {}
-    for r in records:
-        seconds[r.name] = seconds.get(r.name, 0.0) + r.seconds
     receipt = make_receipt(program, notes, {**seconds, "total": time.perf_counter() - start})
     if options.dump is not None:
         _write(options.dump, f"{graph.name}.program", program.source)
@@ -90,19 +88,16 @@ def _own(node: Node) -> Node:
     return OPS["layout"](node, strides=contiguous_strides(node.shape), own=True, hint=node.hint, prov=node.prov)
 
 
-def _callback(options: Options) -> Callback | None:
-    """Verifies and dumps between passes."""
-    if not options.verify and options.dump is None:
-        return None
-    count = 0
+def _between(options: Options, seconds: dict[str, float]) -> Callback:
+    """Between passes: adds up the time of each into `seconds`, verifies and dumps."""
+    count = itertools.count()
 
-    def after(item: Pass, before: Graph, graph: Graph, record: PassRecord) -> None:
-        nonlocal count
+    def after(item: Pass, before: Graph, graph: Graph, took: float) -> None:
+        seconds[item.name] = seconds.get(item.name, 0.0) + took
         if options.verify:
             verify(graph)
         if options.dump is not None:
-            _write(options.dump, f"{graph.name}.{count:02}.{item.name}.txt", str(graph))
-        count += 1
+            _write(options.dump, f"{graph.name}.{next(count):02}.{item.name}.txt", str(graph))
 
     return after
 

@@ -21,7 +21,6 @@ from .provenance import NOWHERE, Provenance
 from .types import Number, ScalarType, TensorType, Type, scalar_type
 
 Attrs = Mapping[str, Any]
-NO_ATTRS: Attrs = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -53,10 +52,6 @@ class Node:
         """The same op on other operands, type inferred anew."""
         types = tuple(n.type for n in inputs)
         return replace(self, inputs=inputs, type=self.op.infer_type(types, self.attrs, self.prov))
-
-    def with_prov(self, *others: Provenance, rule: str = "") -> Node:
-        merged = self.prov.union(*others)
-        return replace(self, prov=merged.with_rule(rule) if rule else merged)
 
     def __repr__(self) -> str:
         operands = (str(n.attrs["value"]) if n.op.name == "scalar" else n.hint or n.op.name for n in self.inputs)

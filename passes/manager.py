@@ -6,11 +6,10 @@ import dataclasses
 import re
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from ..ir.errors import TilewrightError
-from ..ir.graph import Graph, order
+from ..ir.graph import Graph
 from .base import Notes, Pass
 from .canonicalize import Canonicalize
 from .choose_layouts import ChooseLayouts
@@ -27,18 +26,8 @@ PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _KINDS}
 """What `--passes` knows, by name."""
 
 
-@dataclass(frozen=True)
-class PassRecord:
-    """What one pass took: wall-clock seconds, and the number of nodes before and after."""
-
-    name: str
-    seconds: float
-    nodes_before: int
-    nodes_after: int
-
-
-Callback = Callable[[Pass, Graph, Graph, PassRecord], None]
-"""Called after each pass with the pass, the graph before, the graph after and the record: verify, time, dump, diff."""
+Callback = Callable[[Pass, Graph, Graph, float], None]
+"""Called after each pass with the pass, the graph before, the graph after and the seconds it took: verify, time, dump, diff."""
 
 
 class StageError(TilewrightError):
@@ -53,21 +42,16 @@ class PassSyntaxError(TilewrightError):
     template = "--passes {text!r}: {reason}"
 
 
-def run_passes(
-    graph: Graph, passes: Sequence[Pass], notes: Notes, callback: Callback | None = None, records: list[PassRecord] | None = None
-) -> Graph:
-    """The graph after all `passes`. `records`, where given, collects one PassRecord per pass. Raises StageError."""
+def run_passes(graph: Graph, passes: Sequence[Pass], notes: Notes, callback: Callback | None = None) -> Graph:
+    """The graph after all `passes`. Raises StageError."""
     for item in passes:
         if graph.stage < item.needs:
             hint = " or ".join(repr(p.name) for p in passes if p.leaves is not None and p.leaves >= item.needs) or "a pass that makes it so"
             raise StageError(name=item.name, needs=item.needs.name.lower(), graph=graph.name, stage=graph.stage.name.lower(), hint=hint)
         start = time.perf_counter()
         after = item.run(graph, notes)
-        record = PassRecord(item.name, time.perf_counter() - start, len(order(graph)), len(order(after)))
-        if records is not None:
-            records.append(record)
         if callback is not None:
-            callback(item, graph, after, record)
+            callback(item, graph, after, time.perf_counter() - start)
         graph = after
     return graph
 
@@ -81,8 +65,8 @@ def options(kind: type[Pass]) -> dict[str, type]:
 _ITEM = re.compile(r"\s*([a-zA-Z0-9_-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
 
 
-def parse_passes(text: str, known: Mapping[str, type[Pass]] = PASSES) -> list[Pass]:
-    """The passes of "fuse-regions,merge-linears{max_columns=4096}", looked up in `known` by name.
+def parse_passes(text: str) -> list[Pass]:
+    """The passes of "fuse-regions,merge-linears{max_columns=4096}", looked up in PASSES by name.
 
     Raises PassSyntaxError: one sentence that lists what exists.
     """
@@ -92,15 +76,15 @@ def parse_passes(text: str, known: Mapping[str, type[Pass]] = PASSES) -> list[Pa
         match = _ITEM.match(text, position)
         if match is None:
             raise PassSyntaxError(text=text, reason=f"expected name{{option=value, ...}} at {text[position:]!r}")
-        found.append(_pass(text, match[1].replace("_", "-"), match[2] or "", known))
+        found.append(_pass(text, match[1].replace("_", "-"), match[2] or ""))
         position = match.end()
     return found
 
 
-def _pass(text: str, name: str, body: str, known: Mapping[str, type[Pass]]) -> Pass:
-    kind = known.get(name)
+def _pass(text: str, name: str, body: str) -> Pass:
+    kind = PASSES.get(name)
     if kind is None:
-        raise PassSyntaxError(text=text, reason=f"there is no pass {name!r}; passes are {', '.join(sorted(known))}")
+        raise PassSyntaxError(text=text, reason=f"there is no pass {name!r}; passes are {', '.join(sorted(PASSES))}")
     fields = options(kind)
     values: dict[str, object] = {}
     for item in filter(None, (part.strip() for part in body.split(","))):

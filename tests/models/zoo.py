@@ -125,7 +125,8 @@ ZOO: dict[str, Entry] = {
                    projection_dim=16),
     # audio
     "wav2vec2": _build("Wav2Vec2Model", "Wav2Vec2Config", _audio, **BODY, conv_dim=[16, 16],
-                       conv_stride=[5, 4], conv_kernel=[10, 8], num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, vocab_size=VOCAB),
+                       conv_stride=[5, 4], conv_kernel=[10, 8], num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+                       vocab_size=VOCAB),
     "whisper": _build("WhisperForConditionalGeneration", "WhisperConfig", _whisper_inputs, vocab_size=VOCAB, d_model=32, encoder_layers=2,
                       decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
                       num_mel_bins=16, max_source_positions=32, max_target_positions=64, pad_token_id=0, decoder_start_token_id=1),

@@ -6,12 +6,12 @@ import pytest
 import torch
 from pass_checks import assert_same_values
 from tilewright.driver.pipeline import DEFAULT_PASSES, passes_from
-from tilewright.ir.graph import Stage
+from tilewright.ir.graph import Stage, order
 from tilewright.ir.text import parse
 from tilewright.passes.base import Notes
 from tilewright.passes.canonicalize import Canonicalize
 from tilewright.passes.fold_constants import FoldConstants
-from tilewright.passes.manager import PassRecord, PassSyntaxError, StageError, parse_passes, run_passes
+from tilewright.passes.manager import PassSyntaxError, StageError, parse_passes, run_passes
 from tilewright.passes.merge_linears import MergeLinears
 from tilewright.passes.recognize import Recognize
 
@@ -26,19 +26,19 @@ WEIGHTS = {"w": torch.randn(8, 4)}
 
 
 def test_default_passes_keep_the_function() -> None:
-    graph, records = parse(TEXT, WEIGHTS), list[PassRecord]()
-    after = run_passes(graph, DEFAULT_PASSES, Notes(), records=records)
-    assert [r.name for r in records] == [p.name for p in DEFAULT_PASSES]
+    graph, ran = parse(TEXT, WEIGHTS), list[str]()
+    after = run_passes(graph, DEFAULT_PASSES, Notes(), lambda item, *rest: ran.append(item.name))
+    assert ran == [p.name for p in DEFAULT_PASSES]
     assert after.stage == Stage.FUSED
     assert_same_values(graph, after, [torch.randn(3, 8)], 1e-5)
 
 
-def test_callback_sees_each_pass_with_its_record() -> None:
+def test_callback_sees_each_pass_with_its_graphs_and_time() -> None:
     seen: list[tuple[str, int, int]] = []
 
-    def watch(item, before, after, record: PassRecord) -> None:
-        assert record.seconds >= 0 and before is not None and after is not None
-        seen.append((item.name, record.nodes_before, record.nodes_after))
+    def watch(item, before, after, seconds: float) -> None:
+        assert seconds >= 0
+        seen.append((item.name, len(order(before)), len(order(after))))
 
     run_passes(parse(TEXT, WEIGHTS), [Canonicalize(), Recognize()], Notes(), watch)
     assert seen == [("canonicalize", 5, 6), ("recognize", 6, 5)]
