@@ -28,7 +28,6 @@ class Reason(enum.Enum):
     NOT_EXPRESSIBLE = "no scalar form for this operation"
     RUNTIME_INTEGER_DIVISION = "integer division by a value known only at run time"
     UNSUPPORTED_DTYPE = "dtype without native arithmetic"
-    EFFECT = "random or effectful operation"
     NOT_CONSTANT = "an operand is not a constant"
     SHARED = "another consumer needs the original value"
     DIFFERENT_DEVICE = "operands live on different devices"

@@ -133,6 +133,12 @@ def test_refused_layer_norm(signature: str, tail: list[str], reason: Reason) -> 
     assert_becomes(new, old)
 
 
+def test_refused_because_the_scale_is_no_constant() -> None:
+    text = body("x: f32[b, 8], g: f32[8]", *_constants("w"), "n = layer_norm(x, g)", "y = linear(n, w)", "y")
+    _, _, notes = run(FoldNorms(), text, {"w": torch.randn(4, 8)})
+    assert refusals(notes) == {("fold-norms.affine", Reason.NOT_CONSTANT)}
+
+
 def test_refused_in_16_bits_and_over_two_dimensions() -> None:
     text = body("x: bf16[b, 8]", *_constants("g", "w"), "n = layer_norm(x, g)", "y = linear(n, w)", "y")
     _, _, notes = run(FoldNorms(), text, {"g": torch.randn(8).bfloat16(), "w": torch.randn(4, 8).bfloat16()})

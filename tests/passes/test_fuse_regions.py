@@ -357,6 +357,27 @@ def test_refused_because_of_the_dtype():
         }""") == {Reason.UNSUPPORTED_DTYPE}
 
 
+def test_refused_because_of_the_dtype_that_is_read():
+    assert Reason.UNSUPPORTED_DTYPE in declined("""
+        graph g(x: u16[8]) stage canonical {
+          a = cast(x, dtype=f32)
+          b = exp(a)
+          return b
+        }""")
+
+
+def test_refused_because_operands_live_on_different_devices():
+    """A number in a 0-d CPU tensor goes with tensors anywhere."""
+    notes = Notes()
+    graph = parse("""
+        graph g(x: f32[8]@cuda:0, s: f32[]) stage canonical {
+          a = mul(x, s)
+          return a
+        }""")
+    FuseRegions().run(graph, notes)
+    assert {d.reason for d in notes.declined} == {Reason.DIFFERENT_DEVICE}
+
+
 def test_refused_because_an_integer_divisor_is_unknown():
     notes = Notes()
     after = fused(

@@ -115,6 +115,13 @@ def test_rope(partial: bool) -> None:
     assert _ops(new)[-1] == "rope"
 
 
+def test_halves_of_another_dimension_are_no_rope() -> None:
+    halves = ["a = slice(x, dim=0, start=0, stop=2)", "c = slice(x, dim=0, start=2, stop=4)"]
+    text = body("x: f32[4, 16], cos: f32[4, 16], sin: f32[4, 16]", *halves, ROPE[0], "r = cat(n, a, dim=0)", *ROPE[2:])
+    new, notes = _recognized(text, [torch.randn(4, 16) for _ in range(3)])
+    assert "rope" not in _ops(new) and refusals(notes) == {("recognize.rope", Reason.SHAPE_MISMATCH)}
+
+
 def test_uneven_parts_are_no_rope() -> None:
     halves = ["a = slice(x, dim=-1, start=0, stop=6)", "c = slice(x, dim=-1, start=6, stop=16)"]
     text = body("x: f32[3, 16], cos: f32[3, 16], sin: f32[3, 16]", *halves, *ROPE)
@@ -215,6 +222,28 @@ def test_refused_because_the_weights_are_returned() -> None:
 def test_refused_because_softmax_is_over_queries() -> None:
     new, notes = _recognized(body(QKV, *LOGITS, "p = softmax(l, dim=2)", "y = matmul(p, v)", "y"), _qkv())
     assert "softmax" in _ops(new) and refusals(notes) == {("recognize.attention", Reason.SHAPE_MISMATCH)}
+
+
+NO_ATTENTION = {
+    "the mask has more dimensions": ("m: f32[3, b, 4, s, s]", [*LOGITS, "a = add(l, m)"], torch.randn(3, 2, 4, 5, 5)),
+    "the mask is one row": ("m: f32[s]", [*LOGITS, "a = add(l, m)"], torch.randn(5)),
+    "the condition is one row": ("m: bool[s]", [*LOGITS, "a = where(m, l, -1e38)"], torch.rand(5) > 0.3),
+    "what is masked keeps weight": ("m: bool[s, s]", [*LOGITS, "a = where(m, l, -2.0)"], torch.rand(5, 5) > 0.3),
+    "no product": ("m: f32[b, 4, s, s]", ["a = add(m, m)"], torch.randn(2, 4, 5, 5)),
+    "a sum without product": ("m: f32[b, 4, s, s]", ["n = exp(m)", "a = add(m, n)"], torch.randn(2, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("why", NO_ATTENTION)
+def test_refused_because_it_is_no_attention(why: str) -> None:
+    mask, lines, value = NO_ATTENTION[why]
+    new, notes = _recognized(body(f"{QKV}, {mask}", *lines, *TAIL), [*_qkv(), value])
+    assert "softmax" in _ops(new) and refusals(notes) == {("recognize.attention", Reason.SHAPE_MISMATCH)}
+
+
+def test_refused_because_a_scale_widens_the_norm() -> None:
+    new, notes = _recognized(body("x: f32[2, 8], g: f32[3, 2, 8]", *RMS, "z = mul(y, g)", "z"), [torch.randn(2, 8), torch.randn(3, 2, 8)])
+    assert _ops(new) == ["rms_norm", "mul"] and refusals(notes) == {("recognize.norm-scale", Reason.SHAPE_MISMATCH)}
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "layer_norm", "rms_norm"])
