@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(RUN) examples/sentence_encoder.py
 
 test: $(VENV)/.test
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

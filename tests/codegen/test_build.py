@@ -14,10 +14,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from support import NATIVE
 from tilewright.codegen import build as builder
 from tilewright.codegen.build import BuildError, Source, build, compiler_available
 
-pytestmark = pytest.mark.skipif(not compiler_available(), reason="needs a C++ compiler")
+pytestmark = NATIVE
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import pytest
 import sympy
 import torch
+from support import NATIVE
 from tilewright.codegen import reference
-from tilewright.codegen.build import compiler_available
 from tilewright.codegen.cpp.schedule import CpuTarget, detect_target
 from tilewright.codegen.cpp.toolchain import compile_kernels
 from tilewright.codegen.kernel import Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store
@@ -17,7 +17,7 @@ from tilewright.codegen.target import Compiled
 from tilewright.ir.dims import FloorDiv, Mod, evaluate, symbol
 from tilewright.ir.scalar import Apply, Const, Scalar, apply, cast, where
 
-pytestmark = pytest.mark.skipif(not compiler_available(), reason="needs a C++ compiler")
+pytestmark = NATIVE
 
 F32, F64, I64, I32, BOOL = torch.float32, torch.float64, torch.int64, torch.int32, torch.bool
 i, j, r, s, n, m = (symbol(name) for name in "ijrsnm")

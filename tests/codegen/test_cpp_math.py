@@ -9,10 +9,11 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from tilewright.codegen.build import BuildError, Source, build, compiler_available
+from support import NATIVE
+from tilewright.codegen.build import BuildError, Source, build
 from tilewright.codegen.cpp.schedule import detect_target
 
-pytestmark = pytest.mark.skipif(not compiler_available(), reason="needs a C++ compiler")
+pytestmark = NATIVE
 np.seterr(all="ignore")
 
 

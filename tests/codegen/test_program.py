@@ -1,12 +1,11 @@
 """The host program: library calls, views, memory, writes, threads and fallbacks, against the interpreter. With kernels and without."""
 
 import copy
-import threading
 import weakref
 
 import pytest
 import torch
-from tilewright.codegen.build import compiler_available
+from support import NATIVE, in_threads
 from tilewright.codegen.program import compile_program
 from tilewright.codegen.target import TARGETS, Failed, Target
 from tilewright.ir.dims import SymbolRange, symbol
@@ -19,7 +18,6 @@ from tilewright.passes.plan_memory import PlanMemory
 
 S = symbol("s")
 ANY_S = {"s": SymbolRange(0, 64)}
-NATIVE = pytest.mark.skipif(not compiler_available(), reason="needs a C++ compiler")
 BOTH = pytest.mark.parametrize("targets", [pytest.param(TARGETS, marks=NATIVE, id="kernels"), pytest.param({}, id="eager")])
 
 
@@ -244,22 +242,15 @@ def test_threads_do_not_share_memory(targets):
     h = OPS["linear"](OPS["linear"](OPS["softmax"](x, dim=-1), w), w)
     program = compile_program(fused([x, w], [OPS["layer_norm"](h)], symbols=ANY_S), targets)
     weight = torch.randn(32, 32)
-    wrong = []
 
     def work(seed):
         generator = torch.Generator().manual_seed(seed)
         for n in range(1, 40):
             value = torch.randn(n, 32, generator=generator)
             want = torch.nn.functional.layer_norm(value.softmax(-1) @ weight.t() @ weight.t(), (32,))
-            if not torch.allclose(program([value, weight])[0], want, atol=1e-4):
-                wrong.append((seed, n))
+            assert torch.allclose(program([value, weight])[0], want, atol=1e-4), n
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
+    in_threads(work)
 
 
 @BOTH

@@ -3,12 +3,11 @@
 import copy
 import subprocess
 import sys
-import threading
 
 import pytest
 import tilewright
 import torch
-from tilewright.codegen.build import compiler_available
+from support import NATIVE, in_threads
 from tilewright.driver import backend as door
 from tilewright.driver.accuracy import check
 from tilewright.driver.backend import checked_options
@@ -18,15 +17,7 @@ from tilewright.ir.errors import CaptureError, TilewrightError
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounterWithBackend
 
-NATIVE = pytest.mark.skipif(not compiler_available(), reason="needs a C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def mlp():
@@ -208,7 +199,6 @@ def test_random_numbers_are_eagers():
 
 def test_threads():
     model, x = mlp().eval(), [torch.randn(n, 16) for n in (1, 2, 3, 8)]
-    wrong = []
     with torch.no_grad():
         run = torch.compile(model, backend="tilewright", dynamic=True)
         run(x[1]), run(x[2])
@@ -216,15 +206,9 @@ def test_threads():
     def work(i):
         with torch.no_grad():
             for _ in range(30):
-                if not torch.allclose(run(x[i]), model(x[i]), atol=1e-5):
-                    wrong.append(i)
+                assert torch.allclose(run(x[i]), model(x[i]), atol=1e-5)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
+    in_threads(work)
 
 
 @NATIVE

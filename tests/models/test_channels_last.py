@@ -5,6 +5,8 @@ import tilewright
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
@@ -36,7 +38,6 @@ def settled(model: nn.Module) -> nn.Module:
 
 
 def assert_as_eager(model: nn.Module, *inputs: torch.Tensor, dynamic: bool = False) -> None:
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="tilewright", dynamic=dynamic or None)
     with torch.no_grad():
         for x in inputs:

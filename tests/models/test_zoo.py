@@ -17,11 +17,7 @@ SHAPES = ((2, 12), (3, 17))
 TRAINED = ("bert", "gpt2", "llama", "t5", "vit", "resnet")
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def receipts_since(start: int) -> list:
