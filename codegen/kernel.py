@@ -154,21 +154,25 @@ def operands(value: Scalar) -> tuple[Scalar, ...]:
     return ()
 
 
+def cone(roots: Iterable[Scalar], known: Iterable[Scalar] = ()) -> list[Scalar]:
+    """Every scalar the roots need, operands first, each once, without what is known."""
+    found: list[Scalar] = []
+    seen = set(known)
+    stack = [(root, False) for root in reversed(list(roots))]
+    while stack:
+        value, ready = stack.pop()
+        if ready:
+            found.append(value)
+        elif value not in seen:
+            seen.add(value)
+            stack.append((value, True))
+            stack.extend((v, False) for v in reversed(operands(value)))
+    return found
+
+
 def scalars(stores: Iterable[Store]) -> list[Scalar]:
     """Every scalar under the stores, operands first, each once."""
-    found: list[Scalar] = []
-    seen: set[Scalar] = set()
-    for store in stores:
-        stack: list[tuple[Scalar, bool]] = [(store.value, False)]
-        while stack:
-            value, ready = stack.pop()
-            if ready:
-                found.append(value)
-            elif value not in seen:
-                seen.add(value)
-                stack.append((value, True))
-                stack.extend((v, False) for v in reversed(operands(value)))
-    return found
+    return cone(store.value for store in stores)
 
 
 def free_axes(kernel: Kernel) -> dict[Scalar, frozenset[str]]:

@@ -12,10 +12,9 @@ import torch
 
 from ...ir.dims import Dim, symbol
 from ...ir.scalar import Apply, Const, Scalar
-from ..kernel import Kernel, Load, Position, Reduce, Scan, Store, operands
+from ..kernel import Kernel, Load, Position, Reduce, Scan, Store, cone, operands
 from .expressions import ADD, CALLS, COMPARE, NARROW, PRIMARY, STORAGE, Text, apply_text, const_text, index_text, literal, wrap
 from .lanes import LaneAnalysis, stride_along
-from .plan import cone
 
 MEETING = frozenset({"and", "or", "xor", *COMPARE})
 MAX_INLINE = 90  # characters of an expression before it gets a variable

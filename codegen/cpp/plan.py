@@ -6,13 +6,12 @@ the loops of a block come in phases: phase p walks the inner axes when all reduc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import sympy
 
 from ...ir.scalar import Apply, Const, Scalar
-from ..kernel import Kernel, Load, Position, Reduce, Scan, Store, operands
+from ..kernel import Kernel, Load, Position, Reduce, Scan, Store, cone, operands
 
 # cost of an operation in cycles per vector, where it is more than 1
 COSTS: dict[str, int] = {
@@ -38,22 +37,6 @@ class Block:
 
     phases: list[Phase]
     kept: dict[Scalar, int] = field(default_factory=dict)
-
-
-def cone(roots: Iterable[Scalar], known: Iterable[Scalar] = ()) -> list[Scalar]:
-    """Every scalar the roots need, operands first, without what is known."""
-    found: list[Scalar] = []
-    seen = set(known)
-    stack = [(root, False) for root in reversed(list(roots))]
-    while stack:
-        value, done = stack.pop()
-        if done:
-            found.append(value)
-        elif value not in seen:
-            seen.add(value)
-            stack.append((value, True))
-            stack.extend((v, False) for v in reversed(operands(value)))
-    return found
 
 
 def plan_block(kernel: Kernel, free: dict[Scalar, frozenset[str]], bound: frozenset[str], stores: list[Store],

@@ -18,11 +18,11 @@ import torch
 
 from ...ir.dims import Dim, floordiv, product, symbol
 from ...ir.scalar import Const, Scalar
-from ..kernel import Axis, Kernel, Position, Reduce, Scan, free_axes, operands, scalars
+from ..kernel import Axis, Kernel, Position, Reduce, Scan, cone, free_axes, operands, scalars
 from .body import Body, Names, Scope, row_index
 from .expressions import MULTIPLY, PRIMARY, STORAGE, index_text, wrap
 from .lanes import LaneAnalysis, stride_along
-from .plan import Block, Phase, cone, index_axes, keep_rows, operation_cost, phase_roots, plan_block
+from .plan import Block, Phase, index_axes, keep_rows, operation_cost, phase_roots, plan_block
 from .schedule import Schedule
 
 ACCUMULATORS = {
