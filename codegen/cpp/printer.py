@@ -430,9 +430,3 @@ class KernelPrinter:
             running = self.names.fresh(value.op)
             self.line(f"vec<{kind}, {lanes}> {running} = splat<{lanes}>({kind}({start}));")
             self.body.scans[value] = running
-
-
-def _row_declaration(kind: str, name: str, size: Dim, stack: bool) -> str:
-    if stack and isinstance(size, int):
-        return f"alignas(64) {kind} {name}[{max(size, 1)}];"
-    return f"Row<{kind}> {name}({index_text(size, {})[0]});"

@@ -20,8 +20,11 @@ TRAINED = ("bert", "gpt2", "llama", "t5", "vit", "resnet")
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-def receipts_since(start: int) -> list:
-    return tilewright.receipts()[start:]
+def exact(model, given):
+    """What the model returns in float64, in which experts are called one by one: torch has no grouped product for it."""
+    twin = copy.deepcopy(model)
+    twin.config._experts_implementation = "eager"
+    return reference_outputs(twin, (), given)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -34,9 +37,9 @@ def test_forward_matches_eager_on_two_shapes(name):
             given = inputs(*shape)
             eager = dict(model(**given).items())
             ours = dict(compiled(**given).items())
-            result = check(ours, eager, dict(reference_outputs(model, (), given).items()))
+            result = check(ours, eager, dict(exact(model, given).items()))
             assert result.ok, f"{shape}: {result}"
-    made = receipts_since(start)
+    made = tilewright.receipts()[start:]
     assert made, "nothing was compiled"
     nodes = sum(r.coverage.nodes.total for r in made)
     fell_back = sum(r.coverage.nodes.fallback for r in made)
