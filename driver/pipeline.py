@@ -12,6 +12,7 @@ from ..passes.manager import parse_passes
 from ..passes.merge_linears import MergeLinears
 from ..passes.plan_memory import PlanMemory
 from ..passes.recognize import Recognize
+from ..passes.split_bias import SplitBias
 
 DEFAULT_PASSES: tuple[Pass, ...] = (
     Canonicalize(),  # one form for each thing: every later pass looks for one only
@@ -21,6 +22,7 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     MergeLinears(),  # once weights are final
     Canonicalize(),  # slices of merged products and views of composites compose with what reads them
     ChooseLayouts(),  # just before fusion, which takes the permutes that are left into its kernels
+    SplitBias(),  # just before fusion, which takes the sums into its kernels
     FuseRegions(),  # sees the final ops: kernels are decided here
     PlanMemory(),  # last: lifetimes are those of kernels
 )

@@ -19,8 +19,9 @@ from .fuse_regions import FuseRegions
 from .merge_linears import MergeLinears
 from .plan_memory import PlanMemory
 from .recognize import Recognize
+from .split_bias import SplitBias
 
-_KINDS = (Canonicalize, ChooseLayouts, FoldConstants, FoldNorms, FuseRegions, MergeLinears, PlanMemory, Recognize)
+_KINDS = (Canonicalize, ChooseLayouts, FoldConstants, FoldNorms, FuseRegions, MergeLinears, PlanMemory, Recognize, SplitBias)
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _KINDS}
 """What `--passes` knows, by name."""
