@@ -20,9 +20,9 @@ LIBRARY = frozenset({"matmul", "linear", "conv", "max_pool", "avg_pool", "attent
 
 LIBRARY_EXTERNS = (
     "aten.convolution_backward", "aten._scaled_dot_product", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.max_pool",
-    "aten.avg_pool",
+    "aten.avg_pool", "aten._grouped_mm", "transformers.grouped_mm_fallback",
 )  # fmt: skip
-"""Prefixes of extern targets that count as such too: training's halves of them."""
+"""Prefixes of extern targets that count as such too: training's halves of them, and grouped products of experts."""
 
 
 def is_library_call(node: Node) -> bool:
