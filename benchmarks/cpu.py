@@ -105,20 +105,26 @@ def copy_bandwidth() -> float:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table: speed-up over eager, then first call in seconds (cold / warm), then peak memory."""
-    peers = [p for p in PEERS if any(p in row for row in results["rows"].values()) and p != "eager"]
-    head = ["workload", *(f"{p}" for p in peers), "first call, s: " + " / ".join(peers), "peak MB: " + " / ".join(("eager", *peers))]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, row in results["rows"].items():
-        cells = [name, *(_cell(row, p, "speedup", ".2f") for p in peers)]
-        first = [_cell(row, p, "first_call", ".1f") for p in peers]
-        warm = row.get("tilewright", {}).get("first_call_warm")
-        cells.append(" / ".join(first) + (f" (tilewright warm {warm:.1f})" if warm else ""))
-        cells.append(" / ".join(_cell(row, p, "peak_mb", ".0f") for p in ("eager", *peers)))
-        lines.append("| " + " | ".join(cells) + " |")
-    geomeans = [_geomean(results, p) for p in peers]
-    lines.append("| geomean | " + " | ".join(f"{g:.2f}" for g in geomeans) + " | | |")
-    return "\n".join(lines)
+    """Three tables: speed-up over eager, seconds of the first call, peak memory of the process."""
+    peers = [p for p in PEERS if any(p in row for row in results["rows"].values())]
+    others = [p for p in peers if p != "eager"]
+    speed = [[name, *(_cell(row, p, "speedup", ".2f") for p in others)] for name, row in results["rows"].items()]
+    speed.append(["geomean", *(f"{_geomean(results, p):.2f}" for p in others)])
+    first = [
+        [name, *(_cell(row, p, "first_call", ".1f") for p in others), _cell(row, "tilewright", "first_call_warm", ".1f")]
+        for name, row in results["rows"].items()
+    ]
+    memory = [[name, *(_cell(row, p, "peak_mb", ".0f") for p in peers)] for name, row in results["rows"].items()]
+    return "\n\n".join((
+        _table(["speed-up over eager", *others], speed),
+        _table(["first call, s", *others, "tilewright, warm cache"], first),
+        _table(["peak memory, MB", *peers], memory),
+    ))  # fmt: skip
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _cell(row: dict[str, Any], peer: str, field: str, form: str) -> str:

@@ -56,7 +56,7 @@ def openvino(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Call:
     hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     request = ov.compile_model(converted, "CPU", hints).create_infer_request()
     arrays = [x.numpy() for x in inputs]
-    return lambda: torch.from_numpy(request.infer(arrays)[0])
+    return lambda: torch.from_numpy(request.infer(arrays, share_inputs=True, share_outputs=True)[0])
 
 
 PEERS: dict[str, Callable[..., Call]] = {
