@@ -48,11 +48,12 @@ class BuildError(TilewrightError):
 
 @dataclass(frozen=True)
 class Source:
-    """One extern "C" function: its name, its text, and the ctypes of its arguments; it returns nothing."""
+    """One extern "C" function: its name, its text, the ctypes of its arguments and of its result (None: void)."""
 
     name: str
     text: str
     arguments: tuple[Any, ...]
+    result: Any = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def build(sources: Sequence[Source], level: str = "native") -> list[Loaded]:
 def _typed(function: Loaded | None, source: Source) -> Loaded:
     assert function is not None
     if not isinstance(function, BuildError):
-        function.argtypes, function.restype = source.arguments, None  # type: ignore[attr-defined]
+        function.argtypes, function.restype = source.arguments, source.result  # type: ignore[attr-defined]
     return function
 
 

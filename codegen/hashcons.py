@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..ir.scalar import Apply, Const, Scalar
-from .kernel import Load, Position, Reduce, Scan, Store, operands, scalars
+from .kernel import INSIDE, Load, Position, Reduce, Scan, Store, operands, scalars
 
 
 def shared(stores: Sequence[Store]) -> tuple[Store, ...]:
@@ -40,6 +40,9 @@ def folded(value: Scalar) -> Scalar:
         return Const(torch.int64, int(value.index))
     if not isinstance(value, Apply):
         return value
+    if value.op == INSIDE and all(isinstance(v, Const) for v in value.args[:2]):
+        at, extent = (v.value for v in value.args[:2])  # type: ignore[attr-defined]
+        return value.args[0] if 0 <= at < extent else value
     if value.op == "where" and isinstance(value.args[0], Const):
         return value.args[1] if value.args[0].value else value.args[2]
     if value.op == "cast" and isinstance(value.args[0], Const):

@@ -24,7 +24,7 @@ import sympy
 import torch
 
 from ..ir.dims import Dim, symbol
-from ..ir.scalar import Apply, Scalar
+from ..ir.scalar import Apply, Const, Scalar
 
 REDUCTIONS: dict[str, str] = {
     "sum": "0 when empty; more than 1024 terms are summed in blocks, so that rounding grows slowly",
@@ -84,6 +84,15 @@ class Position(Scalar):
     index: sympy.Expr
 
 
+INSIDE = "inside"
+"""The one operation that is no function of numbers: `inside(at, extent, fault[, mask])` is `at`, which must lie in 0 .. extent-1; where it
+does not (and the mask is true) the kernel reports the literal `fault`, and the value is clamped, so that memory stays safe."""
+
+
+def inside(at: Scalar, extent: Scalar, fault: int, mask: Scalar | None = None) -> Scalar:
+    return Apply(torch.int64, INSIDE, (at, extent, Const(torch.int64, fault), *(() if mask is None else (mask,))))
+
+
 @dataclass(frozen=True, eq=False)
 class Reduce(Scalar):
     """`op` of REDUCTIONS over all points of the inner `axes`; it depends on no inner axis in `axes` any more."""
@@ -118,6 +127,7 @@ class Kernel:
 
     sizes: names of the size symbols that extents and indices use, in the order they are passed.
     sources: the user's source lines, for the comment above the kernel; label: what it computes in a few words.
+    faults: ops that read at computed positions; number n of `inside` is the n-th of them, counted from 1.
     Outputs are written completely: every element exactly once.
     """
 
@@ -130,6 +140,7 @@ class Kernel:
     label: str = ""
     sources: tuple[str, ...] = ()
     inplace: tuple[tuple[str, str], ...] = field(default=())
+    faults: tuple[str, ...] = ()
 
     @property
     def grid(self) -> tuple[Axis, ...]:

@@ -27,7 +27,7 @@ from ..ir.graph import Graph, Node, order
 from ..ir.scalar import Apply, Const, Scalar, apply, cast, lift, where
 from ..ir.types import ScalarType, compute_dtype
 from .hashcons import shared
-from .kernel import Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store, scalars
+from .kernel import INSIDE, Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store, inside, scalars
 
 REDUCE_OPS = {
     "sum": "sum",
@@ -62,6 +62,11 @@ def lower(body: Graph, name: str, label: str = "", sources: tuple[str, ...] = ()
         raise LoweringError(source, name=name, detail=str(refusal), reason=refusal.reason) from refusal
 
 
+def position_readers(body: Graph) -> list[Node]:
+    """The nodes that read at computed positions, in order: what the fault numbers of the body's kernel count."""
+    return [n for n in order(expanded(body, keep=())) if n.op.name in ("gather", "index", "embedding")]
+
+
 def _sources(body: Graph) -> dict[str, None]:
     """The user's source lines behind a body's nodes, in order."""
     return dict.fromkeys(s for n in order(body) if n.op.name != "input" for s in n.prov.sources)
@@ -74,6 +79,7 @@ class _Lowering:
         self.axes, self.final = placement.normal_form()
         self.inner = tuple(a.name for a in self.axes if a.inner)
         self.values: dict[Point, Scalar] = {}
+        self.readers = position_readers(body)
         self.names = _buffer_names(body, {a.name for a in self.axes} | set(placement.ranges.extents) | set(body.symbols))
 
     def kernel(self, name: str, label: str, sources: tuple[str, ...]) -> Kernel:
@@ -86,7 +92,10 @@ class _Lowering:
             outputs.append(buffer)
             stores.append(Store(buffer.name, self.index(out.offset), _stored(self.values[out.point], buffer.dtype)))
         axes = tuple(Axis(a.name, dim(expression(a.extent)), a.inner) for a in self.axes)
-        return Kernel(name, axes, inputs, tuple(outputs), shared(stores), _sizes(axes, stores, (*inputs, *outputs)), label, sources)
+        stores = shared(stores)
+        checked = any(isinstance(v, Apply) and v.op == INSIDE for v in scalars(stores))
+        faults = tuple(n.op.name for n in self.readers) if checked else ()
+        return Kernel(name, axes, inputs, tuple(outputs), stores, _sizes(axes, stores, (*inputs, *outputs)), label, sources, faults=faults)
 
     def index(self, p: Poly) -> sympy.Expr:
         return expression(self.final[p])
@@ -227,7 +236,9 @@ def _wrap(low: _Lowering, point: Point) -> Scalar:
     extent = arithmetic(point.bound, {})
     if point.value:
         value = where(value < 0, value + extent, value)
-    return apply("max", apply("min", value, extent - 1), 0)
+    mask = low.values[point.operands[-1]] if point.masked else None
+    assert point.node is not None
+    return inside(value, extent, low.readers.index(point.node) + 1, mask)
 
 
 def _reduce(low: _Lowering, point: Point) -> Scalar:

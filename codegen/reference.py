@@ -10,7 +10,7 @@ import torch
 
 from ..ir.dims import FloorDiv, Mod, evaluate
 from ..ir.scalar import Apply, Const, Scalar
-from .kernel import Kernel, Load, Position, Reduce, Scan, scalars
+from .kernel import INSIDE, Kernel, Load, Position, Reduce, Scan, scalars
 
 _BINARY: dict[str, Callable[..., torch.Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "floordiv": torch.floor_divide, "mod": torch.remainder,
@@ -140,6 +140,12 @@ _INDEX: dict[Any, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 def _applied(value: Apply, args: list[torch.Tensor]) -> torch.Tensor:
     if value.op == "cast":
         return args[0].to(value.dtype)
+    if value.op == INSIDE:
+        at, extent, _, *mask = args
+        outside = (at < 0) | (at >= extent)
+        if bool((outside & mask[0] if mask else outside).any()):
+            raise IndexError("index out of range")
+        return at.clamp(min=torch.zeros_like(extent), max=(extent - 1).clamp(min=0))
     if value.op == "bitcast":
         return args[0].view(value.dtype)
     if value.op in _BINARY:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..ir.dims import hint
+from ..ir.errors import IndexOutOfRange
 from ..ir.graph import Graph, Node, order
 from ..ir.interpret import interpret
 from ..ir.op import Category
@@ -195,7 +196,24 @@ def _emit_kernel(host: Host, node: Node, compiled: Compiled, native: bool) -> No
     buffers = [*operands, *results]
     shown = [host.address(v) if native else v.name for v in buffers]
     function = host.bind(compiled.kernel.name, compiled.launch)
-    host.line(f"{function}({', '.join([*shown, *compiled.kernel.sizes, *(['threads'] if native else [])])})", reads=buffers)
+    text = f"{function}({', '.join([*shown, *compiled.kernel.sizes, *(['threads'] if native else [])])})"
+    if native and compiled.kernel.faults:
+        faults = host.bind(f"{compiled.kernel.name}_faults", Faults(node.attrs["body"]))
+        text = f"if met := {text}: raise {faults}[met]"
+    host.line(text, reads=buffers)
+
+
+class Faults:
+    """What the fault numbers of a region's kernel mean at one place that calls it, as errors."""
+
+    def __init__(self, body: Graph) -> None:
+        self._body = body
+
+    def __getitem__(self, number: int) -> IndexOutOfRange:
+        from .lower import position_readers
+
+        node = position_readers(self._body)[number - 1]
+        return IndexOutOfRange(node.prov.source, op=node.op.name)
 
 
 def _read(node: Node, kernel: Kernel) -> list[int]:

@@ -14,7 +14,8 @@ class Compiled:
     """A kernel ready to run.
 
     launch(*inputs, *outputs, *sizes): buffers in the kernel's order, then sizes as ints. Buffers are data pointers and the number of
-    threads comes last if `Target.native`, else they are tensors.
+    threads comes last if `Target.native`, else they are tensors. It returns the number of a fault that was met (`Kernel.faults`), or 0;
+    None where there can be none, and where the device reports faults by itself.
     source: the text it was compiled from.
     """
 

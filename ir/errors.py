@@ -41,6 +41,12 @@ class ParseError(TilewrightError):
     template = "line {line}: {reason}"
 
 
+class IndexOutOfRange(TilewrightError, IndexError):
+    """A computed position lies outside of what it points into."""
+
+    template = "index out of range in {op}"
+
+
 class CaptureError(TilewrightError):
     """The model cannot be expressed as a graph at all; the caller runs it by eager and lists the reason."""
 

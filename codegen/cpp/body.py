@@ -12,7 +12,7 @@ import torch
 
 from ...ir.dims import Dim, symbol
 from ...ir.scalar import Apply, Const, Scalar
-from ..kernel import Kernel, Load, Position, Reduce, Scan, Store, cone, operands
+from ..kernel import INSIDE, Kernel, Load, Position, Reduce, Scan, Store, cone, operands
 from .expressions import ADD, CALLS, COMPARE, NARROW, PRIMARY, STORAGE, Text, apply_text, const_text, index_text, literal, wrap
 from .lanes import LaneAnalysis, stride_along
 
@@ -29,7 +29,7 @@ RESERVED = frozenset(
     Sum Prod Max Min Any All ArgMax ArgMin auto bool break case char class const continue default delete do double else enum
     export extern false float for goto if inline int long mutable namespace new operator private protected public register return
     short signed sizeof static struct switch template this throw true try typedef typename union unsigned using virtual void
-    volatile while xor or and not index remove main asm y0 y1 yn j0 j1 jn""",
+    met fault inside volatile while xor or and not index remove main asm y0 y1 yn j0 j1 jn""",
     )
 ) | CALLS | frozenset(STORAGE.values())  # fmt: skip
 
@@ -151,6 +151,8 @@ class Body:
         if isinstance(value, Scan):
             return self._scan(value, scope)
         assert isinstance(value, Apply), value
+        if value.op == INSIDE:
+            return (f"inside({', '.join(scope.texts[v][0] for v in value.args)}, fault)", PRIMARY)
         if value.op in COMPARE and self.analysis.difference(value) is not None:
             if not self.varies(value, scope):
                 return self._uniform_comparison(value)

@@ -44,8 +44,8 @@ CHEAP_BODY = 40  # cycles per vector below which a reduction waits for its own a
 def print_kernel(kernel: Kernel, schedule: Schedule) -> str:
     """The kernel as the text of one C++ function.
 
-    Its parameters are pointers (inputs, then outputs), sizes as int64_t, and the number of threads. Raises NotImplementedError with a
-    reason for what it has no text for.
+    Its parameters are pointers (inputs, then outputs), sizes as int64_t, and the number of threads; it returns the fault it met, if the
+    kernel has any. Raises NotImplementedError with a reason for what it has no text for.
     """
     return KernelPrinter(kernel, schedule).text()
 
@@ -95,8 +95,12 @@ class KernelPrinter:
         parameters = [f"const {STORAGE[b.dtype]}* {self.names.buffers[b.name]}" for b in kernel.inputs]
         parameters += [f"{STORAGE[b.dtype]}* {self.names.buffers[b.name]}" for b in kernel.outputs]
         parameters += [f"int64_t {s}" for s in kernel.sizes] + ["int threads"]
-        self.open(f"void {kernel.name}({', '.join(parameters)})")
+        self.open(f"{'int64_t' if kernel.faults else 'void'} {kernel.name}({', '.join(parameters)})")
+        if kernel.faults:
+            self.line("int64_t met = 0, *const fault = &met;")
         self.grid()
+        if kernel.faults:
+            self.line("return met;")
         self.close()
         return "\n".join(self.lines) + "\n"
 

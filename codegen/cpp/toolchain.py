@@ -28,7 +28,8 @@ def _print(kernel: Kernel, target: CpuTarget) -> Source | Failed:
     except NotImplementedError as error:
         return Failed(kernel, str(error))
     pointers = len(kernel.inputs) + len(kernel.outputs)
-    return Source(kernel.name, text, (ctypes.c_void_p,) * pointers + (ctypes.c_int64,) * len(kernel.sizes) + (ctypes.c_int,))
+    arguments = (ctypes.c_void_p,) * pointers + (ctypes.c_int64,) * len(kernel.sizes) + (ctypes.c_int,)
+    return Source(kernel.name, text, arguments, ctypes.c_int64 if kernel.faults else None)
 
 
 def _loaded(kernel: Kernel, source: Source, function: object) -> Compiled | Failed:

@@ -217,6 +217,29 @@ template <int L, class T, class I> INLINE auto gather(const T* p, I at) {
   }
 }
 
+// Positions that must lie in [0, extent): clamped, so that memory stays safe; *fault = number where one that is read does not.
+template <class V, class M> INLINE auto inside(V at, int64_t extent, int64_t number, M read, int64_t* fault) {
+  constexpr int L = max_of(lanes<V>, lanes<M>);
+  if constexpr (L == 1) {
+    bool outside = uint64_t(at) >= uint64_t(extent);
+    if (__builtin_expect(outside, 0)) {
+      if (read) __atomic_store_n(fault, number, __ATOMIC_RELAXED);
+      return at < 0 || extent <= 0 ? int64_t(0) : extent - 1;
+    }
+    return int64_t(at);
+  } else {
+    auto wide = splat<L>(at);
+    auto outside = (wide < 0) | (wide >= extent);
+    auto bad = select(read, outside, outside ^ outside);
+    int64_t any = 0;
+    for (int l = 0; l < L; l++) any |= bad[l];
+    if (__builtin_expect(any != 0, 0)) __atomic_store_n(fault, number, __ATOMIC_RELAXED);
+    int64_t last = extent > 0 ? extent - 1 : 0;
+    return select(wide < 0, int64_t(0), select(wide > last, last, wide));
+  }
+}
+template <class V> INLINE auto inside(V at, int64_t extent, int64_t number, int64_t* fault) { return inside(at, extent, number, true, fault); }
+
 template <int L, class T, class V> INLINE void store(T* p, V v) {
   auto r = encode<T>(splat<L>(v));
   __builtin_memcpy((void*)p, &r, sizeof r);

@@ -16,7 +16,7 @@ import torch
 
 from ...ir.dims import product
 from ...ir.scalar import Apply, Const, Scalar
-from ..kernel import Kernel, Load, Position, Reduce, Scan, Store, free_axes, operands, scalars
+from ..kernel import INSIDE, Kernel, Load, Position, Reduce, Scan, Store, free_axes, operands, scalars
 from .indices import Run, Span, index_source
 from .layout import Dimension, Layout
 from .legalize import UnsupportedByTriton
@@ -144,11 +144,24 @@ class Expressions:
         return name
 
     def _apply(self, value: Apply) -> Text:
+        if value.op == INSIDE:
+            return self._inside(value)
         if value.op in _COMPARISONS and all(_is_integer_literal(a) or isinstance(a, Position) for a in value.args):
             return scalar_text(value, [self._plain_position(a) for a in value.args])
         if is_infix(value) and not all(isinstance(a, Const) for a in value.args):
             return scalar_text(value, [self.text(a) for a in value.args])
         return scalar_text(value, [self._argument(a) for a in value.args])
+
+    def _inside(self, value: Apply) -> Text:
+        """The clamped position, after an assertion that nothing had to be clamped where it is read."""
+        clamped, at, _, fault, *mask = value.args
+        here = self.layout.along(self._free[value])
+        read = self._mask(here, self.text(mask[0]) if mask else None)
+        message = f"index out of range in {self.kernel.faults[int(fault.value) - 1]}"  # type: ignore[attr-defined]
+        condition = f"{self.text(at).at(SUM)} == {self.text(clamped).at(SUM)}"
+        assertion = f'tl.device_assert({condition}, "{message}"{", " + read if read else ""})'
+        self._scope(self._free[value]).lines.append(assertion)
+        return self.text(clamped)
 
     def _plain_position(self, value: Scalar) -> Text:
         """Positions compare as they are: no widening is needed."""

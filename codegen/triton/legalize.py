@@ -22,7 +22,7 @@ import torch
 
 from ...ir.errors import TilewrightError
 from ...ir.scalar import Apply, Const, Scalar, apply, cast, lift, where
-from ..kernel import Kernel, Load, Position, Reduce, Scan, Store, scalars
+from ..kernel import INSIDE, Kernel, Load, Position, Reduce, Scan, Store, scalars
 
 UNSIGNED = frozenset({torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool})
 _LARGEST_UNROLLED_POWER = 8
@@ -137,6 +137,12 @@ def _cast(value: Apply) -> Scalar:
     return replace(value, args=(cast(a, torch.int32 if value.dtype.itemsize < 4 else torch.int64),))
 
 
+def _inside(value: Apply) -> Scalar:
+    """Clamped here; `Expressions` asserts what was outside."""
+    at, extent = value.args[:2]
+    return replace(value, args=(apply("max", apply("min", at, extent - 1), 0), *value.args))
+
+
 def _shift(value: Apply) -> Scalar:
     """Shifts by less than 0 or by the width and more are undefined in Triton; here they give 0, or the sign."""
     a, b = value.args
@@ -159,5 +165,5 @@ def _identity_on_unsigned(value: Apply) -> Scalar:
 _RULES: dict[str, Callable[[Apply], Scalar]] = {
     "floordiv": _floordiv, "mod": _mod, "pow": _pow, "ipow": _ipow, "cast": _cast, "neg": _neg, "shl": _shift, "shr": _shift,
     "abs": _identity_on_unsigned, "max": _on_bool("or"), "min": _on_bool("and"), "fmax": _on_bool("or"), "fmin": _on_bool("and"),
-    "mul": _on_bool("and"),
+    "mul": _on_bool("and"), INSIDE: _inside,
 }  # fmt: skip

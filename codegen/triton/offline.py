@@ -70,7 +70,7 @@ def compile_offline(kernel: Kernel, schedule: Schedule | None = None, target: st
     aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(pointers))}
     source = ASTSource(function, dict(zip(function.arg_names, kinds)), dict(program.blocks), aligned)
     try:
-        compiled = triton.compile(source, target=TARGETS[target], options=launch_options(schedule))
+        compiled = triton.compile(source, target=TARGETS[target], options=launch_options(schedule, kernel))
     except Exception as error:
         raise OfflineError(kernel=kernel.name, target=target, reason=f"{type(error).__name__}: {error}") from error
     binary = compiled.asm["cubin" if "cubin" in compiled.asm else "hsaco"]

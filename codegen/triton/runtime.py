@@ -12,7 +12,7 @@ import linecache
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder
 from triton.runtime.jit import JITFunction
 
 from ...ir.dims import Dim, evaluate
@@ -129,12 +129,16 @@ def launch(program: Program, tensors: Mapping[str, torch.Tensor], sizes: Mapping
         with _interpreting():
             function[grid](*arguments, **program.blocks)
         return
-    function[grid](*arguments, **program.blocks, **launch_options(program.schedule))
+    function[grid](*arguments, **program.blocks, **launch_options(program.schedule, kernel))
 
 
-def launch_options(schedule: Schedule) -> dict[str, Any]:
-    """Options of Triton's compiler. No contraction of a*b+c: eager rounds the product, and x*x - x*x is 0."""
-    return {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages, "enable_fp_fusion": False}
+def launch_options(schedule: Schedule, kernel: Kernel) -> dict[str, Any]:
+    """Options of Triton's compiler. No contraction of a*b+c: eager rounds the product, and x*x - x*x is 0.
+
+    Assertions are on where positions are computed, as in eager's kernels; those on integer overflow never are: integers wrap.
+    """
+    options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages, "enable_fp_fusion": False}
+    return options | ({"debug": True, "sanitize_overflow": False} if kernel.faults else {})
 
 
 def _arguments(kernel: Kernel, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> list[Any]:
@@ -206,7 +210,9 @@ _STANDARD = ("sum", "max", "min", "cumsum", "cumprod")
 
 @contextlib.contextmanager
 def _interpreting() -> Iterator[None]:
-    """Lets the interpreter call those functions of `tl` that are themselves kernels, and leaves `tl` as it was."""
+    """Lets the interpreter call those functions of `tl` that are themselves kernels and check assertions; leaves both as they were."""
+    options = interpreter_builder.options
+    interpreter_builder.options = replace(options, debug=True, sanitize_overflow=False)
     namespaces = (tl, tl.core, tl.math, tl.tensor)
     before = [dict(vars(n)) for n in namespaces]
     for name in _STANDARD:
@@ -217,6 +223,7 @@ def _interpreting() -> Iterator[None]:
         with np.errstate(all="ignore"):
             yield
     finally:
+        interpreter_builder.options = options
         for namespace, names in zip(namespaces, before):
             _restore(namespace, names)
 

@@ -52,7 +52,7 @@ class Kind(enum.Enum):
     BOTH = "logical and of two conditions"
     CONVERT = "the operand in the dtype of the node"
     SELECT = "operand 0 ? operand 1 : operand 2, in the dtype of the node"
-    WRAP = "an integer operand as a position in 0 .. bound-1; a negative one counts from the end if `value`"
+    WRAP = "an integer operand that must lie in 0 .. bound-1; a negative one counts from the end if `value`; then the mask if any"
     REDUCE = "a reduction over all inner axes"
     SCAN = "a scan along the inner axis"
 

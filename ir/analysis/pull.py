@@ -98,11 +98,14 @@ class Puller:
     def computed(self, index: Poly) -> tuple[Point, ...]:
         return tuple(self._computed[n] for n in self.names(index))
 
-    def indirect(self, value: Point, extent: Poly, wraps: bool) -> Poly:
-        """A computed integer as an index coordinate in 0 .. extent-1 (out of range values are clamped: memory stays safe)."""
+    def indirect(self, node: Node, value: Point, extent: Poly, mask: Mask, wraps: bool) -> Poly:
+        """A computed integer of a gather `node` as an index coordinate in 0 .. extent-1; outside of it is the user's error."""
+        if extent == ZERO:
+            raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, f"{node.op.name} from an empty dimension")
+        guard = (self.all_of(mask),) if mask else ()
         wrapped = self.share(
-            ("wrap", value, extent, wraps),
-            lambda: Point(Kind.WRAP, operands=(value,), bound=extent, value=wraps),
+            ("wrap", value, extent, wraps, guard),
+            lambda: Point(Kind.WRAP, node, (value, *guard), bound=extent, value=wraps, masked=bool(guard)),
         )
         name = next((n for n, p in self._computed.items() if p is wrapped), None) or self._fresh_name()
         self._computed[name] = wrapped
@@ -341,14 +344,14 @@ def _slice_scatter(puller: Puller, node: Node, index: Index, mask: Mask) -> Poin
 def _gather(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
     x, where = node.inputs
     d = normalize_dim(node.attrs["dim"], len(index))
-    row = puller.indirect(puller.at(where, index, mask), dims_of(x)[d], wraps=False) if index else ZERO
+    row = puller.indirect(node, puller.at(where, index, mask), dims_of(x)[d], mask, wraps=False) if index else ZERO
     return puller.at(x, (*index[:d], row, *index[d + 1 :]) if index else (), mask)
 
 
 def _embedding(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
     weight, ids = node.inputs
     rank = ids.tensor.rank
-    row = puller.indirect(puller.at(ids, index[:rank], mask), dims_of(weight)[0], wraps=False)
+    row = puller.indirect(node, puller.at(ids, index[:rank], mask), dims_of(weight)[0], mask, wraps=False)
     return puller.at(weight, (row, *index[rank:]), mask)
 
 
@@ -363,7 +366,7 @@ def _index(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
         if i.dtype == torch.bool or i.dtype == torch.uint8:
             raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, "indexing by a mask")
         at = broadcast_index(middle, dims_of(i))
-        rows[d] = puller.indirect(puller.at(i, at, mask), dims_of(x)[d], wraps=True)
+        rows[d] = puller.indirect(node, puller.at(i, at, mask), dims_of(x)[d], mask, wraps=True)
     rest = iter((*index[:front], *index[front + block :]))
     return puller.at(x, tuple(rows[d] if d in rows else next(rest) for d in range(x.tensor.rank)), mask)
 

@@ -42,9 +42,14 @@ def _index_put(call: Call, x: Node, indices: tuple[Node | None, ...], value: Nod
 
 
 def _index_select(call: Call, x: Node, d: int, index: Node) -> Result:
+    """Unlike `index`, it has no negative positions."""
     if x.tensor.rank == 0 or index.tensor.rank != 1:
         return None
-    return make("index", x, index, dims=(normalize_dim(d, x.tensor.rank),))
+    d = normalize_dim(d, x.tensor.rank)
+    if x.tensor.rank == 2 and d == 0:
+        return make("embedding", x, index)
+    column = reshape(index, tuple(index.shape[0] if i == d else 1 for i in range(x.tensor.rank)))
+    return make("gather", x, make("expand", column, shape=call.shape), dim=d)
 
 
 def _gather(call: Call, x: Node, d: int, index: Node, sparse: bool) -> Result:

@@ -7,11 +7,16 @@ import math
 import pytest
 import torch
 from lowering import check, graph_of
+from tilewright.codegen.cpp.toolchain import compile_kernels
 from tilewright.codegen.kernel import Load, Reduce, scalars
 from tilewright.codegen.lower import LoweringError, lower
+from tilewright.codegen.reference import run
+from tilewright.codegen.triton.runtime import build
+from tilewright.codegen.triton.runtime import run as interpreted
 from tilewright.ir import ops
 from tilewright.ir.analysis.points import Obstacle
 from tilewright.ir.dims import SymbolRange, symbol
+from triton.runtime.errors import InterpreterError
 
 B, S = symbol("b"), symbol("s")
 SIZES = {"b": SymbolRange(1), "s": SymbolRange(1)}
@@ -177,6 +182,55 @@ def test_computed_positions():
     check(lambda a, i, j: ops.index(a, i, j, dims=(1, 2)), x(5, 7, 4), ids, torch.tensor([3, -1]))
     check(lambda w, i: ops.cat(ops.embedding(w, i), ops.embedding(w, i), dim=0), x(7, 5), ids)
     check(lambda w, u, i: ops.index(ops.cat(w, u, dim=0), i, dims=(0,)), x(4, 5), x(3, 5), ids)
+
+
+EMBEDDED = (
+    lambda table, at: ops.relu(ops.embedding(table, ops.add(at, 0))),
+    lambda table, at: ops.relu(ops.index(table, ops.add(at, 0), dims=(0,))),
+    lambda table, at: ops.relu(ops.gather(table, ops.expand(ops.reshape(ops.add(at, 0), shape=(20, 1)), shape=(20, 4)), dim=0)),
+)
+
+
+@pytest.mark.parametrize("build", EMBEDDED, ids=("embedding", "index", "gather"))
+@pytest.mark.parametrize("wrong", [7, -1, -8, 1 << 40])
+def test_positions_out_of_range_are_faults(build, wrong):
+    """In the reference, in C++ and in Triton's interpreter; negative ones count from the end in `index` only."""
+    table, at = torch.randn(7, 4), torch.arange(20) % 7
+    kernel = lower(graph_of(build, (table, at)), "k")
+    for k in (0, 13, 19):
+        bad = at.clone()
+        bad[k] = wrong
+        fails = kernel.faults != ("index",) or wrong != -1
+        assert _faults(kernel, table, at) == (False, False, False)
+        assert _faults(kernel, table, bad) == (fails, fails, fails)
+
+
+def test_positions_of_pieces_that_are_not_read_do_not_count():
+    def build(table, at):
+        return ops.cat(ops.embedding(table, ops.sub(at, 5)), ops.relu(table), dim=0)
+
+    table, at = torch.randn(7, 4), 5 + torch.arange(20) % 7
+    kernel = lower(graph_of(build, (table, at)), "k")
+    assert _faults(kernel, table, at) == (False, False, False)
+    at[3] = 4
+    assert _faults(kernel, table, at) == (True, True, True)
+
+
+def _faults(kernel, table, at):
+    """Whether (reference, C++, Triton) report a fault."""
+    memory = {b.name: x for b, x in zip(kernel.inputs, (table.reshape(-1), at))}
+    found = []
+    for how in (lambda: run(kernel, list(memory.values()), {}), lambda: interpreted(build(kernel), memory)):
+        try:
+            how()
+            found.append(False)
+        except (IndexError, AssertionError, InterpreterError):
+            found.append(True)
+    (compiled,) = compile_kernels([kernel])
+    outputs = [torch.empty(b.size, dtype=b.dtype) for b in kernel.outputs]
+    met = compiled.launch(*(x.data_ptr() for x in (*memory.values(), *outputs)), 2)
+    assert met in (0, 1)
+    return found[0], met == 1, found[1]
 
 
 def test_ranges_and_fills():

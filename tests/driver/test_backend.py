@@ -115,6 +115,34 @@ def test_mutation():
     assert_like_eager(f, torch.randn(4, 4), torch.randn(4, 4))
 
 
+READS = {
+    "embedding": (lambda at, table: torch.nn.functional.embedding(at, table) * 2, False),
+    "index_select": (lambda at, table: table.index_select(1, at) * 2, False),
+    "gather": (lambda at, table: table.gather(1, at.expand(9, 3)) * 2, False),
+    "index": (lambda at, table: table[at] * 2, True),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_positions_out_of_range_are_errors(name, dynamic):
+    """Never a wrong row, silently; what eager wraps is wrapped."""
+    read, wraps = READS[name]
+    table = torch.randn(9, 9)
+    ours = torch.compile(read, backend="tilewright", dynamic=dynamic)
+    assert torch.equal(ours(torch.tensor([0, 8, 3]), table), read(torch.tensor([0, 8, 3]), table))
+    for wrong in (9, -1, -10):
+        at = torch.tensor([0, wrong, 3])
+        if wraps and wrong == -1:
+            assert torch.equal(ours(at, table), read(at, table))
+            continue
+        with pytest.raises((IndexError, RuntimeError)):
+            read(at, table)
+        with pytest.raises(IndexError, match=r"index out of range in \w+ \(at .*test_backend.py:\d+\)"):
+            ours(at, table)
+    assert torch.equal(ours(torch.tensor([0, 8, 3]), table), read(torch.tensor([0, 8, 3]), table))
+
+
 def test_buffers_are_updated():
     model = torch.nn.BatchNorm1d(4)
     twin = copy.deepcopy(model)
