@@ -94,7 +94,8 @@ def dim(value: Any) -> Dim:
 
 @functools.lru_cache(maxsize=4096)
 def _expanded(expr: sympy.Expr) -> sympy.Expr:
-    return sympy.expand(expr)
+    expanded = sympy.expand(expr)
+    return expanded.doit() if expanded.has(sympy.Max, sympy.Min) else expanded  # sympy's own rewriting leaves Max(1, 2) as it is
 
 
 def floordiv(a: Dim, b: Dim) -> Dim:
