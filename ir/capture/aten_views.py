@@ -9,6 +9,7 @@ from torch._ops import OpOverload
 
 from ..dims import Dim, dim, same
 from ..graph import Node
+from ..ops.views import slice_length
 from ..types import normalize_dim
 from .call import Call, Converter, Result, make, reshape
 
@@ -63,7 +64,8 @@ def slice_bounds(size: Dim, start: Any, stop: Any, step: int, length: Dim) -> tu
         return low, min(high, size)
     if step == 1:
         return low, dim(low + length)
-    return low, (high if same(high, size) or isinstance(high, int) else size)
+    fits = (stop for stop in (high, size) if same(slice_length(low, stop, step), length))
+    return low, next(fits, dim(low + (length - 1) * step + 1))
 
 
 def _slice(call: Call, x: Node, d: int, start: Any, stop: Any, step: int) -> Result:

@@ -7,6 +7,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..dims import Dim, Mod, SymbolRange, dim, floordiv, symbol
 from ..errors import CaptureError
@@ -36,6 +37,8 @@ class Sizes:
     def __init__(self) -> None:
         self.ranges: dict[str, SymbolRange] = {}
         self._known: dict[sympy.Expr, Dim] = {}
+        self._same: dict[Dim, Dim] = {}  # divided sizes and what they are equal to
+        self._alike: dict[int, list[tuple[int | torch.SymInt, Dim]]] = {}  # by their size in the example
 
     def dim(self, value: Any) -> Dim:
         """int or torch.SymInt -> Dim; raises CaptureError for what has no form in our dims."""
@@ -45,8 +48,33 @@ class Sizes:
         if expr not in self._known:
             for s in expr.free_symbols:
                 self.ranges[s.name] = _range(s, value.node.shape_env)
-            self._known[expr] = dim(_convert(expr))
+            self._known[expr] = self._equal(value)
         return self._known[expr]
+
+    def _equal(self, value: torch.SymInt) -> Dim:
+        """The size, or where it is a divided one, the first that torch's guards make it equal to: `2*(s // 2)` is `s` if s was even."""
+        found = dim(_convert(value.node.expr))
+        if not value.node.has_hint():
+            return found
+        if isinstance(found, sympy.Expr) and self._same:
+            found = self._factors(found)
+        example = int(value.node.hint)
+        here = self._alike.setdefault(example, [(example, example)])
+        if isinstance(found, sympy.Expr) and found.atoms(sympy.Function):
+            for other, known in here:
+                if statically_known_true(value == other):
+                    self._same[found] = known
+                    return known
+        here.append((value, found))
+        return found
+
+    def _factors(self, size: sympy.Expr) -> Dim:
+        """A product of sizes with its factors replaced by what they are equal to."""
+        product: Any = sympy.Mul(*(self._same.get(f, f) for f in sympy.Mul.make_args(sympy.factor_terms(size))))
+        for divided, known in self._same.items():
+            if divided.is_Mul and product.is_Mul:  # type: ignore[union-attr]
+                product = product.subs(divided, known)
+        return dim(product)
 
     def dims(self, values: Any) -> tuple[Dim, ...]:
         return tuple(self.dim(v) for v in values)

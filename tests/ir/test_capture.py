@@ -92,6 +92,25 @@ def test_one_capture_serves_all_sizes() -> None:
 
 
 @torch.no_grad()
+def test_sizes_that_guards_make_equal_are_one() -> None:
+    """Every second element, and halves that fit together because the size was even: torch's guards say so, no op falls back."""
+
+    def f(x: torch.Tensor) -> Any:
+        even, odd = x[::2], x[1::2]
+        pairs = torch.stack([even + odd, odd], 1).flatten(0, 1)
+        return x[:-1:2], x[1:-2:3].exp(), pairs * x
+
+    run, recorder = compiled(f, dynamic=True)
+    for n in (12, 18, 13):
+        x = torch.randn(n, 5)
+        if n % 2:
+            same(compiled(lambda x: (x[:-1:2], x[1:-2:3]), dynamic=True)[0](x), (x[:-1:2], x[1:-2:3]))
+        else:
+            same(run(x), f(x))
+    assert len(recorder.graphs) == 1 and not recorder.failures and not recorder.externs
+
+
+@torch.no_grad()
 def test_symbols_have_the_ranges_that_dynamo_guards() -> None:
     run, recorder = compiled(lambda x: x + 1, dynamic=True)
     run(torch.randn(3, 5))
