@@ -97,8 +97,7 @@ def test_sizes_that_guards_make_equal_are_one() -> None:
 
     def f(x: torch.Tensor) -> Any:
         even, odd = x[::2], x[1::2]
-        pairs = torch.stack([even + odd, odd], 1).flatten(0, 1)
-        return x[:-1:2], x[1:-2:3].exp(), pairs * x
+        return x[:-1:2], x[1:-2:3].exp(), even + odd, torch.stack([even, odd], 1), even.reshape(-1) * odd.reshape(-1)
 
     run, recorder = compiled(f, dynamic=True)
     for n in (12, 18, 13):
