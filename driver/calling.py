@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import TreeSpec, register_pytree_node
 
 from ..ir.capture import CapturedModule
+from ..ir.capture.fx import assert_checks
 from ..ir.dims import SymbolRange
 from ..ir.graph import Graph
 from ..ir.types import TensorType, Type
@@ -105,6 +106,7 @@ class CallingConvention:
     names: the arguments in order; arguments: their trees; tensors: which of their flat leaves are graph inputs (the others were constants
     at export). result: the tree of the result; outputs: for each of its leaves the graph output, or None for a constant of `constants`
     (leaf -> number, string or None). state: names of the buffers that the graph updates; they are its last inputs.
+    checks: further graph outputs that are assertions of the model, with their messages.
     """
 
     names: tuple[str, ...]
@@ -114,6 +116,7 @@ class CallingConvention:
     outputs: tuple[int | None, ...]
     constants: dict[int, Any]
     state: tuple[str, ...] = ()
+    checks: tuple[tuple[int, str], ...] = ()
 
     @functools.cached_property
     def _plain(self) -> bool:
@@ -164,7 +167,8 @@ class CallingConvention:
         return f"number {number + 1}"
 
     def pack(self, outputs: Sequence[Any]) -> Any:
-        """The result of a call from the flat outputs of the graph."""
+        """The result of a call from the flat outputs of the graph. Raises RuntimeError where an assertion of the model is false."""
+        assert_checks(self.checks, outputs)
         leaves = (self.constants.get(i) if n is None else outputs[n] for i, n in enumerate(self.outputs))
         return unflatten(self.result, iter(leaves))
 
@@ -174,7 +178,8 @@ class CallingConvention:
     @staticmethod
     def from_json(data: dict[str, Any]) -> CallingConvention:
         lists = {k: tuple(data[k]) for k in ("names", "arguments", "tensors", "outputs", "state")}
-        return CallingConvention(result=data["result"], constants=dict(data["constants"]), **lists)
+        checks = tuple((int(i), str(message)) for i, message in data["checks"])
+        return CallingConvention(result=data["result"], constants=dict(data["constants"]), checks=checks, **lists)
 
 
 def convention_of(program: ExportedProgram, captured: CapturedModule) -> CallingConvention:
@@ -191,6 +196,7 @@ def convention_of(program: ExportedProgram, captured: CapturedModule) -> Calling
         outputs=signature.outputs,
         constants=dict(signature.results),
         state=signature.state,
+        checks=signature.checks,
     )
 
 

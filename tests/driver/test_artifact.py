@@ -210,3 +210,18 @@ def test_wrong_calls(path):
     ]:
         with pytest.raises(TypeError, match=words):
             call()
+
+
+class Positive(torch.nn.Module):
+    def forward(self, x):
+        torch._assert_async((x > 0).all(), "x must be positive")
+        return x.sqrt()
+
+
+def test_assertions_of_the_model_are_kept(tmp_path):
+    made = tilewright.optimize(Positive(), (X.abs() + 1,))
+    made.save(tmp_path / "a.tw")
+    for model in (made, tilewright.load(tmp_path / "a.tw")):
+        assert torch.equal(model(X.abs() + 1), (X.abs() + 1).sqrt())
+        with pytest.raises(RuntimeError, match="x must be positive"):
+            model(X)
