@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from support import NATIVE
 from tilewright.codegen.program import compile_program
 from tilewright.codegen.target import TARGETS
