@@ -140,7 +140,11 @@ def test_two_at_once_with_an_empty_cache(here):
 def test_interrupted(here, number, status):
     (here / "slow.py").write_text("import time\ndef model():\n    open('started', 'w').close()\n    time.sleep(60)\n")
     process = subprocess.Popen(
-        [*OPTIMIZE, "slow:model", "-o", "a.tw"], env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [*OPTIMIZE, "slow:model", "-o", "a.tw"],
+        env=_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in a shell's background ignores it otherwise
     )
     while not Path("started").exists():
         assert process.poll() is None
