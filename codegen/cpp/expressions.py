@@ -100,12 +100,20 @@ def apply_text(value: Apply, args: list[Text]) -> Text:
 def _binary(value: Apply, args: list[Text]) -> Text:
     sign, precedence = BINARY[value.op]
     left, right = args
+    if precedence == SHIFT and not _shifts_inside(value):
+        return _fit(value.dtype, (f"{value.op}({left[0]}, {right[0]})", PRIMARY))
     # `a & b == c` and `a + b << c` are right but read wrong: parentheses around any other operator
     loose = precedence in (AND, OR, XOR, SHIFT)
     outer = UNARY if loose else precedence
     same = loose and sign not in ("<<", ">>") and left[1] == precedence
     text = f"{wrap(left, precedence if same else outer)} {sign} {wrap(right, outer + (not loose))}"
     return _fit(value.dtype, (text, precedence))
+
+
+def _shifts_inside(value: Apply) -> bool:
+    """By a literal for which C++ defines its operator."""
+    count = value.args[1]
+    return isinstance(count, Const) and 0 <= count.value < 8 * value.dtype.itemsize
 
 
 def _fit(dtype: torch.dtype, text: Text) -> Text:

@@ -107,6 +107,22 @@ template <class M, class A, class B> INLINE auto select(M m, A a, B b) {
   else return m ? wa : wb;
 }
 
+// a << b and a >> b for any b: outside of 0 .. width-1 nothing is left but, of a >> b, the sign.
+template <class A, class B> INLINE auto shl(A a, B b) {
+  typedef elem<A> T;
+  constexpr int L = max_of(lanes<A>, lanes<B>);
+  auto x = splat<L>(a), n = splat<L>(as<T>(b)), zero = splat<L>(T(0));
+  auto fits = mask((n >= T(0)) & (n < T(8 * sizeof(T))));
+  return as<T>(select(fits, as<T>(x << select(fits, n, zero)), zero));
+}
+template <class A, class B> INLINE auto shr(A a, B b) {
+  typedef elem<A> T;
+  constexpr int L = max_of(lanes<A>, lanes<B>);
+  auto x = splat<L>(a), n = splat<L>(as<T>(b)), last = splat<L>(T(8 * sizeof(T) - 1));
+  auto fits = mask((n >= T(0)) & (n <= last));
+  return as<T>(select(fits, as<T>(x >> select(fits, n, last)), T(-1) < T(0) ? as<T>(x >> last) : splat<L>(T(0))));
+}
+
 // ---- storage: bf16, half and bool are stored in other types than they are computed in
 
 template <class T> struct Raw { typedef T type; };

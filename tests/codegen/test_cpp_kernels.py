@@ -409,8 +409,10 @@ def _operation(op: str, dtype: torch.dtype, scalar: bool) -> list[Scalar]:
     if op == "bitcast":
         same = {1: torch.uint8, 2: torch.int16, 4: I32, 8: I64}[dtype.itemsize]
         return [Apply(same, "bitcast", (a,))]
-    if op in ("shl", "shr", "ipow"):
+    if op == "ipow":
         return [apply(op, a, 3)]
+    if op in ("shl", "shr"):
+        return [apply(op, a, n) for n in (3, 64, b)] + ([apply(op, a, -1)] if dtype.is_signed else [])
     if op in ("floordiv", "truncdiv") or op in ("mod", "fmod") and not dtype.is_floating_point:
         return [apply(op, a, 5), apply(op, a, -3)] if dtype.is_signed else [apply(op, a, 5)]
     return [apply(op, *(a, b, c)[: ARITY.get(op, 2)])]
