@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..ir.scalar import Apply, Const, Scalar
-from .kernel import INSIDE, Load, Position, Reduce, Scan, Store, operands, scalars
+from .kernel import INSIDE, Attend, Dot, Load, Position, Reduce, Scan, Store, operands, scalars
 
 
 def shared(stores: Sequence[Store]) -> tuple[Store, ...]:
@@ -31,6 +31,10 @@ def rebuilt(value: Scalar, new: dict[Scalar, Scalar]) -> Scalar:
     if isinstance(value, Load):
         mask = None if value.mask is None else new[value.mask]
         return replace(value, indirect=tuple((n, new[v]) for n, v in value.indirect), mask=mask)
+    if isinstance(value, Dot):
+        return replace(value, left=new[value.left], right=new[value.right])
+    if isinstance(value, Attend):
+        return replace(value, score=new[value.score], value=new[value.value])
     return replace(value, value=new[value.value])  # type: ignore[attr-defined]
 
 
@@ -55,8 +59,10 @@ def folded(value: Scalar) -> Scalar:
 
 
 def _cast(value: Apply, literal: Const) -> Scalar:
-    """Widening to a float, and integers that fit; anything that rounds stays for the machine to do."""
+    """Truth, widening to a float, and integers that fit; anything that rounds stays for the machine to do."""
     number = literal.value
+    if value.dtype == torch.bool:
+        return Const(value.dtype, number != 0)
     if value.dtype == torch.float64 and isinstance(number, (bool, int, float)) and abs(number) < 2**53:
         return Const(value.dtype, float(number))
     if value.dtype == torch.float32 and not isinstance(number, float) and abs(number) < 2**24:
@@ -77,6 +83,8 @@ def _key(value: Scalar) -> Any:
         return (*head, value.buffer, value.index, indirect, id(value.mask) if value.mask is not None else None, repr(value.other))
     if isinstance(value, Position):
         return (*head, value.index)
+    if isinstance(value, (Dot, Attend)):
+        return (*head, *map(id, operands(value)), value.axes if isinstance(value, Dot) else value.axis)
     assert isinstance(value, (Reduce, Scan))
     where = value.axes if isinstance(value, Reduce) else value.axis
     return (*head, value.op, id(value.value), where)

@@ -112,6 +112,31 @@ class Scan(Scalar):
 
 
 @dataclass(frozen=True, eq=False)
+class Dot(Scalar):
+    """Sum over the inner `axes`, which are its own, of left * right: one element of a contraction.
+
+    Grid axes that only `left` depends on are its rows, those of `right` only its columns, those of both a batch. Elements are added in
+    any order, in `dtype` at least.
+    """
+
+    left: Scalar
+    right: Scalar
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Attend(Scalar):
+    """Sum over the inner `axis` of softmax(score) * value: one element of an attention. 0 where every score is -inf.
+
+    `score` depends on the row (usually a Dot of query and key under masks), `value` on the column. Both on `axis` and the batch.
+    """
+
+    score: Scalar
+    value: Scalar
+    axis: str
+
+
+@dataclass(frozen=True, eq=False)
 class Store:
     """buffer[index] = value at every point of the value's and index's domain, converted to the buffer's dtype."""
 
@@ -162,6 +187,10 @@ def operands(value: Scalar) -> tuple[Scalar, ...]:
         return tuple(v for _, v in value.indirect) + ((value.mask,) if value.mask is not None else ())
     if isinstance(value, (Reduce, Scan)):
         return (value.value,)
+    if isinstance(value, Dot):
+        return (value.left, value.right)
+    if isinstance(value, Attend):
+        return (value.score, value.value)
     return ()
 
 
@@ -194,7 +223,9 @@ def free_axes(kernel: Kernel) -> dict[Scalar, frozenset[str]]:
         axes = frozenset().union(*(free[v] for v in operands(value)))
         if isinstance(value, (Load, Position)):
             axes |= names & {s.name for s in value.index.free_symbols}  # type: ignore[attr-defined]
-        if isinstance(value, Reduce):
+        if isinstance(value, (Reduce, Dot)):
             axes -= set(value.axes)
+        if isinstance(value, Attend):
+            axes -= {value.axis}
         free[value] = axes
     return free

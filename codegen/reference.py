@@ -10,7 +10,7 @@ import torch
 
 from ..ir.dims import FloorDiv, Mod, evaluate
 from ..ir.scalar import Apply, Const, Scalar
-from .kernel import INSIDE, Kernel, Load, Position, Reduce, Scan, scalars
+from .kernel import INSIDE, Attend, Dot, Kernel, Load, Position, Reduce, Scan, scalars
 
 _BINARY: dict[str, Callable[..., torch.Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "floordiv": torch.floor_divide, "mod": torch.remainder,
@@ -83,6 +83,10 @@ class _Run:
             k = self.place[value.axis]
             wide = self.spread(values[value.value], (k,))
             return getattr(torch, value.op)(wide, k)
+        if isinstance(value, Dot):
+            return self.dot(value, values[value.left], values[value.right])
+        if isinstance(value, Attend):
+            return self.attend(value, values[value.score], values[value.value])
         assert isinstance(value, Apply)
         return _applied(value, [values[a] for a in value.args])
 
@@ -98,6 +102,16 @@ class _Run:
             return torch.full(index.shape, value.other, dtype=value.dtype)
         read = buffer[torch.where(mask, index, 0)].to(value.dtype)
         return torch.where(mask, read, torch.tensor(value.other, dtype=value.dtype))
+
+    def dot(self, value: Dot, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        axes = [self.place[a] for a in value.axes]
+        return (self.spread(left, axes) * right).sum(axes, keepdim=True).to(value.dtype)
+
+    def attend(self, value: Attend, score: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        axis = self.place[value.axis]
+        score = self.spread(score, [axis])
+        weight = torch.where((score == -torch.inf).all(axis, keepdim=True), 0, torch.softmax(score, axis))
+        return (weight * values).sum(axis, keepdim=True).to(value.dtype)
 
     def spread(self, value: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
         return value.expand([self.extents[k] if k in axes else n for k, n in enumerate(value.shape)])
