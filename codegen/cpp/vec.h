@@ -406,3 +406,4 @@ template <class T> struct Row {
 
 #include "math.h"
 #include "reduce.h"
+#include "dot.h"
