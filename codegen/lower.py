@@ -27,7 +27,7 @@ from ..ir.graph import Graph, Node, order
 from ..ir.scalar import Apply, Const, Scalar, apply, cast, lift, where
 from ..ir.types import ScalarType, compute_dtype
 from .hashcons import shared
-from .kernel import INSIDE, Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store, inside, scalars
+from .kernel import INSIDE, Axis, Buffer, Dot, Kernel, Load, Position, Reduce, Scan, Store, inside, scalars
 
 REDUCE_OPS = {
     "sum": "sum",
@@ -267,9 +267,17 @@ def _scan(low: _Lowering, point: Point) -> Scalar:
     return value if point.value else Scan(wide, point.node.op.name, value, low.inner[0])
 
 
+def _dot(low: _Lowering, point: Point) -> Scalar:
+    left, right, *bias = low.operands(point)
+    wide = compute_dtype(point.dtype)
+    total = Dot(wide, cast(left, wide), cast(right, wide), low.inner) if low.inner else left * right
+    return total + cast(bias[0], wide) if bias else total
+
+
 _RULES: dict[Kind, Callable[[_Lowering, Point], Scalar]] = {
     Kind.LOAD: _load, Kind.CONST: _const, Kind.POSITION: _position, Kind.APPLY: _apply, Kind.IOTA: _iota, Kind.INSIDE: _inside,
     Kind.BOTH: _both, Kind.CONVERT: _convert, Kind.SELECT: _select, Kind.WRAP: _wrap, Kind.REDUCE: _reduce, Kind.SCAN: _scan,
+    Kind.DOT: _dot,
 }  # fmt: skip
 
 

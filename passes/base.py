@@ -31,6 +31,8 @@ class Reason(enum.Enum):
     NOT_CONSTANT = "an operand is not a constant"
     SHARED = "another consumer needs the original value"
     DIFFERENT_DEVICE = "operands live on different devices"
+    PROLOGUE = "an operand of a contraction is computed"
+    SECOND_WALK = "one kernel walks one contraction or window"
     SHAPE_MISMATCH = "the shapes do not fit the pattern"
     LAYOUT = "the memory layout cannot be expressed in the index"
     NO_GAIN = "no gain by the cost model"

@@ -11,6 +11,7 @@ from ..ir.analysis.pull import FUSIBLE_CATEGORIES, FUSIBLE_NAMES, NATIVE_DTYPES,
 from ..ir.dims import hint
 from ..ir.graph import Graph, Node, is_scalar, order, scalar_value, users
 from ..ir.op import Category
+from .contractions import is_native
 
 INLINE_FLOPS = 8
 """Values that cost at most this many flops per element, read almost nothing and have several readers are recomputed by each."""
@@ -78,7 +79,7 @@ def _is_transparent(node: Node) -> bool:
 
 
 def _computes(node: Node) -> bool:
-    return node.op.category in FUSIBLE_CATEGORIES or node.op.name in FUSIBLE_NAMES or node.op.name == "flip"
+    return node.op.category in FUSIBLE_CATEGORIES or node.op.name in FUSIBLE_NAMES or node.op.name == "flip" or is_native(node)
 
 
 def _refusal(node: Node) -> Refusal | None:

@@ -109,6 +109,7 @@ def _place(body: Graph, anchor: Node | None) -> Placement:
     for node in body.outputs:
         at = loops.output_index(node, ranges)
         outputs.append(Output(node, ranges.recombine(linear(at, dims_of(node))), puller.at(node, at)))
+    axes += [LoopAxis(name, extent, True) for name, extent in puller.own]
     ordered = sorted(axes, key=lambda a: a.inner)
     return Placement(tuple(ordered), tuple(outputs), tuple(puller.points), ranges)
 

@@ -32,6 +32,8 @@ class Obstacle(enum.Enum):
     CYCLE = "fusing would make the kernels wait for each other"
     LIBRARY_CALL = "one side is a library call"
     DIFFERENT_DEVICE = "operands live on different devices"
+    PROLOGUE = "an operand of a contraction is computed"
+    SECOND_WALK = "one kernel walks one contraction or window"
 
 
 class Refusal(Exception):
@@ -55,6 +57,7 @@ class Kind(enum.Enum):
     WRAP = "an integer operand that must lie in 0 .. bound-1; a negative one counts from the end if `value`; then the mask if any"
     REDUCE = "a reduction over all inner axes"
     SCAN = "a scan along the inner axis"
+    DOT = "the sum of operand 0 * operand 1 over axes of its own; plus operand 2 if any"
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ from .points import (
     reduced_dims,
     regroup,
 )
+from .products import OWN_NAMES, PRODUCTS
 
 MAX_POINTS = 4000
 """A region with more values than this is refused: it would compile slowly and spill."""
@@ -46,6 +47,8 @@ class Puller:
         self.inner = tuple(inner)
         self.extents = tuple(extents)
         self.points: list[Point] = []
+        self.own: list[tuple[str, Poly]] = []  # axes of the one contraction or window, and their extents
+        self._walker: Node | None = None
         self._values: dict[tuple[Node, Index, Mask], Point] = {}
         self._shared: dict[object, Point] = {}
         self._computed: dict[str, Point] = {}
@@ -90,6 +93,22 @@ class Puller:
         return self.share(
             ("position", index), lambda: Point(Kind.POSITION, operands=self.computed(index), index=index, names=self.names(index))
         )
+
+    def own_axes(self, node: Node, extents: Sequence[Poly]) -> Index:
+        """New axes that `node` alone walks, as an index over `extents`. Raises Refusal where there is another such walk."""
+        if self._walker is not None or self.inner:
+            raise Refusal(Obstacle.SECOND_WALK, node, node.op.name)
+        self._walker = node
+        found: list[Poly] = []
+        for extent, letter in zip(extents, OWN_NAMES):
+            if extent == ONE:
+                found.append(ZERO)
+                continue
+            taken = self.ranges.extents.keys() | self.ranges.symbols.keys()
+            name = next(n for n in itertools.chain((letter,), (f"{letter}{k}" for k in itertools.count(1))) if n not in taken)
+            self.own.append((name, extent))
+            found.append(self.ranges.add(name, extent))
+        return tuple(found)
 
     def names(self, index: Poly) -> tuple[str, ...]:
         """The computed positions that an index mentions."""
@@ -389,9 +408,10 @@ _BY_NAME: dict[str, _Rule] = {
     "gather": _gather,
     "embedding": _embedding,
     "index": _index,
+    **PRODUCTS,
 }
 
-FUSIBLE_NAMES = frozenset(_BY_NAME) - {"input"}
+FUSIBLE_NAMES = frozenset(_BY_NAME) - {"input"} - PRODUCTS.keys()
 FUSIBLE_CATEGORIES = frozenset(_BY_CATEGORY)
 
 __all__ = ["FUSIBLE_CATEGORIES", "FUSIBLE_NAMES", "MAX_POINTS", "Puller", "check_native"]
