@@ -24,11 +24,13 @@ from .receipt import Receipt, make_receipt
 class Options:
     """passes: as on the command line, None for the default list. verify: check the graph after every pass.
 
-    dump: a directory that gets the graph after every pass and the generated program, as text.
+    dump: a directory that gets the graph after every pass and the generated program, as text. freeze: parameters and buffers that a
+    graph for inference only reads become constants of it (torch.compile; `optimize` always has them so).
     """
 
     passes: str | None = None
     verify: bool = False
+    freeze: bool = False
     dump: str | None = None
 
 
@@ -41,9 +43,12 @@ class Compiled:
     receipt: Receipt
 
 
-def compile_graph(graph: Graph, options: Options = Options()) -> Compiled:
-    """Runs the passes and compiles. Raises what a broken pass raises; a region that cannot be compiled is a fallback, never an error."""
-    notes, seconds = Notes(), dict[str, float]()
+def compile_graph(graph: Graph, options: Options = Options(), notes: Notes | None = None) -> Compiled:
+    """Runs the passes and compiles. Raises what a broken pass raises; a region that cannot be compiled is a fallback, never an error.
+
+    notes: what was done to the graph before, for the receipt.
+    """
+    notes, seconds = notes or Notes(), dict[str, float]()
     start = time.perf_counter()
     fused = kept_apart(graph, run_passes(graph, passes_from(options.passes), notes, _between(options, seconds)))
     program = build_program(fused)

@@ -41,6 +41,10 @@ class Reason(enum.Enum):
     ROUNDING = "the result would be rounded differently"
     MEMORY = "the result takes more memory than what it is made of"
     STATE = "the operation depends on state of training"
+    TRAINING = "gradients are recorded"
+    WRITTEN = "the graph writes to it"
+    RETURNED = "the graph returns its memory"
+    CHANGES = "it changes between calls"
 
 
 def describe(node: Node) -> str:

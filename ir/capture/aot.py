@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,31 +17,37 @@ from .fx import Binding, capture_fx
 from .origin import input_names
 
 CompiledGraph = Callable[[list[Any]], Sequence[Any]]  # it may empty the list of inputs
+Held = Mapping[int, torch.Tensor]
+"""Number of a graph's input -> the parameter or buffer that it was when the graph was captured."""
+
+TRAINING = ("_forward", "_backward")
+"""What the names of the two graphs of training end with."""
 
 
 def compile_fx(
     gm: torch.fx.GraphModule,
     example_inputs: Sequence[Any],
-    compile_graph: Callable[[Graph], CompiledGraph],
+    compile_graph: Callable[[Graph, Held], CompiledGraph],
     on_failure: Callable[[Exception], None] = lambda error: None,
     name: str = "model",
 ) -> Callable[..., Any]:
     """A callable in place of `gm`, a Dynamo graph.
 
-    compile_graph gets each captured graph (inference as `<name>`, training as `<name>_forward` and `<name>_backward`) and returns a
-    function from the values of its inputs, in order, to those of its outputs. What capture or
-    compile_graph raises goes to on_failure (CaptureError: the graph cannot be expressed; anything else is a fault), and eager runs it.
+    compile_graph gets each captured graph (inference as `<name>`, training as `<name>_forward` and `<name>_backward`) with the
+    parameters and buffers behind its inputs, and returns a function from the values of its inputs, in order, to those of its outputs.
+    What capture or compile_graph raises goes to on_failure (CaptureError: the graph cannot be expressed; anything else is a fault), and
+    eager runs it.
     """
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
-    binding = Binding(names=input_names(gm))
+    binding, owned = Binding(names=input_names(gm)), _Owned(gm, example_inputs)
 
     def compiler(suffix: str) -> Callable[..., Any]:
-        return lambda fx_gm, inputs: _compiled(fx_gm, inputs, name + suffix, binding, compile_graph, on_failure)
+        return lambda fx_gm, inputs: _compiled(fx_gm, inputs, name + suffix, binding, owned, compile_graph, on_failure)
 
     backend = aot_autograd(
-        fw_compiler=compiler("_forward"), bw_compiler=compiler("_backward"), inference_compiler=compiler(""),
+        fw_compiler=compiler(TRAINING[0]), bw_compiler=compiler(TRAINING[1]), inference_compiler=compiler(""),
         decompositions=decompositions(), partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
     )  # fmt: skip
     return backend(gm, example_inputs)
@@ -50,7 +58,8 @@ def _compiled(
     inputs: Sequence[Any],
     name: str,
     binding: Binding,
-    compile_graph: Callable[[Graph], CompiledGraph],
+    owned: _Owned,
+    compile_graph: Callable[[Graph, Held], CompiledGraph],
     on_failure: Callable[[Exception], None],
 ) -> Callable[..., Any]:
     from functorch.compile import make_boxed_func
@@ -58,7 +67,7 @@ def _compiled(
     try:
         with _disable_current_modes():  # with dynamic shapes we are called under a fake mode; constants are real, and folded for real
             captured = capture_fx(gm, inputs, name, binding)
-            run = compile_graph(captured.graph)
+            run = compile_graph(captured.graph, owned.behind(gm))
     except Exception as error:  # whatever goes wrong here must not take the user's model down
         on_failure(error)
         return make_boxed_func(gm.forward)
@@ -71,3 +80,28 @@ def _compiled(
 
     boxed._boxed_call = True  # type: ignore[attr-defined]
     return boxed
+
+
+class _Owned:
+    """The parameters and buffers of a Dynamo graph, none of them kept alive: those it has as attributes, and those it takes as inputs
+    (which Dynamo marks as static)."""
+
+    def __init__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        self._module = weakref.ref(gm)
+        self._inputs: dict[int, weakref.ref[torch.Tensor]] = {}
+        for i, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), example_inputs)):
+            if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") and isinstance(value, torch.Tensor):
+                self._inputs[i] = weakref.ref(value)
+
+    def behind(self, gm: torch.fx.GraphModule) -> Held:
+        """Those among the placeholders of an AOTAutograd graph of it."""
+        found = {i: self._behind(node.meta.get("desc")) for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        return {i: value for i, value in found.items() if value is not None}
+
+    def _behind(self, description: Any) -> torch.Tensor | None:
+        kind = type(description).__name__
+        if kind == "PlainAOTInput" and description.idx in self._inputs:
+            return self._inputs[description.idx]()
+        if kind in ("ParamAOTInput", "BufferAOTInput") and (module := self._module()) is not None:
+            return attrgetter(description.target)(module)
+        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ class Recorder:
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_fx(gm, example_inputs, self._interpreted, self.failures.append)
 
-    def _interpreted(self, graph: Graph) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    def _interpreted(self, graph: Graph, held: Mapping[int, torch.Tensor]) -> Callable[[Sequence[Any]], Sequence[Any]]:
         self.graphs.append(graph)
         assert str(parse(str(graph))) == str(graph)
         return lambda values: interpret(graph, values)
