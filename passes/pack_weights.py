@@ -1,0 +1,164 @@
+"""`pack-weights`: constant weights of contractions are laid out in the panels that kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..ir.graph import Graph, Node, users
+from ..ir.op import Category
+from ..ir.ops import OPS
+from ..ir.rewrite import rewrite
+from .base import Notes, Pass, Reason, describe
+from .contractions import PANELS, PRODUCTS
+from .weights import ConstantMaker, value_of
+
+MIN_COLUMNS = 8
+"""Fewer columns than this leave most of a register empty."""
+
+MIN_CHANNELS = 8
+"""Fewer channels than this are read one by one where a convolution gathers its windows."""
+
+
+@dataclass(frozen=True)
+class PackWeights(Pass):
+    """A constant weight becomes panels, and a view of them; the contraction is then a kernel of ours.
+
+        w = constant  [n, k]               p = constant  [n / 48, k, 48]
+        y = linear(x, w)         -->       w = slice(reshape(permute(p)), 0, n)
+                                           y = linear(x, w)
+
+    The rows of a register block read stand together for each k: a kernel reads memory in order, once per block of rows. Panels are
+    padded with zeros to a whole number of 48 (64, 32, 16) columns, whichever wastes least. Refused: weights that are no constants or
+    that something else reads too (both layouts would be kept), other dtypes than float32, other devices than the CPU, transposed
+    and grouped convolutions, channels first, and sizes that fill no register.
+
+    vendor: names of weights that stay with the vendor's library.
+    """
+
+    vendor: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "pack-weights"
+
+    def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
+        notes = notes if notes is not None else Notes()
+        readers = users(graph)
+        maker = ConstantMaker(graph)
+        packed: dict[Node, Node] = {}
+
+        def pack(node: Node, inputs: tuple[Node, ...]) -> Node | None:
+            if node.op.name not in PRODUCTS:
+                return None
+            weight = node.inputs[1]
+            refusal = self._refusal(node, readers)
+            if refusal is not None:
+                reason, value = refusal
+                notes.decline(self.name, describe(node), reason, node, value)
+                return None
+            if weight not in packed:
+                packed[weight] = _FORMS[node.op.name](weight, maker, node)
+            notes.apply(self.name, describe(node), node)
+            prov = node.prov.with_rule(self.name)
+            return node.op(inputs[0], packed[weight], *inputs[2:], hint=node.hint, prov=prov, **node.attrs)
+
+        return rewrite(graph, pack)
+
+    def _refusal(self, node: Node, readers: Mapping[Node, list[Node]]) -> tuple[Reason, str] | None:
+        """Why the library keeps the contraction."""
+        weight = node.inputs[1]
+        if node.tensor.device != "cpu" or node.dtype != torch.float32:
+            return Reason.UNSUPPORTED_DTYPE, str(node.type)
+        if value_of(weight) is None:
+            return Reason.NOT_CONSTANT, weight.hint
+        if constant_under(weight).attrs["data"].name in self.vendor:
+            return Reason.LIBRARY_CALL, "faster by measurement"
+        other = _other_reader(weight, readers)
+        if other is not None:
+            return Reason.SHARED, describe(other)
+        return _conv_refusal(node) if node.op.name == "conv" else _product_refusal(node)
+
+
+def constant_under(weight: Node) -> Node:
+    """The constant that a weight is a view of."""
+    while weight.inputs:
+        weight = weight.inputs[0]
+    return weight
+
+
+def _other_reader(weight: Node, readers: Mapping[Node, list[Node]]) -> Node | None:
+    """A reader of the constant, through views, that is no contraction with it as its weight."""
+    stack = [constant_under(weight)]
+    while stack:
+        value = stack.pop()
+        for reader in readers[value]:
+            if reader.op.category is Category.VIEW:
+                stack.append(reader)
+            elif reader.op.name not in PRODUCTS or reader.inputs[1] is not weight or value in (reader.inputs[0], *reader.inputs[2:]):
+                return reader
+    return None
+
+
+def _product_refusal(node: Node) -> tuple[Reason, str] | None:
+    weight = node.inputs[1]
+    columns = weight.shape[0 if node.op.name == "linear" else -1]
+    if weight.tensor.rank != 2 or node.inputs[0].tensor.rank < 2:
+        return Reason.SHAPE_MISMATCH, str(weight.type)
+    if not isinstance(columns, int) or columns < MIN_COLUMNS or weight.tensor.numel == 0:
+        return Reason.NO_GAIN, str(weight.type)
+    return None
+
+
+def _conv_refusal(node: Node) -> tuple[Reason, str] | None:
+    a, weight = node.attrs, node.inputs[1]
+    if a["transposed"] or a["groups"] != 1:
+        return Reason.SHAPE_MISMATCH, "transposed" if a["transposed"] else f"{a['groups']} groups"
+    if not a["channels_last"]:
+        return Reason.LAYOUT, "channels first"
+    out, channels = weight.shape[:2]
+    if not isinstance(out, int) or out < MIN_COLUMNS or not isinstance(channels, int) or channels < MIN_CHANNELS:
+        return Reason.NO_GAIN, str(weight.type)
+    return None
+
+
+def panel_of(columns: int) -> int:
+    """The panel that wastes least: padding, and registers that narrower blocks leave unused."""
+    waste = {48: 1.0, 64: 1.02, 32: 1.08, 16: 1.5}
+    return min(PANELS, key=lambda width: -(-columns // width) * width * waste[width])
+
+
+def panels(weight: torch.Tensor) -> torch.Tensor:
+    """[n, ...] as [panels, ..., width], zeros behind the n-th row."""
+    width = panel_of(weight.shape[0])
+    padded = torch.nn.functional.pad(weight.reshape(weight.shape[0], -1), (0, 0, 0, -weight.shape[0] % width))
+    return padded.view(-1, width, *weight.shape[1:]).movedim(1, -1)
+
+
+def _linear(weight: Node, maker: ConstantMaker, node: Node) -> Node:
+    packed = maker.derived([weight], "panels", panels, node.prov)
+    return _rows(OPS["permute"](packed, dims=(0, 2, 1), prov=node.prov), weight.shape[0], node)
+
+
+def _matmul(weight: Node, maker: ConstantMaker, node: Node) -> Node:
+    packed = maker.derived([weight], "panels", lambda w: panels(w.t()), node.prov)
+    rows = _rows(OPS["permute"](packed, dims=(0, 2, 1), prov=node.prov), weight.shape[1], node)
+    return OPS["permute"](rows, dims=(1, 0), prov=node.prov)
+
+
+def _conv(weight: Node, maker: ConstantMaker, node: Node) -> Node:
+    """Channels innermost, as they lie in memory: [n / 48, *window, channels, 48]."""
+    packed = maker.derived([weight], "panels", lambda w: panels(w.movedim(1, -1)), node.prov)
+    rank = packed.tensor.rank
+    ordered = OPS["permute"](packed, dims=(0, rank - 1, rank - 2, *range(1, rank - 2)), prov=node.prov)
+    return _rows(ordered, weight.shape[0], node)
+
+
+def _rows(view: Node, count: Any, node: Node) -> Node:
+    """[panels, width, ...] as the first `count` rows of [panels * width, ...]."""
+    rows = OPS["reshape"](view, shape=(int(view.shape[0]) * int(view.shape[1]), *view.shape[2:]), prov=node.prov)
+    return OPS["slice"](rows, dim=0, start=0, stop=count, step=1, prov=node.prov) if rows.shape[0] != count else rows
+
+
+_FORMS: dict[str, Callable[[Node, ConstantMaker, Node], Node]] = {"linear": _linear, "matmul": _matmul, "conv": _conv}
