@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason, describe
-from .contractions import PANELS, PRODUCTS
+from .contractions import PANELS, PRODUCTS, has_few_rows
 from .weights import ConstantMaker, value_of
 
 MIN_COLUMNS = 8
@@ -53,7 +53,7 @@ class PackWeights(Pass):
             if node.op.name not in PRODUCTS:
                 return None
             weight = node.inputs[1]
-            refusal = self._refusal(node, readers)
+            refusal = self._refusal(node, readers, graph.roots)
             if refusal is not None:
                 reason, value = refusal
                 notes.decline(self.name, describe(node), reason, node, value)
@@ -66,7 +66,7 @@ class PackWeights(Pass):
 
         return rewrite(graph, pack)
 
-    def _refusal(self, node: Node, readers: Mapping[Node, list[Node]]) -> tuple[Reason, str] | None:
+    def _refusal(self, node: Node, readers: Mapping[Node, list[Node]], roots: Sequence[Node]) -> tuple[Reason, str] | None:
         """Why the library keeps the contraction."""
         weight = node.inputs[1]
         if node.tensor.device != "cpu" or node.dtype != torch.float32:
@@ -75,9 +75,11 @@ class PackWeights(Pass):
             return Reason.NOT_CONSTANT, weight.hint
         if constant_under(weight).attrs["data"].name in self.vendor:
             return Reason.LIBRARY_CALL, "faster by measurement"
-        other = _other_reader(weight, readers)
-        if other is not None:
-            return Reason.SHARED, describe(other)
+        if has_few_rows(node):
+            return Reason.NO_GAIN, "few rows read the weight as it is"
+        other = _other_reader(weight, readers, roots)
+        if other:
+            return Reason.SHARED, other
         return _conv_refusal(node) if node.op.name == "conv" else _product_refusal(node)
 
 
@@ -88,17 +90,19 @@ def constant_under(weight: Node) -> Node:
     return weight
 
 
-def _other_reader(weight: Node, readers: Mapping[Node, list[Node]]) -> Node | None:
-    """A reader of the constant, through views, that is no contraction with it as its weight."""
+def _other_reader(weight: Node, readers: Mapping[Node, list[Node]], roots: Sequence[Node]) -> str:
+    """Who reads the constant, through views, and is no contraction with it as its weight, in words."""
     stack = [constant_under(weight)]
     while stack:
         value = stack.pop()
+        if value in roots:
+            return "the result"
         for reader in readers[value]:
             if reader.op.category is Category.VIEW:
                 stack.append(reader)
             elif reader.op.name not in PRODUCTS or reader.inputs[1] is not weight or value in (reader.inputs[0], *reader.inputs[2:]):
-                return reader
-    return None
+                return describe(reader)
+    return ""
 
 
 def _product_refusal(node: Node) -> tuple[Reason, str] | None:

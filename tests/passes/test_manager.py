@@ -13,6 +13,7 @@ from tilewright.passes.canonicalize import Canonicalize
 from tilewright.passes.fold_constants import FoldConstants
 from tilewright.passes.manager import PassSyntaxError, StageError, parse_passes, run_passes
 from tilewright.passes.merge_linears import MergeLinears
+from tilewright.passes.pack_weights import PackWeights
 from tilewright.passes.recognize import Recognize
 
 TEXT = """graph g(x: f32[b, 8]) {
@@ -54,6 +55,7 @@ def test_a_pass_out_of_order_is_named() -> None:
 def test_passes_from_text() -> None:
     found = parse_passes("canonicalize, merge-linears{max_columns=4096},fold_constants{ allowance = 16 }")
     assert found == [Canonicalize(), MergeLinears(max_columns=4096), FoldConstants(allowance=16)]
+    assert parse_passes("pack-weights{vendor=fc.weight head.weight}") == [PackWeights(vendor=("fc.weight", "head.weight"))]
     assert passes_from(None) == list(DEFAULT_PASSES) and parse_passes("") == []
 
 

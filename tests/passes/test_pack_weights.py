@@ -70,6 +70,8 @@ def test_panels_that_waste_least(columns: int, width: int) -> None:
     [
         ("x: f32[b, 24], v: f32[50, 24]", ["y = linear(x, v)", "y"], Reason.NOT_CONSTANT),
         ("x: f32[b, 24]", ["y = linear(x, w)", "z = neg(w)", "y, z"], Reason.SHARED),
+        ("x: f32[b, 24]", ["y = linear(x, w)", "y, w"], Reason.SHARED),
+        ("x: f32[b, 24], at: i64[3]", ["y = linear(x, w)", "e = embedding(w, at)", "y, e"], Reason.SHARED),
         ("x: f32[b, 24]", ["y = linear(x, few)", "y"], Reason.NO_GAIN),
         ("x: f32[24]", ["y = linear(x, w)", "y"], Reason.SHAPE_MISMATCH),
         ("x: f32[b, 8, 6, 5]", [f"y = conv(x, k, {CONV})", "y"], Reason.LAYOUT),
@@ -81,6 +83,14 @@ def test_refused(signature: str, lines: list[str], reason: Reason) -> None:
     old, new, notes = run(PackWeights(), body(signature, *NAMED, *lines), W)
     assert refusals(notes) == {("pack-weights", reason)}
     assert_becomes(new, old)
+
+
+def test_refused_because_few_rows_stream_the_weight() -> None:
+    text = body("x: f32[1, 2, 128]", 'w = constant "w"', "y = linear(x, w)", "z = relu(y)", "z")
+    _, new, notes = run(PackWeights(), text, {"w": torch.randn(256, 128)})
+    assert refusals(notes) == {("pack-weights", Reason.NO_GAIN)} and is_native(new.outputs[0].inputs[0])
+    (region,) = FuseRegions().run(new).outputs
+    assert region.attrs["label"] == "linear+relu"
 
 
 def test_refused_by_measurement_and_by_dtype() -> None:
