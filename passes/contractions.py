@@ -1,10 +1,13 @@
-"""Contractions that become kernels of ours: those whose constant weight lies in panels. `pack-weights` puts it there, which is the decision.
+"""Contractions that become kernels of ours: those whose constant weight lies in panels. `pack-weights` puts it there: that decides.
 
     w [n, k]  -->  panels [n / 48, k, 48]: the 48 columns that one register block of a kernel reads stand together for each k
 """
 
 from __future__ import annotations
 
+import torch
+
+from ..ir.dims import product
 from ..ir.graph import Node
 from ..ir.op import Category
 
@@ -14,9 +17,26 @@ PANELS = (48, 64, 32, 16)
 PRODUCTS = frozenset({"linear", "matmul", "conv"})
 
 
+FEW_ROWS = 4
+"""So few rows read the weight once, as it is: memory sets the time, and no panel is needed."""
+
+MIN_WEIGHT_BYTES = 1 << 16
+"""A smaller weight is in the cache, where the library's start is all that counts."""
+
+
 def is_native(node: Node) -> bool:
-    """Whether the contraction's weight is packed, so that it is a kernel of ours."""
-    return node.op.name in PRODUCTS and is_packed(node.inputs[1])
+    """Whether the contraction is a kernel of ours: its weight is packed, or few rows stream it."""
+    return node.op.name in PRODUCTS and (is_packed(node.inputs[1]) or has_few_rows(node))
+
+
+def has_few_rows(node: Node) -> bool:
+    """Whether a linear with a matrix in memory has at most FEW_ROWS rows, as a step of decoding has."""
+    if node.op.name != "linear" or node.tensor.device != "cpu" or node.dtype != torch.float32:
+        return False
+    rows, weight = product(node.shape[:-1]), node.inputs[1]
+    size = weight.tensor.nbytes
+    in_memory = weight.op.name in ("input", "constant")
+    return in_memory and isinstance(rows, int) and 0 < rows <= FEW_ROWS and isinstance(size, int) and size >= MIN_WEIGHT_BYTES
 
 
 def is_packed(weight: Node) -> bool:
