@@ -349,7 +349,7 @@ def test_refuses_different_spaces():
 
 
 def test_refuses_what_has_no_scalar_form():
-    assert refusal(lambda a, b: ops.exp(ops.matmul(a, b)), x(3, 3), x(3, 3)) is Obstacle.NOT_EXPRESSIBLE
+    assert refusal(lambda a, i: ops.scatter(a, i, a, dim=0), x(3), x(3, dtype=torch.int64).abs() % 3) is Obstacle.NOT_EXPRESSIBLE
     assert refusal(lambda a: ops.cat(a, a), x(3).to(torch.complex64)) is Obstacle.UNSUPPORTED_DTYPE
     assert refusal(lambda a: ops.neg(ops.as_strided(a, shape=(2,), strides=(1,), of=(8, 1))), x(3, 4)) is Obstacle.LAYOUT
 
