@@ -1,9 +1,11 @@
 """Speed, first-call time, memory and error on the CPU against eager, Inductor, ONNX Runtime and OpenVINO.
 
-    python benchmarks/cpu.py [--workloads bert,vit] [--rounds 11] [--peers eager,tilewright,inductor] [--out benchmarks/results/cpu.json]
+    python benchmarks/cpu.py [--workloads encoder,decode] [--rounds 11] [--peers eager,tilewright,inductor] [--out results/cpu.json]
 
 Each peer runs in its own process; the calls of all peers are interleaved round by round, medians are compared, and speed is given as a
-ratio to eager in the same run. First calls are cold: every peer gets an empty cache. The second first call of tilewright is warm.
+ratio to eager in the same run. First calls are cold: every peer gets an empty cache. A second first call of each peer that keeps a cache
+is warm. Roofline: the time that a workload's products take at the machine's best measured rate or its memory traffic at the measured
+bandwidth, whichever is longer, as a fraction of the time taken.
 """
 
 from __future__ import annotations
@@ -12,19 +14,26 @@ import argparse
 import json
 import os
 import platform
+import select
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from workloads import WORKLOADS
+from report import markdown
+from roofline import least_seconds, machine_limits
 
 HERE = Path(__file__).parent
-PEERS = ("eager", "tilewright", "inductor", "onnxruntime", "openvino")
+PEERS = ("eager", "tilewright", "tilewright-max", "inductor", "inductor-max", "onnxruntime", "openvino")
+CACHING = ("tilewright", "tilewright-max", "inductor", "inductor-max")
+SETUP_LIMIT = 180.0  # seconds a peer has to import, build, compile and call
+RUN_LIMIT = 120.0  # seconds a peer has for one round
+ROUND = 0.3  # seconds a round of one peer should last
+Answer = dict[str, Any]
 
 
 class Worker:
@@ -32,112 +41,98 @@ class Worker:
 
     def __init__(self, peer: str, workload: str, cache: str) -> None:
         self.peer = peer
-        env = os.environ | {"TILEWRIGHT_CACHE": f"{cache}/tilewright", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
+        env = os.environ | {"TILEWRIGHT_CACHE": f"{cache}/tilewright", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/{peer}"}
         self._log = open(f"{cache}/{peer}.log", "a")  # noqa: SIM115 (closed with the worker)
         command = [sys.executable, str(HERE / "worker.py"), peer, workload]
-        self._process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+        self._process = subprocess.Popen(
+            command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
+        )
 
-    def ask(self, command: str) -> dict[str, Any] | None:
-        """The answer, or None if the peer has died (its log says why)."""
+    def ask(self, command: str, limit: float = RUN_LIMIT) -> Answer:
+        """The answer; {"failed": why} if the peer raised, died or took longer than `limit` seconds, after which it is dead."""
         assert self._process.stdin and self._process.stdout
         try:
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            return None
+            return {"failed": self._last_words()}
+        ready, _, _ = select.select([self._process.stdout], [], [], limit)
+        if not ready:
+            self._kill()
+            return {"failed": f"no answer to {command!r} within {limit:.0f} s"}
         line = self._process.stdout.readline()
-        return json.loads(line) if line else None
+        return json.loads(line) if line else {"failed": self._last_words()}
 
-    def close(self) -> str:
-        """Ends the process; returns the last line it logged."""
-        if self._process.stdin:
+    def close(self) -> None:
+        """Ends the process and all it started."""
+        if self._process.stdin and not self._process.stdin.closed:
             self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._kill()
         self._log.close()
+
+    def _kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _last_words(self) -> str:
+        self._process.wait()
         lines = Path(self._log.name).read_text().strip().splitlines()
-        return lines[-1] if lines else ""
+        return f"exit status {self._process.returncode}: {lines[-1][:300] if lines else ''}"
 
 
-def measure(workload: str, peers: tuple[str, ...], rounds: int) -> dict[str, Any]:
+def measure(workload: str, peers: tuple[str, ...], rounds: int, limits: dict[str, float]) -> Answer:
     """One row of the table: per peer the first call, CPU seconds, peak memory, error, and the median time of a call."""
     with tempfile.TemporaryDirectory() as cache:
-        workers = [Worker(p, workload, cache) for p in peers]
-        row: dict[str, Any] = {}
-        for w in workers:
-            row[w.peer] = w.ask("setup")
-        alive = [w for w in workers if row[w.peer] is not None]
-        repeat = {w.peer: _repeats(w) for w in alive}
-        times: dict[str, list[float]] = {w.peer: [] for w in alive}
-        for _ in range(rounds):
-            for w in alive:
-                answer = w.ask(f"run {repeat[w.peer]}")
-                times[w.peer].append(statistics.median(answer["times"]) if answer else float("nan"))
+        workers = {p: Worker(p, workload, cache) for p in peers}
+        row: Answer = {p: w.ask("setup", SETUP_LIMIT) for p, w in workers.items()}
+        times = _interleaved({p: w for p, w in workers.items() if "failed" not in row[p]}, row, rounds)
+        price = workers["eager"].ask("price") if "eager" in times else {}
         for peer, values in times.items():
-            row[peer]["median"] = statistics.median(values)
-            row[peer]["speedup"] = statistics.median(e / t for e, t in zip(times["eager"], values))
-        last = {w.peer: w.close() for w in workers}
-        for peer in peers:
-            if row[peer] is None:
-                row[peer] = {"failed": last[peer][:200]}
-        if "tilewright" in times:
-            again = Worker("tilewright", workload, cache)
-            warm = again.ask("setup")
+            row[peer] |= workers[peer].ask("finish") | _speed(values, times.get("eager"), price, limits)
+        for w in workers.values():
+            w.close()
+        for peer in (p for p in CACHING if p in times):
+            again = Worker(peer, workload, cache)
+            warm = again.ask("setup", SETUP_LIMIT)
             again.close()
-            row["tilewright"]["first_call_warm"] = warm["first_call"] if warm else None
-        return row
+            row[peer] |= {"first_call_warm": warm.get("first_call"), "cpu_warm": warm.get("cpu")}
+        return row | {"price": price}
 
 
-def _repeats(worker: Worker) -> int:
-    """Calls per round so that a round lasts some 0.2 s."""
-    answer = worker.ask("run 2")
-    return max(1, min(50, int(0.2 / max(answer["times"][-1], 1e-4)))) if answer else 1
+def _interleaved(workers: dict[str, Worker], row: Answer, rounds: int) -> dict[str, list[float]]:
+    """Median seconds of a call in every round, peer after peer; a peer that fails on the way leaves, and its row says why."""
+    repeats: dict[str, int] = {}
+    for peer, w in list(workers.items()):
+        answer = w.ask("run 3")
+        if "failed" in answer:
+            row[peer] = answer
+        else:
+            repeats[peer] = max(1, min(100, int(ROUND / max(min(answer["times"]), 1e-5))))
+    times: dict[str, list[float]] = {p: [] for p in repeats}
+    for _ in range(rounds):
+        for peer in list(times):
+            answer = workers[peer].ask(f"run {repeats[peer]}")
+            if "failed" in answer:
+                row[peer] = answer
+                del times[peer]
+            else:
+                times[peer].append(statistics.median(answer["times"]))
+    return times
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second of an out-of-place copy of 256 MiB, reads and writes counted: the ceiling of memory-bound work."""
-    source, target = torch.randn(1 << 26), torch.empty(1 << 26)
-    times = []
-    for _ in range(7):
-        begin = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - begin)
-    return 2 * source.nbytes / statistics.median(times)
+def _speed(times: list[float], eager: list[float] | None, price: Answer, limits: dict[str, float]) -> Answer:
+    found: Answer = {"median": statistics.median(times), "least": min(times)}
+    if eager is not None:
+        found["speedup"] = statistics.median(e / t for e, t in zip(eager, times))
+    if price and "failed" not in price:
+        found["roofline"] = least_seconds(price, limits) / found["median"]
+    return found
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """Three tables: speed-up over eager, seconds of the first call, peak memory of the process."""
-    peers = [p for p in PEERS if any(p in row for row in results["rows"].values())]
-    others = [p for p in peers if p != "eager"]
-    speed = [[name, *(_cell(row, p, "speedup", ".2f") for p in others)] for name, row in results["rows"].items()]
-    speed.append(["geomean", *(f"{_geomean(results, p):.2f}" for p in others)])
-    first = [
-        [name, *(_cell(row, p, "first_call", ".1f") for p in others), _cell(row, "tilewright", "first_call_warm", ".1f")]
-        for name, row in results["rows"].items()
-    ]
-    memory = [[name, *(_cell(row, p, "peak_mb", ".0f") for p in peers)] for name, row in results["rows"].items()]
-    return "\n\n".join((
-        _table(["speed-up over eager", *others], speed),
-        _table(["first call, s", *others, "tilewright, warm cache"], first),
-        _table(["peak memory, MB", *peers], memory),
-    ))  # fmt: skip
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _cell(row: dict[str, Any], peer: str, field: str, form: str) -> str:
-    value = row.get(peer, {}).get(field)
-    return format(value, form) if value is not None else "fails"
-
-
-def _geomean(results: dict[str, Any], peer: str) -> float:
-    values = [row[peer]["speedup"] for row in results["rows"].values() if "speedup" in row.get(peer, {})]
-    return statistics.geometric_mean(values) if values else float("nan")
-
-
-def machine() -> dict[str, Any]:
+def machine() -> Answer:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {
@@ -149,6 +144,8 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
+    from workloads import WORKLOADS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", default="", help="comma-separated beginnings of names; default: all")
     parser.add_argument("--peers", default=",".join(PEERS))
@@ -157,17 +154,22 @@ def main() -> None:
     args = parser.parse_args()
     wanted = [w.strip().lower() for w in args.workloads.split(",") if w.strip()]
     names = [n for n in WORKLOADS if not wanted or any(n.lower().startswith(w) for w in wanted)]
-    results: dict[str, Any] = {"machine": machine(), "copy_bandwidth": copy_bandwidth(), "rows": {}}
+    limits = machine_limits()
+    results: Answer = {"machine": machine() | limits, "rows": {}}
     for name in names:
-        results["rows"][name] = measure(name, tuple(args.peers.split(",")), args.rounds)
+        results["rows"][name] = measure(name, tuple(args.peers.split(",")), args.rounds, limits)
         print(name, json.dumps(results["rows"][name]), flush=True)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.out.with_suffix(".tmp")
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        partial.replace(args.out)
-    table = markdown(results)
-    args.out.with_suffix(".md").write_text(table + "\n")
-    print(table)
+        _save(args.out, results)
+    print(args.out.with_suffix(".md").read_text())
+
+
+def _save(path: Path, results: Answer) -> None:
+    """Results so far, JSON and tables."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(path)
+    path.with_suffix(".md").write_text(markdown(results) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,86 +1,89 @@
 """One peer on one workload in a process of its own: reads commands from stdin, answers one JSON line each.
 
-python benchmarks/worker.py PEER WORKLOAD     peers: eager, tilewright, inductor, onnxruntime, openvino
-setup   -> import, build, compile, first call: {"first_call": s, "cpu": s, "error": ..., "peak_mb": ...}
+python benchmarks/worker.py PEER WORKLOAD
+setup   -> builds, compiles and calls once: {"first_call": s, "cpu": s of this process and all it started}
 run N   -> {"times": [s, ...]}
+finish  -> {"peak_mb": before the reference is computed, "error": against float64, "notes": [...]}
+price   -> {"flops": ..., "read": bytes, "written": bytes} that the workload cannot do without
+A command that fails is answered by {"failed": message}.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+import traceback
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import psutil
 import torch
-from tilewright.driver.accuracy import reference_outputs, relative_error
-from workloads import build
-
-Call = Callable[[], torch.Tensor]
-
-
-def eager(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Call:
-    return lambda: model(*inputs)
+from peers import PEERS, PORTABLE, Call
+from roofline import price
+from tilewright.driver.accuracy import relative_error, to_double
+from torch import nn
+from workloads import WORKLOADS, build, reset
 
 
-def compiled(backend: str) -> Callable[..., Call]:
-    def make(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Call:
-        run = torch.compile(model, backend=backend)
-        return lambda: run(*inputs)
+class Session:
+    def __init__(self, peer: str, workload: str) -> None:
+        self.peer, self.workload = peer, workload
+        self.model, self.inputs = build(workload, peer in PORTABLE)
+        self.notes: list[str] = []
+        self.call: Call | None = None
 
-    return make
+    def setup(self) -> dict[str, Any]:
+        begin, cpu = time.perf_counter(), _cpu_seconds()
+        self.call = PEERS[self.peer](self.model, self.inputs, self.notes)
+        self._once()
+        return {"first_call": time.perf_counter() - begin, "cpu": _cpu_seconds() - cpu}
+
+    def _once(self) -> torch.Tensor:
+        """One call from where the workload begins."""
+        assert self.call is not None, "setup comes first"
+        reset(self.model)
+        return self.call()
+
+    def run(self, count: str) -> dict[str, Any]:
+        times: list[float] = []
+        for _ in range(int(count)):
+            reset(self.model)
+            begin = time.perf_counter()
+            self.call()  # type: ignore[misc]
+            times.append(time.perf_counter() - begin)
+        return {"times": times}
+
+    def finish(self) -> dict[str, Any]:
+        peak = _peak_mb()
+        output = self._once().clone()
+        model, inputs = build(self.workload)
+        reference = model.double()(*to_double(inputs))
+        return {"peak_mb": peak, "error": relative_error(output, reference), "notes": self.notes}
+
+    def price(self) -> dict[str, Any]:
+        model, inputs = build(self.workload)
+        return price(model, inputs, _state(model), WORKLOADS[self.workload].flops)
 
 
-def onnxruntime(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Call:
-    import onnxruntime as ort
-
-    path = os.path.join(tempfile.mkdtemp(), "model.onnx")
-    torch.onnx.export(model, inputs, path, dynamo=True, verbose=False)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
-    return lambda: torch.from_numpy(session.run(None, feeds)[0])
-
-
-def openvino(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Call:
-    import openvino as ov
-
-    converted = ov.convert_model(model, example_input=inputs)
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    request = ov.compile_model(converted, "CPU", hints).create_infer_request()
-    arrays = [x.numpy() for x in inputs]
-    return lambda: torch.from_numpy(request.infer(arrays, share_inputs=True, share_outputs=True)[0])
-
-
-PEERS: dict[str, Callable[..., Call]] = {
-    "eager": eager,
-    "tilewright": compiled("tilewright"),
-    "inductor": compiled("inductor"),
-    "onnxruntime": onnxruntime,
-    "openvino": openvino,
-}
-
-
-def _setup(peer: str, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[Call, dict[str, Any]]:
-    begin, cpu = time.perf_counter(), _cpu_seconds()
-    call = PEERS[peer](model, inputs)
-    output = call()
-    facts = {"first_call": time.perf_counter() - begin, "cpu": _cpu_seconds() - cpu, "peak_mb": _peak_mb()}
-    reference = reference_outputs(model, inputs)
-    return call, facts | {"error": relative_error(output, reference)}
+def _state(model: nn.Module) -> list[torch.Tensor]:
+    """What a model with a cache keeps beside its parameters and buffers."""
+    cache = getattr(model, "cache", None)
+    return [] if cache is None else [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
 def _cpu_seconds() -> float:
-    """User and system time of this process and the compilers it waited for."""
-    mine, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return mine.ru_utime + mine.ru_stime + children.ru_utime + children.ru_stime
+    """User and system time of this process and of every process it started, running or waited for."""
+    me = psutil.Process()
+    total = sum(me.cpu_times()[:4])
+    for child in me.children(recursive=True):
+        try:
+            total += sum(child.cpu_times()[:4])
+        except psutil.NoSuchProcess:  # it has just ended, and counts as waited for
+            continue
+    return total
 
 
 def _peak_mb() -> float:
@@ -89,29 +92,21 @@ def _peak_mb() -> float:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
 
-def _times(call: Call, count: int) -> list[float]:
-    times = []
-    for _ in range(count):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return times
-
-
 def main() -> None:
     peer, workload = sys.argv[1:]
     answer = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what peers print must not mix with the answers
-    model, inputs = build(workload)
-    call: Call | None = None
+    session = Session(peer, workload)
     with torch.no_grad():
         for line in sys.stdin:
             command, *arguments = line.split()
-            if command == "setup":
-                call, facts = _setup(peer, model, inputs)
-                print(json.dumps(facts), file=answer)
-            elif command == "run" and call is not None:
-                print(json.dumps({"times": _times(call, int(arguments[0]))}), file=answer)
+            try:
+                result = getattr(session, command)(*arguments)
+            except Exception as error:  # a peer that fails is a result
+                traceback.print_exc()
+                text = " ".join(str(error).split())
+                result = {"failed": f"{type(error).__name__}: {text}"[:400], "notes": session.notes}
+            print(json.dumps(result), file=answer)
 
 
 if __name__ == "__main__":
