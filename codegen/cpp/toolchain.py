@@ -9,8 +9,8 @@ from typing import Union
 from ..build import BuildError, Source, build
 from ..kernel import Kernel
 from ..target import Compiled, Failed
-from .printer import print_kernel
-from .schedule import CpuTarget, default_schedule, detect_target
+from .contraction import print_any
+from .schedule import CpuTarget, detect_target
 
 
 def compile_kernels(kernels: Sequence[Kernel], target: CpuTarget | None = None) -> list[Union[Compiled, Failed]]:
@@ -24,7 +24,7 @@ def compile_kernels(kernels: Sequence[Kernel], target: CpuTarget | None = None) 
 
 def _print(kernel: Kernel, target: CpuTarget) -> Source | Failed:
     try:
-        text = print_kernel(kernel, default_schedule(kernel, target))
+        text = print_any(kernel, target)
     except NotImplementedError as error:
         return Failed(kernel, str(error))
     pointers = len(kernel.inputs) + len(kernel.outputs)

@@ -1,0 +1,261 @@
+"""What kind of product a kernel's `Dot` is: which axes are rows, columns, batch and depth, and where operands can be read in place.
+
+    out[b, i, h, d] = sum over k of x[b, i, k] * w[64*h + d, k]      rows (b, i), columns (h, d), depth (k)
+
+Axes of one role count as one flat position: `m` over rows, `n` over columns, `k` over the depth, row-major in the order chosen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+
+from ...ir.dims import Dim, FloorDiv, Mod, evaluate, free_symbols, product, symbol
+from ...ir.scalar import Apply, Scalar
+from ..kernel import Attend, Axis, Dot, Kernel, Load, Position, Reduce, Scan, Store, cone, free_axes, scalars
+from .lanes import stride_along
+from .schedule import CpuTarget
+
+TYPICAL = 64  # a size that is known at run time only, where strides are compared
+FEW_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The register tile of the micro-kernel: `rows` x (`vectors` * `lanes`)."""
+
+    rows: int
+    vectors: int
+    lanes: int
+
+    @property
+    def columns(self) -> int:
+        return self.vectors * self.lanes
+
+
+@dataclass(frozen=True)
+class Product:
+    """left[batch, rows, depth] @ right[batch, depth, columns]; each a tuple of axes, outermost first."""
+
+    dot: Dot
+    left: Scalar
+    right: Scalar
+    batch: tuple[Axis, ...]
+    rows: tuple[Axis, ...]
+    columns: tuple[Axis, ...]
+    depth: tuple[Axis, ...]
+
+
+def dots(kernel: Kernel) -> list[Dot]:
+    return [v for v in scalars(kernel.stores) if isinstance(v, Dot)]
+
+
+def find_product(kernel: Kernel, target: CpuTarget) -> Product:
+    """The roles of the axes of a kernel with one Dot. Raises NotImplementedError with a reason where it is no product of matrices."""
+    dot = _only_dot(kernel)
+    free = free_axes(kernel)
+    left, right = free[dot.left] - set(dot.axes), free[dot.right] - set(dot.axes)
+    if not left - right and not right - left:
+        raise NotImplementedError("a contraction without rows and columns")
+    _check(kernel, dot, free)
+    others = {a.name for a in kernel.grid} - right  # axes of neither operand are rows that repeat
+    axes = {role: tuple(a for a in kernel.grid if a.name in names) for role, names in
+            {"batch": left & right, "left": others, "right": right - left}.items()}  # fmt: skip
+    depth = tuple(a for a in kernel.axes if a.name in dot.axes)
+    as_written = Product(dot, dot.left, dot.right, axes["batch"], axes["left"], axes["right"], depth)
+    swapped = Product(dot, dot.right, dot.left, axes["batch"], axes["right"], axes["left"], depth)
+    return max((_ordered(kernel, p) for p in (as_written, swapped)), key=lambda p: _preference(kernel, p, target))
+
+
+def without_matrix(kernel: Kernel) -> Kernel | None:
+    """A contraction that has a batch but neither rows nor columns (depthwise) as a sum that is reduced; None for others."""
+    free = free_axes(kernel)
+    found = dots(kernel)
+    if any((free[d.left] ^ free[d.right]) - set(d.axes) for d in found) or not all(d.dtype == d.left.dtype == d.right.dtype for d in found):
+        return None
+    sums: dict[Scalar, Scalar] = {d: Reduce(d.dtype, "sum", Apply(d.dtype, "mul", (d.left, d.right)), d.axes) for d in found}
+    return replace(kernel, stores=tuple(replace(s, value=Rewrite(sums, {})(s.value)) for s in kernel.stores))
+
+
+def blocks_for(found: Product, target: CpuTarget) -> Blocks:
+    """The largest tile whose sums fit the registers: 32 of 64 bytes, else 16. Its columns divide 48, the width of packed panels."""
+    most, vectors = (8, 3) if target.vector_bytes == 64 else (6, 2)
+    extent = product(a.extent for a in found.rows)
+    rows = most
+    if isinstance(extent, int):  # as little padding as can be
+        rows = min(range(most, most // 2, -1), key=lambda r: -(-extent // r) * r) if extent > most else max(extent, 1)
+    return Blocks(rows, vectors, target.vector_bytes // found.dot.dtype.itemsize)
+
+
+# ---- legality
+
+
+def _only_dot(kernel: Kernel) -> Dot:
+    found = dots(kernel)
+    if len(found) != 1 or any(isinstance(v, Attend) for v in scalars(kernel.stores)):
+        raise NotImplementedError("a kernel with several contractions")
+    if found[0].dtype not in (torch.float32, torch.float64):
+        raise NotImplementedError(f"a contraction in {found[0].dtype}")
+    return found[0]
+
+
+def _check(kernel: Kernel, dot: Dot, free: Mapping[Scalar, frozenset[str]]) -> None:
+    below = cone([dot])
+    if any(isinstance(v, (Reduce, Scan)) for v in cone([s.value for s in kernel.stores], below)):
+        raise NotImplementedError("a reduction beside a contraction")
+    grid = {a.name for a in kernel.grid}
+    for store in kernel.stores:
+        used = free[store.value] | {s.name for s in free_symbols([store.index])}
+        if any(a.name not in used and a.extent != 1 for a in kernel.grid) or free[store.value] - grid:
+            raise NotImplementedError("a store over other points than those of the contraction")
+    read = {v.buffer for v in below if isinstance(v, Load)}
+    if any(source in read for _, source in kernel.inplace):
+        raise NotImplementedError("an output over an operand of a contraction")
+
+
+# ---- order and preference
+
+
+def _ordered(kernel: Kernel, found: Product) -> Product:
+    """Columns and depth in the order of the operand that is read in place most likely: largest stride first."""
+    columns = sorted(found.columns, key=lambda a: -_stride(kernel, found.right, a))
+    deep = found.right if isinstance(found.right, Load) and found.right.mask is None else found.left
+    depth = sorted(found.depth, key=lambda a: -_stride(kernel, deep, a))
+    return replace(found, columns=tuple(columns), depth=tuple(depth))
+
+
+def _stride(kernel: Kernel, value: Scalar, axis: Axis) -> int:
+    """By how much the largest index under the value moves with the axis, near 0."""
+    return max((abs(_move(kernel, v.index, axis)) for v in cone([value]) if isinstance(v, Load)), default=0)
+
+
+def _move(kernel: Kernel, index: sympy.Expr, axis: Axis) -> int:
+    at = {s.name: 0 if s.name in {a.name for a in kernel.axes} else TYPICAL for s in free_symbols([index])}
+    return int(evaluate(index, at | {axis.name: 1}) - evaluate(index, at | {axis.name: 0})) if axis.name in at else 0
+
+
+def _preference(kernel: Kernel, found: Product, target: CpuTarget) -> tuple[bool, bool, int]:
+    """A packed right operand beats all; then contiguous stores; then few rows rather than few columns."""
+    blocks = blocks_for(found, target)
+    panels = panel_of(kernel, found, blocks)
+    packed = panels is not None and panels.compact
+    last = found.columns[-1] if found.columns else None
+    contiguous = last is not None and all(_move(kernel, s.index, last) == 1 for s in kernel.stores)
+    sizes = [product(a.extent for a in side) for side in (found.columns, found.rows)]
+    columns, rows = (d if isinstance(d, int) else TYPICAL for d in sizes)
+    return packed, contiguous and columns > 1, columns - rows
+
+
+# ---- flat positions
+
+
+def flatten(axes: Sequence[Axis], flat: sympy.Expr) -> dict[str, sympy.Expr]:
+    """Each axis as an expression of the row-major position over all of them."""
+    found: dict[str, sympy.Expr] = {}
+    for axis in reversed(axes[1:]):
+        extent = sympy.sympify(axis.extent)
+        found[axis.name] = Mod(flat, extent)
+        flat = FloorDiv(flat, extent)
+    return found | {a.name: flat for a in axes[:1]}
+
+
+def substitute(expr: Dim, places: Mapping[str, sympy.Expr]) -> sympy.Expr:
+    """`expr` with symbols replaced; quotient and remainder of one division become the number again where their factors fit."""
+    result: Any = sympy.expand(sympy.sympify(expr).xreplace({symbol(k): v for k, v in places.items()}))
+    joined = True
+    while joined:
+        joined = False
+        for rest in sorted(result.atoms(Mod), key=sympy.count_ops, reverse=True):
+            number, divisor = rest.args
+            quotient = FloorDiv(number, divisor)
+            factor = result.coeff(rest)
+            if factor != 0 and sympy.expand(result.coeff(quotient) - factor * divisor) == 0:
+                result = sympy.expand(result + factor * (number - rest - divisor * quotient))
+                joined = True
+                break
+    return result
+
+
+class Rewrite:
+    """Copies scalars with some replaced and with symbols of their indices replaced; what does not change is shared."""
+
+    def __init__(self, values: Mapping[Scalar, Scalar], places: Mapping[str, sympy.Expr]) -> None:
+        self._done: dict[Scalar, Scalar] = dict(values)
+        self._places = places
+
+    def __call__(self, root: Scalar) -> Scalar:
+        for value in cone([root], self._done):
+            self._done[value] = self._copy(value)
+        return self._done[root]
+
+    def index(self, index: Dim) -> sympy.Expr:
+        if not self._places or not {s.name for s in free_symbols([sympy.sympify(index)])} & set(self._places):
+            return sympy.sympify(index)
+        return substitute(index, self._places)
+
+    def store(self, store: Store) -> Store:
+        return replace(store, index=self.index(store.index), value=self(store.value))
+
+    def _copy(self, value: Scalar) -> Scalar:
+        done = self._done
+        if isinstance(value, Apply):
+            return replace(value, args=tuple(done[v] for v in value.args))
+        if isinstance(value, Load):
+            indirect = tuple((n, done[v]) for n, v in value.indirect)
+            return replace(value, index=self.index(value.index), indirect=indirect, mask=value.mask and done[value.mask])
+        if isinstance(value, Position):
+            return replace(value, index=self.index(value.index))
+        if isinstance(value, (Reduce, Scan)):
+            return replace(value, value=done[value.value])
+        return value
+
+
+# ---- the right operand in place
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """A right operand that is read as it lies. start: index of column `n` (a symbol) at depth 0; ld: how far its rows are apart.
+
+    overrun: the last panel of columns may be read to its end.
+    """
+
+    load: Load
+    n: sympy.Symbol
+    start: sympy.Expr
+    ld: sympy.Expr
+    overrun: bool
+
+    @property
+    def compact(self) -> bool:
+        """Are the rows of a panel near each other? Where they are far apart, reading them once is all right but twice is not."""
+        return bool(self.ld.is_Integer) and int(self.ld) <= COMPACT
+
+
+COMPACT = 128
+
+
+def panel_of(kernel: Kernel, found: Product, blocks: Blocks) -> InPlace | None:
+    """The right operand where its columns are contiguous inside panels, so that the micro-kernel can read it as it lies."""
+    load = found.right
+    if not isinstance(load, Load) or load.mask is not None or load.indirect:
+        return None
+    n, k = sympy.Dummy("n", integer=True, nonnegative=True), sympy.Dummy("k", integer=True, nonnegative=True)
+    index = substitute(load.index, flatten(found.columns, n) | flatten(found.depth, k))
+    moves = sympy.expand(index.subs(k, k + 1) - index)
+    if stride_along(index, n, blocks.columns) != 1 or {n, k} & moves.free_symbols:
+        return None
+    return InPlace(load, n, index.subs(k, 0), moves, _overrun(kernel, found, load, index, n, k, blocks))
+
+
+def _overrun(kernel: Kernel, found: Product, load: Load, index: Any, n: Any, k: Any, blocks: Blocks) -> bool:
+    columns, depth = (product(a.extent for a in axes) for axes in (found.columns, found.depth))
+    size = kernel.buffer(load.buffer).size
+    if not all(isinstance(d, int) for d in (columns, depth, size)):
+        return False
+    last = index.subs({n: -(-int(columns) // blocks.columns) * blocks.columns - 1, k: max(int(depth) - 1, 0)})  # type: ignore[arg-type]
+    return bool(last.is_Integer) and int(last) < int(size)  # type: ignore[arg-type]
