@@ -29,8 +29,9 @@ class MergeLinears(Pass):
                                            k  = slice(qk, dim=1, start=384, stop=768)
 
     The input is read once and one product is started instead of several. The slices are views with the stride of the merged row:
-    kernels and vendor products read them in place, outputs and ATen fallbacks copy them, and where the copies cost more than is
-    saved the linears stay apart (NO_GAIN). Refused too: weights that are no constants, or that others read as well.
+    kernels and vendor products read them in place, outputs and ATen fallbacks copy them. A linear of our own whose one reader is
+    pointwise would have taken it in as its epilogue: merged, its result is written and read once more (gate and up of an MLP). Where
+    that costs more than is saved the linears stay apart (NO_GAIN). Refused too: weights that are no constants, or shared ones.
 
     max_columns: a merged product has at most that many columns; further siblings start another one.
     """
@@ -111,7 +112,15 @@ def _saved(group: _Group, graph: Graph, readers: Mapping[Node, list[Node]]) -> i
     x = group.members[0].inputs[0]
     once = (hint(x.tensor.nbytes, graph.symbols) + _CALL_BYTES) * (len(group.members) - 1)
     roots = set(graph.roots)
-    return once - sum(2 * hint(m.tensor.nbytes, graph.symbols) for m in group.members if _copied(m, readers, roots))
+    lost = [m for m in group.members if _copied(m, readers, roots) or _has_epilogue(m, readers, roots)]
+    return once - sum(2 * hint(m.tensor.nbytes, graph.symbols) for m in lost)
+
+
+def _has_epilogue(node: Node, readers: Mapping[Node, list[Node]], roots: set[Node]) -> bool:
+    """The value has one reader, a pointwise op, and the linear can be a kernel of ours together with it."""
+    if node in roots or node.dtype != torch.float32 or node.tensor.device != "cpu":
+        return False
+    return len(readers[node]) == 1 and readers[node][0].op.category is Category.POINTWISE
 
 
 def _copied(node: Node, readers: Mapping[Node, list[Node]], roots: set[Node]) -> bool:

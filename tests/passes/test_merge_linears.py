@@ -73,3 +73,11 @@ def test_an_only_child_stays_in_silence() -> None:
     old, new, notes = run(MergeLinears(), text, W)
     assert not notes.declined and not notes.applied
     assert_becomes(new, old)
+
+
+def test_refused_where_each_has_an_epilogue_of_its_own() -> None:
+    weights = {"gate": torch.randn(256, 64), "up": torch.randn(256, 64)}
+    lines = [*(f'{n} = constant "{n}"' for n in weights), "g = linear(x, gate)", "u = linear(x, up)", "s = silu(g)", "y = mul(s, u)", "y"]
+    old, new, notes = run(MergeLinears(), body("x: f32[1024, 64]", *lines), weights)
+    assert refusals(notes) == {("merge-linears", Reason.NO_GAIN)}
+    assert_becomes(new, old)
