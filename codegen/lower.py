@@ -12,6 +12,7 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import sympy
 import torch
@@ -228,6 +229,8 @@ def _convert(low: _Lowering, point: Point) -> Scalar:
 def _select(low: _Lowering, point: Point) -> Scalar:
     condition, a, b = low.operands(point)
     wide = compute_dtype(point.dtype)
+    if isinstance(a, Load) and a.mask is condition and isinstance(b, Const) and a.dtype == wide:
+        return replace(a, other=b.value)
     return where(condition, *(cast(folded(wide)(v), wide) for v in (a, b)))
 
 
@@ -274,10 +277,23 @@ def _dot(low: _Lowering, point: Point) -> Scalar:
     return total + cast(bias[0], wide) if bias else total
 
 
+def _window(low: _Lowering, point: Point) -> Scalar:
+    assert point.node is not None
+    name, wide = point.node.op.name, compute_dtype(point.dtype)
+    values = [cast(v, wide) for v in low.operands(point)]
+    if name == "max_pool":
+        return Reduce(wide, "max", values[0], low.inner) if low.inner else values[0]
+    element = values[0] * values[1] if name == "conv" else values[0]
+    total = Reduce(wide, "sum", element, low.inner) if low.inner else element
+    if name == "conv":
+        return total + values[2] if len(values) > 2 else total
+    return total / values[1]
+
+
 _RULES: dict[Kind, Callable[[_Lowering, Point], Scalar]] = {
     Kind.LOAD: _load, Kind.CONST: _const, Kind.POSITION: _position, Kind.APPLY: _apply, Kind.IOTA: _iota, Kind.INSIDE: _inside,
     Kind.BOTH: _both, Kind.CONVERT: _convert, Kind.SELECT: _select, Kind.WRAP: _wrap, Kind.REDUCE: _reduce, Kind.SCAN: _scan,
-    Kind.DOT: _dot,
+    Kind.DOT: _dot, Kind.WINDOW: _window,
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def price(body: Graph, placement: Placement) -> Price:
     if model.serial():
         work += 2 * moved
     tensors = sum(isinstance(n.type, TensorType) for n in body.inputs) + len(body.outputs)
-    values = sum(p.kind in (Kind.APPLY, Kind.LOAD, Kind.REDUCE, Kind.SCAN, Kind.DOT) for p in placement.points)
+    values = sum(p.kind in (Kind.APPLY, Kind.LOAD, Kind.REDUCE, Kind.SCAN, Kind.DOT, Kind.WINDOW) for p in placement.points)
     return Price(moved, work, values, tensors)
 
 
@@ -63,7 +63,7 @@ class _Model:
 
     def _depth(self, point: Point) -> int:
         below = max((self.deepest[p] for p in point.operands), default=0)
-        if point.kind in (Kind.REDUCE, Kind.DOT):
+        if point.kind in (Kind.REDUCE, Kind.DOT, Kind.WINDOW):
             return min(below, self.grid)
         return max(below, *(self.depth.get(n, 0) for n in point.index.names()), 0)
 

@@ -1,25 +1,25 @@
 """How contractions are evaluated at an index: a point of kind DOT over axes of its own.
 
-    linear(x, w)[i, j]   -->   sum over c of x[i, c] * w[j, c]
-    conv(x, w)[n, o, y]  -->   sum over ky, c of x[n, c, stride*y + ky - padding] * w[o, c, ky], 0 outside of x
+linear(x, w)[i, j]   -->   sum over c of x[i, c] * w[j, c]
+conv(x, w)[n, o, y]  -->   sum over ky, c of x[n, c, stride*y + ky - padding] * w[o, c, ky], 0 outside of x
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..graph import Node
+from ..ops.contractions import is_depthwise
 from .indices import Poly, const
 from .points import Index, Kind, Obstacle, Point, Refusal, broadcast_index, dims_of
+from .windows import check, depthwise, padded, positions
 
 if TYPE_CHECKING:
     from .pull import Mask, Puller
 
 OWN_NAMES = "abcd"
-FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_COMPUTED = frozenset({Kind.APPLY, Kind.REDUCE, Kind.SCAN, Kind.DOT, Kind.WINDOW})
 
 
 def _dot(puller: Puller, node: Node, left: Point, right: Point, bias: Point | None) -> Point:
@@ -34,7 +34,7 @@ def _require_memory(node: Node, operand: Point) -> None:
     stack = [operand]
     while stack:
         point = stack.pop()
-        if point.kind in (Kind.APPLY, Kind.REDUCE, Kind.SCAN, Kind.DOT) and not _converts(point):
+        if point.kind in _COMPUTED and not _converts(point):
             assert point.node is not None
             raise Refusal(Obstacle.PROLOGUE, node, point.node.op.name)
         if point.kind is not Kind.LOAD:
@@ -45,15 +45,8 @@ def _converts(point: Point) -> bool:
     return point.node is not None and point.node.op.name == "cast"
 
 
-def _check(node: Node, mask: Mask) -> None:
-    if mask:
-        raise Refusal(Obstacle.TILED_AXIS, node, f"{node.op.name} inside one piece of a concatenation")
-    if node.dtype not in FLOATS:
-        raise Refusal(Obstacle.UNSUPPORTED_DTYPE, node, str(node.type))
-
-
 def linear(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
-    _check(node, mask)
+    check(node, mask)
     x, w, *bias = node.inputs
     (depth,) = puller.own_axes(node, dims_of(x)[-1:])
     left = puller.at(x, (*index[:-1], depth))
@@ -62,7 +55,7 @@ def linear(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
 
 
 def matmul(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
-    _check(node, mask)
+    check(node, mask)
     a, b = (dims_of(x) for x in node.inputs)
     (depth,) = puller.own_axes(node, a[-1:])
     rows, columns = len(a) > 1, len(b) > 1
@@ -75,7 +68,7 @@ def matmul(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
 
 
 def conv(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
-    _check(node, mask)
+    check(node, mask)
     a = node.attrs
     if a["transposed"]:
         raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, "transposed convolution")
@@ -85,13 +78,12 @@ def conv(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
     channels, *window = dims_of(w)[1:]
     *taps, channel = puller.own_axes(node, (*window, channels))
     space = dims_of(x)[1:-1] if last else dims_of(x)[2:]
-    at = tuple(
-        i * const(s) + t * const(d) - const(p) for i, t, s, d, p in zip(place, taps, a["stride"], a["dilation"], a["padding"], strict=True)
-    )
+    at = positions(node, place, taps)
     source = _group(puller, node, out) * channels + channel if a["groups"] > 1 else channel
-    left = _padded(puller, node, x, (n, *at, source) if last else (n, source, *at), at, space)
+    left = padded(puller, node, (n, *at, source) if last else (n, source, *at), at, space)
     right = puller.at(w, (out, channel, *taps))
-    return _dot(puller, node, left, right, puller.at(bias[0], (out,)) if bias else None)
+    make = depthwise if is_depthwise(node) else _dot
+    return make(puller, node, left, right, puller.at(bias[0], (out,)) if bias else None)
 
 
 def _group(puller: Puller, node: Node, out: Poly) -> Poly:
@@ -101,15 +93,4 @@ def _group(puller: Puller, node: Node, out: Poly) -> Poly:
     return puller.ranges.floordiv(out, const(size // node.attrs["groups"]))
 
 
-def _padded(puller: Puller, node: Node, x: Node, index: Index, at: Index, space: Sequence[Poly]) -> Point:
-    """x there, 0 outside of its space."""
-    conditions = tuple(c for i, d in zip(at, space) if (c := puller.inside(i, d)) is not None)
-    value = puller.at(x, index, conditions)
-    if not conditions or value.kind is Kind.LOAD:  # a masked load is 0 where nothing is read
-        return value
-    zero = puller.number(0, x.dtype)
-    return puller.add(Point(Kind.SELECT, x, (puller.all_of(conditions), value, zero), dtype=x.dtype))
-
-
 PRODUCTS: dict[str, Callable[[Puller, Node, Index, Mask], Point]] = {"linear": linear, "matmul": matmul, "conv": conv}
-

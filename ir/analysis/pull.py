@@ -26,6 +26,7 @@ from .points import (
     regroup,
 )
 from .products import OWN_NAMES, PRODUCTS
+from .windows import POOLS
 
 MAX_POINTS = 4000
 """A region with more values than this is refused: it would compile slowly and spill."""
@@ -409,9 +410,10 @@ _BY_NAME: dict[str, _Rule] = {
     "embedding": _embedding,
     "index": _index,
     **PRODUCTS,
+    **POOLS,
 }
 
-FUSIBLE_NAMES = frozenset(_BY_NAME) - {"input"} - PRODUCTS.keys()
+FUSIBLE_NAMES = frozenset(_BY_NAME) - {"input"} - PRODUCTS.keys() - POOLS.keys()
 FUSIBLE_CATEGORIES = frozenset(_BY_CATEGORY)
 
 __all__ = ["FUSIBLE_CATEGORIES", "FUSIBLE_NAMES", "MAX_POINTS", "Puller", "check_native"]

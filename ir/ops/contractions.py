@@ -98,6 +98,11 @@ def channels_last_view(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, *range(2, x.dim()), 1)
 
 
+def is_depthwise(node: Any) -> bool:
+    """Whether a node is a convolution of each channel alone (to one result or several)."""
+    return node.op.name == "conv" and node.attrs["groups"] > 1 and not node.attrs["transposed"] and node.inputs[1].shape[1] == 1
+
+
 def _positive(space: Iterable[Dim]) -> tuple[Dim, ...]:
     sizes = tuple(dim(d) for d in space)
     if any(isinstance(d, int) and d < 1 for d in sizes):
