@@ -30,6 +30,7 @@ class Category(enum.Enum):
     VIEW = "view"  # out[i] = in[f(i)], f known at compile time; never computes
     GATHER = "gather"  # reads or writes at positions given by integer operands
     CONTRACTION = "contraction"  # matmul, linear, convolution
+    RECURRENCE = "recurrence"  # a layer's steps one after the other, each reading the state of the one before
     COMPOSITE = "composite"  # has `expand` into the others
     CONSTANT = "constant"  # constants, fills, ranges, inputs
     EXTERN = "extern"  # run by ATen

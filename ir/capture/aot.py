@@ -15,6 +15,7 @@ from ..graph import Graph
 from .decompositions import decompositions
 from .fx import Binding, capture_fx
 from .origin import input_names
+from .recurrences import by_eager, in_parts, keep_whole
 
 CompiledGraph = Callable[[list[Any]], Sequence[Any]]  # it may empty the list of inputs
 Held = Mapping[int, torch.Tensor]
@@ -41,6 +42,10 @@ def compile_fx(
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
+    if not by_eager(gm, example_inputs):
+        keep_whole(gm)
+    elif parts := in_parts(gm, lambda part, inputs: compile_fx(part, inputs, compile_graph, on_failure, name)):
+        return parts
     binding, owned = Binding(names=input_names(gm)), _Owned(gm, example_inputs)
 
     def compiler(suffix: str) -> Callable[..., Any]:

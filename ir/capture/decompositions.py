@@ -17,7 +17,8 @@ _KEPT = (
     "baddbmm", "mv", "dot", "leaky_relu", "threshold", "square", "reciprocal", "rsub", "stack", "split", "split_with_sizes", "unbind",
     "t", "transpose", "squeeze", "slice_scatter", "select_scatter", "roll", "masked_fill", "fill", "zeros", "ones", "zeros_like",
     "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty", "empty_like", "index_select", "avg_pool1d",
-    "adaptive_avg_pool1d", "max_pool1d", "addcmul", "addcdiv", "lerp", "hardtanh", "clamp_min", "clamp_max",
+    "adaptive_avg_pool1d", "max_pool1d", "addcmul", "addcdiv", "lerp", "hardtanh", "clamp_min", "clamp_max", "lstm", "gru", "rnn_tanh",
+    "rnn_relu",
 )  # fmt: skip
 
 # kept whole because a decomposition would draw other random numbers than eager

@@ -9,11 +9,12 @@ from .aten_constants import CONSTANTS
 from .aten_contractions import CONTRACTIONS
 from .aten_gather import GATHERS
 from .aten_pointwise import POINTWISE
+from .aten_recurrences import RECURRENCES
 from .aten_reductions import REDUCTIONS
 from .aten_views import VIEWS
 from .call import Converter
 
-NATIVE: dict[str, Converter] = {**POINTWISE, **REDUCTIONS, **VIEWS, **CONSTANTS, **GATHERS, **CONTRACTIONS}
+NATIVE: dict[str, Converter] = {**POINTWISE, **REDUCTIONS, **VIEWS, **CONSTANTS, **GATHERS, **CONTRACTIONS, **RECURRENCES}
 
 EFFECT_FREE = frozenset({
     "aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten.sym_constrain_range.default",

@@ -10,13 +10,15 @@ from .constants import CONSTANTS, tensor_type
 from .contractions import CONTRACTIONS
 from .gathers import GATHERS
 from .pointwise import POINTWISE, PROMOTION, Promotion, number_as, operand_dtype, unprintable
+from .recurrences import RECURRENCES
 from .reductions import REDUCTIONS
 from .structure import STRUCTURE, Ref
 from .views import VIEWS
 
-OPS: dict[str, Op] = {
-    op.name: op for op in (INPUT, SCALAR, *CONSTANTS, *POINTWISE, *REDUCTIONS, *VIEWS, *GATHERS, *CONTRACTIONS, *COMPOSITES, *STRUCTURE)
-}
+_TABLES = (
+    (INPUT, SCALAR), CONSTANTS, POINTWISE, REDUCTIONS, VIEWS, GATHERS, CONTRACTIONS, RECURRENCES, COMPOSITES, STRUCTURE,
+)  # fmt: skip
+OPS: dict[str, Op] = {op.name: op for table in _TABLES for op in table}
 
 
 def op(name: str) -> Op:

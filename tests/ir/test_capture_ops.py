@@ -221,11 +221,6 @@ EXTERN: dict[str, tuple[Callable[..., Any], tuple[Any, ...], set[str]]] = {
         (f32(50),),
         set(),
     ),
-    "lstm": (
-        lambda x, h, w, u, b: torch.lstm(x, (h, h), [w, u, b, b], True, 1, 0.0, False, False, True),
-        (f32(2, 3, 4), f32(1, 2, 5), f32(20, 4), f32(20, 5), f32(20)),
-        set(),
-    ),
     "linalg": (lambda x: (torch.linalg.qr(x), torch.linalg.svdvals(x)), (f32(4, 3),), set()),
     "bucketize": (lambda x, b: torch.bucketize(x, b), (f32(7), torch.tensor([-1.0, 0.0, 1.0])), set()),
     "small_dtypes": (lambda x: (x.to(torch.uint16).to(torch.int32), x.to(torch.float8_e4m3fn).float()), (f32(5).abs(),), set()),
