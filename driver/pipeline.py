@@ -10,6 +10,7 @@ from ..passes.fold_norms import FoldNorms
 from ..passes.fuse_regions import FuseRegions
 from ..passes.manager import parse_passes
 from ..passes.merge_linears import MergeLinears
+from ..passes.pack_weights import PackWeights
 from ..passes.plan_memory import PlanMemory
 from ..passes.recognize import Recognize
 from ..passes.split_bias import SplitBias
@@ -22,6 +23,7 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     MergeLinears(),  # once weights are final
     Canonicalize(),  # slices of merged products and views of composites compose with what reads them
     ChooseLayouts(),  # just before fusion, which takes the permutes that are left into its kernels
+    PackWeights(),  # once weights and layouts are final: what is packed here becomes a kernel of ours
     SplitBias(),  # just before fusion, which takes the sums into its kernels
     FuseRegions(),  # sees the final ops: kernels are decided here
     PlanMemory(),  # last: lifetimes are those of kernels

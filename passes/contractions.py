@@ -1,6 +1,8 @@
 """Contractions that become kernels of ours: those whose constant weight lies in panels. `pack-weights` puts it there: that decides.
 
-    w [n, k]  -->  panels [n / 48, k, 48]: the 48 columns that one register block of a kernel reads stand together for each k
+    w [n, k]  -->  panels [n / 48, k, 48]
+
+The 48 columns that one register block of a kernel reads stand together for each k.
 """
 
 from __future__ import annotations

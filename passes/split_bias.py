@@ -14,6 +14,7 @@ from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason, describe
+from .contractions import is_native
 
 _KERNEL_CATEGORIES = frozenset({Category.POINTWISE, Category.REDUCTION, Category.COMPOSITE})
 _LIBRARY_READERS = frozenset({"attention"})
@@ -61,7 +62,7 @@ class SplitBias(Pass):
 
 
 def _has_bias(node: Node) -> bool:
-    if node.op.name != "linear" or len(node.inputs) != 3:
+    if node.op.name != "linear" or len(node.inputs) != 3 or is_native(node):  # a kernel of ours adds it anyway
         return False
     return node.dtype in _DTYPES and node.tensor.device == "cpu" and node.tensor.rank > 1
 
