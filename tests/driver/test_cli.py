@@ -164,7 +164,7 @@ def test_a_receipt_reads_well_in_80_columns(program, here):
     assert lines[0].startswith("mlp  ") and "error" in lines[0] and "native" in "".join(lines[:2])
     assert not any("…" in line for line in lines)
     assert all(any(k.name in line for line in lines) for k in receipt.kernels)
-    assert any("because one side is a library call" in line for line in lines)
+    assert any("because one kernel walks one contraction" in line for line in lines)
     receipt.render(console, details=True)
     details = console.export_text()
     assert "rewrites" in details and "fuse-regions" in details and "allowed" in details
