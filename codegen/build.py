@@ -48,7 +48,10 @@ class BuildError(TilewrightError):
 
 @dataclass(frozen=True)
 class Source:
-    """One extern "C" function: its name, its text, the ctypes of its arguments and of its result (None: void)."""
+    """One extern "C" function: its name, its text, the ctypes of its arguments and of its result (None: void).
+
+    A function of addresses and integers that returns nothing or an int64_t has an entry too: see `entry_address`.
+    """
 
     name: str
     text: str
@@ -65,7 +68,7 @@ class Toolchain:
     flags: tuple[str, ...]
 
 
-Loaded = Union[Callable[..., None], BuildError]
+Loaded = Union[Callable[..., Any], BuildError]
 
 
 def build(sources: Sequence[Source], level: str = "native") -> list[Loaded]:
@@ -205,7 +208,9 @@ def _load(path: Path, digest: str, symbol: str) -> Loaded:
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise ValueError(f"{path} is damaged")
         library = _libraries[path.name, digest] = ctypes.CDLL(str(path))
-    return library[symbol]
+    function = library[symbol]
+    function.entry = ctypes.cast(getattr(library, f"{symbol}_entry", None), ctypes.c_void_p).value
+    return function
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -262,6 +267,21 @@ def _units(missing: dict[str, Source], count: int) -> list[dict[str, Source]]:
     return units
 
 
+def entry_address(function: Any) -> int:
+    """The address of what `build` made of a function of addresses and integers, as runs of calls have it (cpp/call.h)."""
+    return function.entry
+
+
+_IN_RUNS = {ctypes.c_void_p, ctypes.c_int, ctypes.c_int64}
+
+
+def _entry(source: Source, symbol: str) -> str:
+    """The text of the entry; nothing for a function that runs of calls cannot call."""
+    if not _IN_RUNS.issuperset(source.arguments) or source.result not in (None, ctypes.c_int64):
+        return ""
+    return f"int64_t {symbol}_entry(const int64_t* values, const int64_t* places) {{ return enter({symbol}, values, places); }}\n"
+
+
 def unit_text(functions: Iterable[str]) -> str:
     """A translation unit of functions."""
     body = "\n".join(functions)
@@ -271,7 +291,7 @@ def unit_text(functions: Iterable[str]) -> str:
 def _compile_unit(directory: Path, unit: dict[str, Source], tools: Toolchain) -> dict[str, Loaded] | str:
     """Compiles one unit into the cache; the functions by key, or the compiler's message."""
     symbols = {key: f"{source.name}_{key[:8]}" for key, source in unit.items()}
-    texts = [re.sub(rf"\b{re.escape(s.name)}\b", symbols[key], s.text) for key, s in unit.items()]
+    texts = [re.sub(rf"\b{re.escape(s.name)}\b", symbols[key], s.text) + _entry(s, symbols[key]) for key, s in unit.items()]
     name = hashlib.sha256("\0".join(unit).encode()).hexdigest()[:40]
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix="tmp-") as scratch:

@@ -1,16 +1,20 @@
 """The host program as Python text: straight-line code that calls kernels and library functions over an arena.
 
-Three parts, by how often they run. *program*: constants and their views, once. *frame*: tensors in the arena, their views and addresses,
-once per set of sizes. *call*: every call; it names values as the graph does.
+Three parts, by how often they run. *program*: constants and their views, once. *frame*: tensors in the arena, their views, and the table
+that kernels take their addresses from, once per set of sizes. *call*: every call; it names values as the graph does.
 
     h = slot(memory, 0, (8, 384), float32)                 frame
-    h_at = h.data_ptr()
+    pack_1(table, 0, memory_at + 0)
 
     x, = inputs                                            call
     y = empty((8, 384), (384, 1), float32)
-    k0_add_gelu(x.data_ptr(), h_at)
+    # calls_0: k0_add_gelu(x, h)
+    pack_2(table, 8, threads(), x.data_ptr())
+    run(calls_0_at, table_at)
     mm(h, w_t, out=y)
     return [y]
+
+Kernel calls that follow each other are one call of a C routine: see calls.py.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import enum
 import keyword
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +32,10 @@ import sympy
 import torch
 
 from ..ir.dims import Dim, contiguous_strides, dim, to_source
+from ..ir.dims import hint as hinted
 from ..ir.graph import Graph, Node, is_scalar, order, scalar_value
 from ..ir.types import TensorType
+from .calls import Entry, KernelCall, Line, Moves, Operand, emit_runs, freed
 
 
 class Scope(enum.IntEnum):
@@ -42,16 +48,23 @@ class Scope(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the host program. contiguous: known to be row-major without looking at it."""
+    """A tensor of the host program. contiguous: known to be row-major without looking at it.
+
+    at: its address as an expression of the frame; the tensor itself is then only made if something reads it.
+    nbytes: about how much memory it holds, 0 where it is not known.
+    """
 
     name: str
     scope: Scope
     contiguous: bool
+    at: str = ""
+    nbytes: int = 0
 
 
 _RESERVED = frozenset(
-    {"inputs", "memory", "frame", "sizes", "nbytes", "prepare", "call", *keyword.kwlist, *keyword.softkwlist, *dir(builtins)}
-)
+    ["inputs", "memory", "memory_at", "frame", "table", "table_at", "met", "sizes", "nbytes", "prepare", "call", *keyword.kwlist,
+     *keyword.softkwlist, *dir(builtins)]
+)  # fmt: skip
 
 
 class Host:
@@ -60,23 +73,17 @@ class Host:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.names: dict[str, Any] = {"torch": torch, "inf": math.inf, "nan": math.nan}
-        self.parts: dict[Scope, list[str]] = {scope: [] for scope in Scope}
+        self.program: list[str] = []
+        self.frame: list[str] = []
+        self.entries: list[Entry] = []  # of the call
         self.values: dict[Node, Value] = {}
         self.copies: list[str] = []
         self.items = {(n.inputs[0], n.attrs["index"]): n for n in reversed(order(graph)) if n.op.name == "item"}
-        self._taken: set[str] = {
-            "inputs",
-            "memory",
-            "frame",
-            "sizes",
-            *keyword.kwlist,
-            *keyword.softkwlist,
-            *dir(__builtins__),
-            *graph.symbols,
-        }
+        self._taken: set[str] = {*_RESERVED, *graph.symbols}
         self._derived: dict[tuple[str, str], Value] = {}
-        self._framed: dict[str, None] = {}  # names of the frame that the call uses
-        self._last: dict[str, int] = {}  # name of a call value -> the last line that reads it
+        self._unmade: dict[str, tuple[str, list[Value]]] = {}  # tensors of the frame that nothing has read yet: how to make them
+        self._scopes: dict[str, Scope] = {"table": Scope.FRAME, "table_at": Scope.FRAME}
+        self._run: Callable[..., int] | None = None
 
     # -- names
 
@@ -102,25 +109,58 @@ class Host:
 
     # -- text
 
-    def line(self, text: str, scope: Scope = Scope.CALL, reads: Iterable[Value] = ()) -> None:
-        self.parts[scope].append(text)
+    def line(self, text: str, scope: Scope = Scope.CALL, reads: Iterable[Value] = (), moves: Moves = Moves.NO) -> None:
+        """A line of the given part. `moves`: whether it may come before kernel calls that stand in front of it."""
+        reads = list(reads)
         for value in reads:
-            self._read(value, scope)
+            self._make(value)
+            self._scopes[value.name] = value.scope
+        if scope is Scope.CALL:
+            names = tuple(v.name for v in reads if v.scope is not Scope.PROGRAM)
+            framed = any(v.scope is Scope.FRAME for v in reads)  # kernels may write it under another name
+            self.entries.append(Line(text, names, Moves.NO if framed else moves))
+        else:
+            (self.program if scope is Scope.PROGRAM else self.frame).append(text)
 
-    def _read(self, value: Value, scope: Scope) -> None:
-        if scope is not Scope.CALL:
-            return
-        if value.scope is Scope.FRAME:
-            self._framed[value.name] = None
-        elif value.scope is Scope.CALL:
-            self._last[value.name] = len(self.parts[Scope.CALL]) - 1
+    def _make(self, value: Value) -> None:
+        """A tensor of the frame, now that something reads it."""
+        if value.name in self._unmade:
+            text, reads = self._unmade.pop(value.name)
+            self.line(f"{value.name} = {text}", Scope.FRAME, reads)
+
+    def call(self, call: KernelCall, run: Callable[..., int]) -> None:
+        """A call of a native kernel; `run` is the C routine that makes runs of them."""
+        self._run = run
+        self.entries.append(call)
+
+    def operand_of_kernel(self, value: Value) -> Operand:
+        """A value as a native kernel takes it."""
+        if value.scope is Scope.CALL:
+            return Operand(value.name, f"{value.name}.data_ptr()", value.name, value.nbytes)
+        if value.at:
+            return Operand(value.name, value.at)
+        self._make(value)
+        return Operand(value.name, f"{value.name}.data_ptr()")
 
     def define(
-        self, node: Node | None, expression: str, scope: Scope, reads: Iterable[Value] = (), contiguous: bool = False, hint: str = ""
+        self,
+        node: Node | None,
+        expression: str,
+        scope: Scope,
+        reads: Iterable[Value] = (),
+        contiguous: bool = False,
+        hint: str = "",
+        moves: Moves = Moves.NO,
+        at: str = "",
+        nbytes: int = 0,
     ) -> Value:
-        """A new value, computed by `expression`."""
-        value = Value(self.name(hint or (node.hint if node and node.hint else node.op.name if node else "v")), scope, contiguous)
-        self.line(f"{value.name} = {expression}", scope, [*reads, value])
+        """A new value, computed by `expression`. With `at`, its address in the frame, only if something reads it."""
+        name = self.name(hint or (node.hint if node and node.hint else node.op.name if node else "v"))
+        value = Value(name, scope, contiguous, at, nbytes)
+        if at:
+            self._unmade[name] = (expression, list(reads))
+        else:
+            self.line(f"{name} = {expression}", scope, [*reads, value], moves)
         if node is not None:
             self.values[node] = value
         return value
@@ -139,22 +179,16 @@ class Host:
         elif value.contiguous:
             return value
         else:
-            check = f"dense({value.name})"
+            check = f"{value.name} if {value.name}.is_contiguous() and not {value.name}.is_neg() else dense({value.name})"
         scope = Scope.PROGRAM if value.scope is Scope.PROGRAM else Scope.CALL
         key = (value.name, check)
         if key not in self._derived:
             if scope is Scope.CALL:
                 self.copies.append(value.name)
-            self._derived[key] = self.define(None, check, scope, [value], strides is None, hint=f"{value.name}_dense")
+            self._derived[key] = self.define(
+                None, check, scope, [value], strides is None, f"{value.name}_dense", Moves.READER, nbytes=value.nbytes
+            )
         return self._derived[key]
-
-    def address(self, value: Value) -> str:
-        """The text of a value's data pointer, as the call reads it."""
-        if value.scope is Scope.CALL:
-            return f"{value.name}.data_ptr()"
-        pointer = self.derive(value, "at", f"{value.name}.data_ptr()")
-        self._read(pointer, Scope.CALL)
-        return pointer.name
 
     def literal(self, value: Any) -> str:
         """An attribute as Python text; what has no literal becomes a global."""
@@ -187,10 +221,11 @@ class Host:
         slot = self.graph.arena.get(node) if node is not None else None
         shape = self.literal(kind.shape)
         if slot is not None:
-            dtype = self.literal(kind.dtype)
-            value = self.define(None, f"slot(memory, {to_source(slot.offset)}, {shape}, {dtype})", Scope.FRAME, (), True, hint)
+            text = f"slot(memory, {to_source(slot.offset)}, {shape}, {self.literal(kind.dtype)})"
+            value = self.define(None, text, Scope.FRAME, (), True, hint, at=f"memory_at + {to_source(slot.offset)}")
         else:
-            value = self.define(None, self.fresh(kind), Scope.CALL, (), True, hint)
+            size = hinted(kind.nbytes, self.graph.symbols)
+            value = self.define(None, self.fresh(kind), Scope.CALL, (), True, hint, Moves.NAME, nbytes=size)
         if node is not None:
             self.values[node] = value
         return value
@@ -212,29 +247,19 @@ class Host:
     def source(self, peak: Dim, results: list[str], kept: set[str]) -> str:
         """The module: frame and call as functions. `results`: what the call returns; `kept`: names among it."""
         sizes = "".join(f", {s}" for s in self.symbols)
-        framed = list(self._framed)
-        program = [*self.parts[Scope.PROGRAM]]
+        lines, table = emit_runs(self.entries, kept, self._run, self.bind)
+        owned = {name for name, scope in self._scopes.items() if scope is Scope.CALL}
+        framed = list(dict.fromkeys(n for line in lines for n in line.reads if self._scopes[n] is Scope.FRAME))
         nbytes = [f"def nbytes({sizes[2:]}):", f"    return {to_source(peak)}"]
-        frame = [f"def prepare(memory{sizes}):", *_indent(self.parts[Scope.FRAME]), f"    return ({''.join(f'{n}, ' for n in framed)})"]
+        start = ["memory_at = memory.data_ptr()"] if any("memory_at" in line for line in table) else []
+        frame = [f"def prepare(memory{sizes}):", *_indent([*start, *self.frame, *table])]
+        frame.append(f"    return ({''.join(f'{n}, ' for n in framed)})")
         call = [f"def call(inputs, frame{sizes}):"]
         if framed:
             call.append(f"    ({', '.join(framed)},) = frame")
-        call += _indent(self._freed(kept))
+        call += _indent(freed(lines, owned - kept))
         call.append(f"    return [{', '.join(results)}]")
-        return "\n".join([*program, "", *nbytes, "", *frame, "", *call, ""])
-
-    def _freed(self, kept: set[str]) -> list[str]:
-        """The lines of the call, each value deleted after the last line that reads it."""
-        dying: dict[int, list[str]] = {}
-        for name, at in self._last.items():
-            if name not in kept:
-                dying.setdefault(at, []).append(name)
-        lines: list[str] = []
-        for i, text in enumerate(self.parts[Scope.CALL]):
-            lines.append(text)
-            if i in dying:
-                lines.append(f"del {', '.join(dying[i])}")
-        return lines
+        return "\n".join([*self.program, "", *nbytes, "", *frame, "", *call, ""])
 
 
 def _indent(lines: Iterable[str]) -> list[str]:

@@ -12,16 +12,17 @@ import sympy
 import torch
 
 from ..ir.analysis.memory import may_share
-from ..ir.dims import Dim, dim
+from ..ir.dims import Dim, dim, hint
 from ..ir.graph import Graph, Node, is_scalar, order
 from ..ir.op import Category
 from ..ir.ops.views import laid_out
-from ..ir.types import ScalarType
+from ..ir.types import ScalarType, TensorType
 from .arena import Arena, slot
 from .host import Host, Scope, Value
 from .regions import Built, KernelInfo, build_regions, cost, covered, emit_region
 from .steps import emit_call, emit_constant, emit_view, is_library_call
 from .target import TARGETS, Target
+from .threads import threads
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,10 @@ def compile_program(graph: Graph, targets: Mapping[str, Target] = TARGETS) -> Pr
     """
     built = build_regions(graph, targets)
     host = Host(graph)
-    host.names.update(empty=_EMPTY, slot=slot, dense=dense, strided=strided, laid_out=laid_out, get_num_threads=torch.get_num_threads)
+    host.names.update(empty=_EMPTY, slot=slot, dense=dense, strided=strided, laid_out=laid_out, threads=threads)
     _emit_inputs(host)
     for node in order(graph):
-        _emit(host, node, built, targets)
+        _emit(host, node, built)
     results, kept = _emit_results(host)
     return Program(graph, host, host.source(_peak(graph), results, kept), built)
 
@@ -139,7 +140,8 @@ def _emit_inputs(host: Host) -> None:
     for i, node in enumerate(host.graph.inputs):
         name = host.name(node.hint or "x")
         names.append(name)
-        host.values[node] = Value(name, Scope.CALL, False)
+        size = hint(node.tensor.nbytes, host.graph.symbols) if isinstance(node.type, TensorType) else 0
+        host.values[node] = Value(name, Scope.CALL, False, nbytes=size)
         for symbol, where in _bare_sizes(node):
             found.setdefault(symbol, f"inputs[{i}]{where}")
     missing = [s for s in host.symbols if s not in found]
@@ -150,7 +152,6 @@ def _emit_inputs(host: Host) -> None:
     if names:
         host.line(f"{', '.join(names)}, = inputs", reads=[host.values[n] for n in host.graph.inputs])
     host.line("inputs.clear()")
-    host.line("threads = get_num_threads()")
 
 
 def _bare_sizes(node: Node) -> list[tuple[str, str]]:
@@ -160,11 +161,11 @@ def _bare_sizes(node: Node) -> list[tuple[str, str]]:
     return [(d.name, f".size({i})") for i, d in enumerate(node.shape) if isinstance(d, sympy.Symbol)]
 
 
-def _emit(host: Host, node: Node, built: Built, targets: Mapping[str, Target]) -> None:
+def _emit(host: Host, node: Node, built: Built) -> None:
     if node in host.values or is_scalar(node):
         return
     if node.op.name == "region":
-        emit_region(host, node, built.units[node], targets)
+        emit_region(host, node, built.units[node])
     elif node.op.category is Category.VIEW:
         emit_view(host, node)
     elif node.op.category is Category.CONSTANT:

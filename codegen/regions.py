@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ..ir.dims import hint
-from ..ir.errors import IndexOutOfRange
 from ..ir.graph import Graph, Node, order
 from ..ir.interpret import interpret
 from ..ir.op import Category
 from ..ir.rewrite import attr_key
 from ..ir.types import TensorType
+from .calls import KernelCall
 from .host import Host, Scope, Value
 from .kernel import Kernel
 from .target import Compiled, Failed, Target
@@ -175,10 +175,10 @@ def cost(graph: Graph, node: Node) -> tuple[int, int]:
 # -- in the host program
 
 
-def emit_region(host: Host, node: Node, unit: Unit, targets: Mapping[str, Target]) -> None:
+def emit_region(host: Host, node: Node, unit: Unit) -> None:
     """A call of the region's kernel, or its ops one by one."""
     if unit.compiled is not None:
-        _emit_kernel(host, node, unit.compiled, targets[device_type(node)].native)
+        _emit_kernel(host, node, unit.compiled)
     elif _empty(node):
         _results(host, node)
     else:
@@ -190,30 +190,17 @@ def _empty(region: Node) -> bool:
     return all(n.tensor.numel == 0 for n in region.attrs["body"].outputs)
 
 
-def _emit_kernel(host: Host, node: Node, compiled: Compiled, native: bool) -> None:
-    operands = [_operand(host, node, i) for i in _read(node, compiled.kernel)]
+def _emit_kernel(host: Host, node: Node, compiled: Compiled) -> None:
+    kernel, native = compiled.kernel, compiled.native
+    operands = [_operand(host, node, i) for i in _read(node, kernel)]
     results = _results(host, node)
-    buffers = [*operands, *results]
-    shown = [host.address(v) if native else v.name for v in buffers]
-    function = host.bind(compiled.kernel.name, compiled.launch)
-    text = f"{function}({', '.join([*shown, *compiled.kernel.sizes, *(['threads'] if native else [])])})"
-    if native and compiled.kernel.faults:
-        faults = host.bind(f"{compiled.kernel.name}_faults", Faults(node.attrs["body"]))
-        text = f"if met := {text}: raise {faults}[met]"
-    host.line(text, reads=buffers)
-
-
-class Faults:
-    """What the fault numbers of a region's kernel mean at one place that calls it, as errors."""
-
-    def __init__(self, body: Graph) -> None:
-        self._body = body
-
-    def __getitem__(self, number: int) -> IndexOutOfRange:
-        from .lower import position_readers
-
-        node = position_readers(self._body)[number - 1]
-        return IndexOutOfRange(node.prov.source, op=node.op.name)
+    if native is None:
+        text = f"{host.bind(kernel.name, compiled.launch)}({', '.join([*(v.name for v in (*operands, *results)), *kernel.sizes])})"
+        host.line(text, reads=[*operands, *results])
+        return
+    buffers = tuple(host.operand_of_kernel(v) for v in (*operands, *results))
+    body = node.attrs["body"] if kernel.faults else None
+    host.call(KernelCall(kernel.name, native.entry, buffers, len(results), kernel.sizes, body), native.run)
 
 
 def _read(node: Node, kernel: Kernel) -> list[int]:

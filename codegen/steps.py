@@ -12,6 +12,7 @@ from ..ir.dims import contiguous_strides, product, same_shape, to_source
 from ..ir.graph import Node, is_scalar
 from ..ir.op import Category
 from ..ir.ops.structure import Ref, resolve, tensor_leaves
+from .calls import Moves
 from .host import Host, Scope, Value
 from .windows import emit_window
 
@@ -41,7 +42,8 @@ def emit_view(host: Host, node: Node) -> None:
     expression, contiguous = _VIEWS[node.op.name](host, node, x)
     copies = node.op.name in ("flip", "layout", "as_strided") or (node.op.name == "reshape" and not x.contiguous)
     scope = Scope.CALL if copies else x.scope
-    host.define(node, expression, scope, [x], contiguous)
+    at = x.at if node.op.name == "reshape" and contiguous else ""
+    host.define(node, expression, scope, [x], contiguous, moves=Moves.READER if copies else Moves.NAME, at=at, nbytes=x.nbytes)
 
 
 def _reshape(host: Host, node: Node, x: Value) -> tuple[str, bool]:

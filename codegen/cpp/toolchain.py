@@ -6,11 +6,19 @@ import ctypes
 from collections.abc import Sequence
 from typing import Union
 
-from ..build import BuildError, Source, build
+from ..build import BuildError, Loaded, Source, build, entry_address
 from ..kernel import Kernel
-from ..target import Compiled, Failed
+from ..target import Compiled, Failed, Native
 from .contraction import print_any
 from .schedule import CpuTarget, detect_target
+
+RUN = Source(
+    "run_calls",
+    "int64_t run_calls(const int64_t* words, const int64_t* values) { return run(words, values); }\n",
+    (ctypes.c_void_p, ctypes.c_void_p),
+    ctypes.c_int64,
+)
+"""The routine that makes a run of kernel calls."""
 
 
 def compile_kernels(kernels: Sequence[Kernel], target: CpuTarget | None = None) -> list[Union[Compiled, Failed]]:
@@ -18,8 +26,9 @@ def compile_kernels(kernels: Sequence[Kernel], target: CpuTarget | None = None) 
     target = target or detect_target()
     printed = [_print(k, target) for k in kernels]
     sources = [p for p in printed if isinstance(p, Source)]
-    functions = iter(build(sources, target.level))
-    return [p if isinstance(p, Failed) else _loaded(k, p, next(functions)) for k, p in zip(kernels, printed)]
+    run, *built = build([RUN, *sources], target.level)
+    functions = iter(built)
+    return [p if isinstance(p, Failed) else _loaded(k, p, next(functions), run) for k, p in zip(kernels, printed)]
 
 
 def _print(kernel: Kernel, target: CpuTarget) -> Source | Failed:
@@ -32,7 +41,7 @@ def _print(kernel: Kernel, target: CpuTarget) -> Source | Failed:
     return Source(kernel.name, text, arguments, ctypes.c_int64 if kernel.faults else None)
 
 
-def _loaded(kernel: Kernel, source: Source, function: object) -> Compiled | Failed:
-    if isinstance(function, BuildError):
-        return Failed(kernel, str(function))
-    return Compiled(kernel, source.text, function)  # type: ignore[arg-type]
+def _loaded(kernel: Kernel, source: Source, function: Loaded, run: Loaded) -> Compiled | Failed:
+    if isinstance(function, BuildError) or isinstance(run, BuildError):
+        return Failed(kernel, str(function if isinstance(function, BuildError) else run))
+    return Compiled(kernel, source.text, function, Native(run, entry_address(function)))

@@ -407,3 +407,4 @@ template <class T> struct Row {
 #include "math.h"
 #include "reduce.h"
 #include "dot.h"
+#include "call.h"

@@ -288,7 +288,7 @@ def test_inputs_and_intermediates_are_freed_at_their_last_use():
 def test_what_cannot_be_compiled_runs_by_eager_and_is_listed():
     x = graph_input("x", t(4, 4))
     y = OPS["exp"](OPS["matmul"](OPS["sin"](x), x))
-    broken = Target("cpp", lambda kernels: [Failed(k, "it is Tuesday") for k in kernels], native=True)
+    broken = Target("cpp", lambda kernels: [Failed(k, "it is Tuesday") for k in kernels])
     graph = fused([x], [y])
     program = compile_program(graph, {"cpu": broken})
     assert_same(program, graph, [torch.randn(4, 4)])
@@ -303,7 +303,7 @@ def test_a_fault_in_code_generation_is_a_listed_fallback():
         raise ZeroDivisionError("oops")
 
     with pytest.warns(RuntimeWarning, match="please report this.*ZeroDivisionError: oops"):
-        program = compile_program(graph, {"cpu": Target("cpp", compile_kernels, native=True)})
+        program = compile_program(graph, {"cpu": Target("cpp", compile_kernels)})
     assert_same(program, graph, [torch.randn(4, 4)])
     assert program.fallbacks[0].reason == "internal error: ZeroDivisionError: oops"
 
@@ -339,4 +339,50 @@ def test_the_listing_reads_like_a_module():
     x, w = graph_input("x", t(4, 8)), graph_input("w", t(8, 8))
     source = compile_program(fused([x, w], [OPS["gelu"](OPS["linear"](x, w, hint="hidden"))])).source
     assert "void k0_gelu(" in source and "def call(inputs, frame):" in source
-    assert "mm(x, w_t, out=hidden)" in source and "k0_gelu(hidden_at, gelu.data_ptr(), threads)" in source
+    assert "mm(x, w_t, out=hidden)" in source and "# calls_0: k0_gelu(hidden, gelu)" in source
+
+
+def chain(x, count=3):
+    """Kernels that read each other's results: each sum needs all of the softmax before it."""
+    for _ in range(count):
+        x = OPS["flip"](OPS["softmax"](OPS["mul"](x, 2.0), dim=-1), dims=(1,))
+        x = OPS["softmax"](x, dim=0)
+    return x
+
+
+@NATIVE
+@pytest.mark.parametrize("rows", [5, S], ids=["static", "dynamic"])
+def test_a_graph_of_kernels_and_views_is_one_call(rows):
+    x = graph_input("x", t(rows, 6))
+    y = chain(x)
+    outputs = [OPS["permute"](y, dims=(1, 0)), OPS["reshape"](OPS["exp"](y), shape=(rows * 6,)), OPS["sum"](y, dims=(1,))]
+    fields = {"symbols": ANY_S} if rows is S else {}
+    calls = [[torch.randn(n, 6)] for n in ((5, 5) if rows == 5 else (5, 1, 9, 5))]
+    program = check(TARGETS, [x], outputs, *calls, **fields)
+    assert program.source.count("run(calls_") == 1 and program.source.count("# calls_0: ") >= 4
+    assert "slot(" not in program.source  # nothing reads the intermediate values as tensors
+
+
+@NATIVE
+def test_a_fault_stops_the_run_and_names_its_line():
+    x, at, table = graph_input("x", t(4, 6)), graph_input("at", t(4, dtype=torch.int64)), graph_input("table", t(8, 6))
+    first = OPS["embedding"](table, at)
+    rows = OPS["softmax"](OPS["add"](OPS["softmax"](x, dim=0), first), dim=0)
+    later = OPS["embedding"](OPS["slice"](table, dim=0, start=0, stop=3), OPS["argmax"](rows, dims=(1,)))
+    program = compile_program(fused([x, at, table], [rows, later]))
+    assert program.source.count("run(calls_") == 1
+    values = [torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64), torch.zeros(8, 6)]
+    assert program(values)[1].shape == (4, 6)
+    with pytest.raises(IndexError, match="embedding"):
+        program([values[0], values[1] + 8, values[2]])
+    values[0][0, 5] = 9.0
+    with pytest.raises(IndexError, match="embedding"):
+        program(values)
+
+
+@NATIVE
+def test_a_run_ends_where_large_operands_can_be_freed():
+    inputs = [graph_input(f"x{i}", t(1024, 1024)) for i in range(6)]
+    outputs = [OPS["amax"](n, dims=(i % 2,)) for i, n in enumerate(inputs)]
+    program = check(TARGETS, inputs, outputs, [torch.randn(1024, 1024) for _ in inputs])
+    assert program.source.count("run(calls_") == 2
