@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from ..ir.errors import TilewrightError
+from .threads import gnu_openmp
 
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
@@ -137,11 +138,7 @@ def _cpu_features() -> str:
 
 def _openmp_library() -> list[str]:
     """The OpenMP runtime this process has loaded, where the linker would not find that one by itself."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return []
-    loaded = re.findall(r"(/\S*/libgomp[^/\s]*)$", maps, re.MULTILINE)
+    loaded = gnu_openmp()
     if not loaded or os.path.basename(loaded[0]).startswith("libgomp.so"):
         return []
     return ["-Wl,--as-needed", loaded[0]]
@@ -208,8 +205,9 @@ def _load(path: Path, digest: str, symbol: str) -> Loaded:
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise ValueError(f"{path} is damaged")
         library = _libraries[path.name, digest] = ctypes.CDLL(str(path))
-    function = library[symbol]
-    function.entry = ctypes.cast(getattr(library, f"{symbol}_entry", None), ctypes.c_void_p).value
+    function: Any = library[symbol]
+    if hasattr(library, f"{symbol}_entry"):
+        function.entry = ctypes.cast(library[f"{symbol}_entry"], ctypes.c_void_p).value
     return function
 
 
