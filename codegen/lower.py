@@ -28,7 +28,8 @@ from ..ir.graph import Graph, Node, order
 from ..ir.scalar import Apply, Const, Scalar, apply, cast, lift, where
 from ..ir.types import ScalarType, compute_dtype
 from .hashcons import shared
-from .kernel import INSIDE, Axis, Buffer, Dot, Kernel, Load, Position, Reduce, Scan, Store, inside, scalars
+from .kernel import INSIDE, Attend, Axis, Buffer, Dot, Kernel, Load, Position, Reduce, Scan, Store, inside, scalars
+from .recurrences import lower_recurrence, recurrence_of
 
 REDUCE_OPS = {
     "sum": "sum",
@@ -54,8 +55,12 @@ class LoweringError(TilewrightError):
 
 def lower(body: Graph, name: str, label: str = "", sources: tuple[str, ...] = ()) -> Kernel:
     """The kernel that computes `body`: inputs and outputs in the order of the body's. Raises LoweringError."""
-    body = expanded(body, keep=())
+    body = expanded(body)
     try:
+        recurrence = recurrence_of(body)
+        if recurrence is not None:
+            names = _buffer_names(body, set(body.symbols))
+            return lower_recurrence(body, recurrence, names, name, label, sources or tuple(_sources(body)))
         placement = place(body)
         return _Lowering(body, placement).kernel(name, label, sources or tuple(_sources(body)))
     except Refusal as refusal:
@@ -65,7 +70,7 @@ def lower(body: Graph, name: str, label: str = "", sources: tuple[str, ...] = ()
 
 def position_readers(body: Graph) -> list[Node]:
     """The nodes that read at computed positions, in order: what the fault numbers of the body's kernel count."""
-    return [n for n in order(expanded(body, keep=())) if n.op.name in ("gather", "index", "embedding")]
+    return [n for n in order(expanded(body)) if n.op.name in ("gather", "index", "embedding")]
 
 
 def _sources(body: Graph) -> dict[str, None]:
@@ -273,8 +278,15 @@ def _scan(low: _Lowering, point: Point) -> Scalar:
 def _dot(low: _Lowering, point: Point) -> Scalar:
     left, right, *bias = low.operands(point)
     wide = compute_dtype(point.dtype)
-    total = Dot(wide, cast(left, wide), cast(right, wide), low.inner) if low.inner else left * right
+    axes = point.axes or low.inner
+    total = Dot(wide, cast(left, wide), cast(right, wide), axes) if axes else left * right
     return total + cast(bias[0], wide) if bias else total
+
+
+def _attend(low: _Lowering, point: Point) -> Scalar:
+    wide = compute_dtype(point.dtype)
+    score, value = (cast(v, wide) for v in low.operands(point))
+    return Attend(wide, score, value, *point.axes)
 
 
 def _window(low: _Lowering, point: Point) -> Scalar:
@@ -293,7 +305,7 @@ def _window(low: _Lowering, point: Point) -> Scalar:
 _RULES: dict[Kind, Callable[[_Lowering, Point], Scalar]] = {
     Kind.LOAD: _load, Kind.CONST: _const, Kind.POSITION: _position, Kind.APPLY: _apply, Kind.IOTA: _iota, Kind.INSIDE: _inside,
     Kind.BOTH: _both, Kind.CONVERT: _convert, Kind.SELECT: _select, Kind.WRAP: _wrap, Kind.REDUCE: _reduce, Kind.SCAN: _scan,
-    Kind.DOT: _dot, Kind.WINDOW: _window,
+    Kind.DOT: _dot, Kind.ATTEND: _attend, Kind.WINDOW: _window,
 }  # fmt: skip
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Union
 
 from ..build import BuildError, Loaded, Source, build, entry_address
 from ..kernel import Kernel
 from ..target import Compiled, Failed, Native
+from .attention import attentions, print_attention
 from .contraction import print_any
+from .recurrence import print_recurrence
 from .schedule import CpuTarget, detect_target
 
 RUN = Source(
@@ -33,12 +35,18 @@ def compile_kernels(kernels: Sequence[Kernel], target: CpuTarget | None = None) 
 
 def _print(kernel: Kernel, target: CpuTarget) -> Source | Failed:
     try:
-        text = print_any(kernel, target)
+        text = _printer(kernel)(kernel, target)
     except NotImplementedError as error:
         return Failed(kernel, str(error))
     pointers = len(kernel.inputs) + len(kernel.outputs)
     arguments = (ctypes.c_void_p,) * pointers + (ctypes.c_int64,) * len(kernel.sizes) + (ctypes.c_int,)
     return Source(kernel.name, text, arguments, ctypes.c_int64 if kernel.faults else None)
+
+
+def _printer(kernel: Kernel) -> Callable[[Kernel, CpuTarget], str]:
+    if kernel.recurrence is not None:
+        return print_recurrence
+    return print_attention if attentions(kernel) else print_any
 
 
 def _loaded(kernel: Kernel, source: Source, function: Loaded, run: Loaded) -> Compiled | Failed:

@@ -407,4 +407,7 @@ template <class T> struct Row {
 #include "math.h"
 #include "reduce.h"
 #include "dot.h"
+#include "windows.h"
+#include "recurrence.h"
+#include "attention.h"
 #include "call.h"

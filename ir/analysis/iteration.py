@@ -62,9 +62,9 @@ class Placement:
     def normal_form(self) -> tuple[tuple[LoopAxis, ...], dict[Poly, Poly]]:
         """(axes, index -> the same index over these axes): as few divisions as possible, and as few axes."""
         form = _Form(list(self.axes), {p: p for p in _indices(self)}, self.ranges)
-        scans = any(p.kind is Kind.SCAN for p in self.points)
-        form.split(lambda axis: not (scans and axis.inner))
-        form.merge(lambda axis: not (scans and axis.inner))
+        fixed = any(p.kind is Kind.SCAN or p.axes for p in self.points)
+        form.split(lambda axis: not (fixed and axis.inner))
+        form.merge(lambda axis: not (fixed and axis.inner))
         return tuple(form.axes), form.used
 
 

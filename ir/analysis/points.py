@@ -58,12 +58,16 @@ class Kind(enum.Enum):
     REDUCE = "a reduction over all inner axes"
     SCAN = "a scan along the inner axis"
     DOT = "the sum of operand 0 * operand 1 over axes of its own; plus operand 2 if any"
+    ATTEND = "the sum of softmax(operand 0) * operand 1 over an axis of its own"
     WINDOW = "a pooling of operand 0 over axes of its own, a mean divides by operand 1; of a depthwise convolution as DOT"
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """One evaluated value. Compared by identity; equal values at equal indices are one point."""
+    """One evaluated value. Compared by identity; equal values at equal indices are one point.
+
+    axes: what a DOT or ATTEND beside other such points sums over; else it is all inner axes.
+    """
 
     kind: Kind
     node: Node | None = None
@@ -74,6 +78,7 @@ class Point:
     value: bool | int | float = 0
     dtype: torch.dtype = torch.int64
     masked: bool = False
+    axes: tuple[str, ...] = ()
 
 
 def dims_of(node: Node) -> tuple[Poly, ...]:

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from .pull import Mask, Puller
 
 OWN_NAMES = "abcd"
-_COMPUTED = frozenset({Kind.APPLY, Kind.REDUCE, Kind.SCAN, Kind.DOT, Kind.WINDOW})
+_COMPUTED = frozenset({Kind.APPLY, Kind.REDUCE, Kind.SCAN, Kind.DOT, Kind.ATTEND, Kind.WINDOW})
 
 
 def _dot(puller: Puller, node: Node, left: Point, right: Point, bias: Point | None) -> Point:
     for operand in (left, right):
-        _require_memory(node, operand)
+        require_memory(node, operand)
     operands = (left, right) if bias is None else (left, right, bias)
     return puller.add(Point(Kind.DOT, node, operands, dtype=node.dtype))
 
 
-def _require_memory(node: Node, operand: Point) -> None:
+def require_memory(node: Node, operand: Point) -> None:
     """An operand is read, not computed: it is read once for every row or column."""
     stack = [operand]
     while stack:

@@ -11,6 +11,7 @@ from ..graph import Node, scalar_value
 from ..op import Category
 from ..ops import unprintable
 from ..types import NATIVE_DTYPES, ScalarType, normalize_dim
+from .attention import ATTENTION
 from .indices import ONE, ZERO, Poly, Ranges, const, poly, variable
 from .points import (
     VIEW_INDEX,
@@ -94,6 +95,10 @@ class Puller:
         return self.share(
             ("position", index), lambda: Point(Kind.POSITION, operands=self.computed(index), index=index, names=self.names(index))
         )
+
+    def place(self, node: Node, index: Index, value: Point) -> None:
+        """Sets the value of a node that stands for something evaluated already."""
+        self._values[node, index, ()] = value
 
     def own_axes(self, node: Node, extents: Sequence[Poly]) -> Index:
         """New axes that `node` alone walks, as an index over `extents`. Raises Refusal where there is another such walk."""
@@ -410,10 +415,11 @@ _BY_NAME: dict[str, _Rule] = {
     "embedding": _embedding,
     "index": _index,
     **PRODUCTS,
+    **ATTENTION,
     **POOLS,
 }
 
-FUSIBLE_NAMES = frozenset(_BY_NAME) - {"input"} - PRODUCTS.keys() - POOLS.keys()
+FUSIBLE_NAMES = frozenset(_BY_NAME) - {"input"} - PRODUCTS.keys() - ATTENTION.keys() - POOLS.keys()
 FUSIBLE_CATEGORIES = frozenset(_BY_CATEGORY)
 
 __all__ = ["FUSIBLE_CATEGORIES", "FUSIBLE_NAMES", "MAX_POINTS", "Puller", "check_native"]

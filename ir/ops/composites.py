@@ -241,8 +241,7 @@ def _expand_attention(q: Node, k: Node, v: Node, mask: Node | None = None, *, ca
         k, v = (_repeat_heads(t, q.shape[-3]) for t in (k, v))
     rank, wide = k.tensor.rank, compute_dtype(q.dtype)
     kt = _op("permute")(_cast(k, wide), dims=(*range(rank - 2), rank - 1, rank - 2))
-    logits = _op("mul")(_op("matmul")(_cast(q, wide), kt), scale)
-    logits = _masked(logits, mask, causal)
+    logits = attention_scores(_op("matmul")(_cast(q, wide), kt), mask, causal=causal, scale=scale)
     weights = _expand_softmax(logits, dim=-1)
     if mask is not None:
         nothing = _op("eq")(_op("amax")(logits, dims=(-1,), keepdim=True), -math.inf)
@@ -250,8 +249,11 @@ def _expand_attention(q: Node, k: Node, v: Node, mask: Node | None = None, *, ca
     return _cast(_op("matmul")(weights, _cast(v, wide)), q.dtype)
 
 
-def _masked(logits: Node, mask: Node | None, causal: bool) -> Node:
-    """-inf where a bool mask is False or, if causal, where the key comes after the query; other masks are added."""
+def attention_scores(product: Node, mask: Node | None = None, *, causal: bool, scale: float) -> Node:
+    """What an attention takes the softmax of, from q @ k^T: scaled; -inf where a bool mask is False or, if causal, where the key comes
+    after the query; other masks are added.
+    """
+    logits = _op("mul")(product, scale)
     if causal:
         m, n = logits.shape[-2:]
         device = logits.tensor.device

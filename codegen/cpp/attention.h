@@ -1,0 +1,198 @@
+// Attention of generated kernels (included by vec.h): softmax(q k^T) v in tiles, with a running maximum and sum: no matrix of scores exists.
+//
+// A kernel describes one head of keys and values by lambdas: `query(to, row)` writes the query of a row; `bounds(row)` are the keys it may
+// attend to; `score(tile, row, begin, end)` turns the products of a row with keys begin .. end, which are tile[0], tile[1], ..., into scores
+// (scale, masks); `finish(tile, row)` stores the result of a row. Rows are all queries that meet these keys: those of grouped heads too.
+#pragma once
+
+namespace tile {
+
+// Rows and keys of one tile: its scores, and what they meet, stay in the nearest caches.
+constexpr int64_t QUERIES = 48;
+template <int64_t NR> constexpr int64_t KEYS = 128 / NR * NR;
+
+struct Bounds {
+  int64_t begin, end;
+  INLINE void include(Bounds more) { begin = least_of(begin, more.begin), end = more.end > end ? more.end : end; }
+};
+
+// Rows of a tile: as even as can be, in groups of R.
+INLINE int64_t query_rows(int64_t rows, int64_t R) { return ceil_div(ceil_div(rows, ceil_div(rows, QUERIES)), R) * R; }
+
+// f(head, part, parts) for each of `count` heads of about `work` multiplications, in parts where there are too few for the threads.
+template <class F> void heads(int64_t count, int64_t rows, int64_t work, int threads, F f) {
+  const int64_t tiles = ceil_div(rows, QUERIES), few = 4 * threads;
+  const int64_t parts = count % threads == 0 || count >= few ? 1 : least_of(tiles, ceil_div(few, count));
+  if (parts == 0) return;
+  parallel(count * parts, THREAD_WORK / (work / parts + 1) + 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; item++) f(item / parts, item % parts, parts);
+  });
+}
+
+// Keys or values: row j begins at data + j * ld, its columns are contiguous.
+template <class S> struct Rows {
+  const S* data;
+  int64_t ld;
+};
+
+// Rows that must be copied first: `write(to, j)` writes the `Used` columns of row j, the others up to `Columns` are zero.
+template <int Used, int Columns, class T, class Write> Rows<T> copied(Row<T>& memory, int64_t count, const Write& write) {
+  for (int64_t j = 0; j < count; j++) {
+    T* to = (T*)memory + j * Columns;
+    write(to, j);
+    for (int c = Used; c < Columns; c++) to[c] = T(0);
+  }
+  return {(const T*)memory, Columns};
+}
+
+// Panels [keys / NR][D][NR] of keys; what lies beyond the last key is zero.
+template <int NR, int L, int D, class T, class S> void pack_keys(const Rows<S>& keys, int64_t begin, int64_t end, int64_t count, T* panels) {
+  alignas(64) T wide[L * (D + L)];
+  for (int64_t j = begin; j < end; j += L) {
+    T* to = panels + j / NR * NR * D + j % NR;
+    const bool whole = j + L <= count;
+    if (__is_same(S, T) && whole) {
+      for (int64_t c = 0; c < D; c += L) transpose<L>((const T*)keys.data + j * keys.ld + c, keys.ld, to + c * NR, NR);
+      continue;
+    }
+    for (int64_t l = 0; l < L; l++)
+      for (int64_t c = 0; c < D; c += L)
+        store<L>(wide + l * (D + L) + c, j + l < count ? as<T>(load<L>(keys.data + (j + l) * keys.ld + c)) : vec<T, L>{});
+    for (int64_t c = 0; c < D; c += L) transpose<L>(wide + c, D + L, to + c * NR, NR);
+  }
+}
+
+// The running softmax of one row: scores up to now had the maximum `most`, their exponentials (by lanes) the sum `sum`.
+template <class T, int L> struct Soften {
+  vec<T, L> sum;
+  T most;
+  INLINE void begin() { sum = vec<T, L>{}, most = -inf<T>; }
+
+  // Scores become exponentials; returns by what earlier results are to be multiplied.
+  INLINE T add(T* scores, int64_t count) {
+    for (int64_t c = count; c % L != 0; c++) scores[c] = -inf<T>;
+    auto top = splat<L>(most);
+    for (int64_t c = 0; c < count; c += L) {
+      const vec<T, L> s = load<L>(scores + c);
+      top = s > top ? s : top;
+    }
+    const T largest = fold([](auto a, auto b) { return select(mask(a > b), a, b); }, top);
+    const T base = largest == -inf<T> ? T(0) : largest;  // nothing to attend to yet: all exponentials are 0
+    vec<T, L> total{};
+    for (int64_t c = 0; c < count; c += L) {
+      const vec<T, L> e = exp(vec<T, L>(load<L>(scores + c) - base));
+      store<L>(scores + c, e);
+      total += e;
+    }
+    const T factor = largest == most ? T(1) : exp(T(most - base));
+    sum = sum * factor + total;
+    most = largest;
+    return factor;
+  }
+
+  // What the weighted sum is to be multiplied by.
+  INLINE T scale() const {
+    const T total = fold([](auto a, auto b) { return a + b; }, sum);
+    return total == 0 ? T(0) : 1 / total;
+  }
+};
+
+// R rows of weights times `count` rows of values of V vectors.
+template <int R, int N, int V, int L, class T, class S>
+INLINE void weigh(const T* weights, int64_t ld, const Rows<S>& values, int64_t j, int64_t count, T* out, bool more) {
+  constexpr int parts = (V + N - 1) / N, wide = (V + parts - 1) / parts, rest = V % wide;
+  const S* from = values.data + j * values.ld;
+  for (int c = 0; c + wide <= V; c += wide) micro<R, wide, L>(weights, ld, from + c * L, values.ld, count, out + c * L, V * L, more);
+  if constexpr (rest > 0)
+    micro<R, rest, L>(weights, ld, from + (V - rest) * L, values.ld, count, out + (V - rest) * L, V * L, more);
+}
+
+template <int L, class T> INLINE void scale_row(T* row, int64_t count, T factor) {
+  for (int64_t c = 0; c < count; c += L) store<L>(row + c, load<L>(row + c) * factor);
+}
+
+// Every `parts`-th tile of queries from `part` on, over all keys of one head. D and E: columns of keys and values, multiples of L.
+template <int R, int N, int L, int D, int E, class T, class KeyRows, class ValueRows, class Query, class Limits, class Score, class Finish>
+void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyRows& keys, const ValueRows& values, const Query& query,
+            const Limits& bounds, const Score& score, const Finish& finish) {
+  constexpr int64_t NR = N * L, KEYS = tile::KEYS<NR>;
+  const int64_t size = query_rows(rows, R);
+  Row<T> panels(ceil_div(count, NR) * NR * D);
+  alignas(64) T q[QUERIES * D] = {}, scores[QUERIES * KEYS], out[QUERIES * E];
+  Soften<T, L> rows_of[QUERIES];
+  int64_t packed = 0;
+  for (int64_t first = part * size; first < rows; first += parts * size) {
+    const int64_t n = least_of(size, rows - first), padded = ceil_div(n, R) * R;
+    Bounds range = {count, 0};
+    for (int64_t r = 0; r < n; r++) {
+      query(q + r * D, first + r);
+      rows_of[r].begin();
+      range.include(bounds(first + r));
+    }
+    range = {range.begin < 0 ? 0 : range.begin / NR * NR, least_of(range.end, count)};
+    if (const int64_t until = ceil_div(range.end, NR) * NR; packed < until) {
+      pack_keys<NR, L, D>(keys, packed, until, count, (T*)panels);
+      packed = until;
+    }
+    bool more = false;
+    for (int64_t j = range.begin; j < range.end; j += KEYS, more = true) {
+      const int64_t some = least_of(KEYS, range.end - j);
+      for (int64_t c = 0; c < some; c += NR)
+        for (int64_t r = 0; r < padded; r += R)
+          micro<R, N, L>(q + r * D, D, (const T*)panels + (j + c) * D, NR, D, scores + r * KEYS + c, KEYS, false);
+      for (int64_t r = 0; r < n; r++) {
+        score(scores + r * KEYS, first + r, j, j + some);
+        const T factor = rows_of[r].add(scores + r * KEYS, some);
+        if (more && factor != 1) scale_row<L>(out + r * E, E, factor);
+      }
+      for (int64_t r = 0; r < padded; r += R) weigh<R, N, E / L, L>(scores + r * KEYS, KEYS, values, j, some, out + r * E, more);
+    }
+    for (int64_t r = 0; r < n; r++) {
+      if (more) scale_row<L>(out + r * E, E, rows_of[r].scale());
+      else __builtin_memset(out + r * E, 0, sizeof(T) * E);
+      finish(out + r * E, first + r);
+    }
+  }
+}
+
+// The same for so few rows that keys are not worth packing: each key and value is read once.
+template <int R, int N, int L, int D, int E, class T, class KeyRows, class ValueRows, class Query, class Limits, class Score, class Finish>
+void attend_few(int64_t count, const KeyRows& keys, const ValueRows& values, const Query& query, const Limits& bounds, const Score& score,
+                const Finish& finish) {
+  constexpr int64_t KEYS = tile::KEYS<L>;
+  alignas(64) T q[R * D] = {}, scores[R * KEYS], out[R * E];
+  Soften<T, L> rows_of[R];
+  Bounds range = {count, 0};
+  for (int64_t r = 0; r < R; r++) {
+    query(q + r * D, r);
+    rows_of[r].begin();
+    range.include(bounds(r));
+  }
+  range = {range.begin < 0 ? 0 : range.begin / L * L, least_of(range.end, count)};
+  bool more = false;
+  for (int64_t j = range.begin; j < range.end; j += KEYS, more = true) {
+    const int64_t some = least_of(KEYS, range.end - j);
+    for (int64_t c = 0; c < some; c++) {
+      const auto* key = keys.data + (j + c) * keys.ld;
+      vec<T, L> sum[R] = {};
+      UNROLL for (int64_t d = 0; d < D; d += L) {
+        const vec<T, L> k = as<T>(load<L>(key + d));
+        UNROLL for (int r = 0; r < R; r++) sum[r] += k * load<L>(q + r * D + d);
+      }
+      UNROLL for (int r = 0; r < R; r++) scores[r * KEYS + c] = fold([](auto a, auto b) { return a + b; }, sum[r]);
+    }
+    for (int64_t r = 0; r < R; r++) {
+      score(scores + r * KEYS, r, j, j + some);
+      const T factor = rows_of[r].add(scores + r * KEYS, some);
+      if (more && factor != 1) scale_row<L>(out + r * E, E, factor);
+    }
+    weigh<R, N, E / L, L>(scores, KEYS, values, j, some, out, more);
+  }
+  for (int64_t r = 0; r < R; r++) {
+    if (more) scale_row<L>(out + r * E, E, rows_of[r].scale());
+    else __builtin_memset(out + r * E, 0, sizeof(T) * E);
+    finish(out + r * E, r);
+  }
+}
+
+}  // namespace tile

@@ -1,0 +1,252 @@
+"""Kernels with an attention as C++ functions on the vocabulary of attention.h.
+
+    // k_attention: softmax(q @ k + mask) @ v    model.py:41
+    void k_attention(const float* q, const float* k, const float* v, float* out, int threads)
+      heads(...): for each head of keys and values
+        query: writes one row of queries
+        keys, values: rows in place, or copied where they are not contiguous
+        bounds: which keys a row may attend to (causal, sliding window)
+        score: from the products of one row to scores: scale, masks
+        finish: from the result of one row to what is stored
+        attend<...>(rows, keys, ..., query, bounds, score, finish)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+
+from ...ir.dims import product, symbol
+from ...ir.scalar import Apply, Const, Scalar
+from ..kernel import Attend, Axis, Buffer, Dot, Kernel, Load, Reduce, Scan, Store, cone, free_axes, scalars
+from .expressions import ADD, MULTIPLY, STORAGE, index_text, wrap
+from .lanes import LaneAnalysis
+from .parts import PartPrinter
+from .product import Rewrite
+from .schedule import CpuTarget
+
+FEW_ROWS = 4  # so few queries read every key once: packing would not pay
+MOST_COLUMNS = 256
+ROWS = 6  # of a register tile
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The roles of the axes. rows: queries that meet the same keys; batch: everything else; column: of the values; depth: of the keys."""
+
+    attend: Attend
+    dot: Dot
+    batch: tuple[Axis, ...]
+    rows: tuple[Axis, ...]
+    column: Axis
+    key: Axis
+    depth: Axis
+
+
+def attentions(kernel: Kernel) -> list[Attend]:
+    return [v for v in scalars(kernel.stores) if isinstance(v, Attend)]
+
+
+def print_attention(kernel: Kernel, target: CpuTarget) -> str:
+    """The kernel as the text of one C++ function; see print_kernel."""
+    return AttentionPrinter(kernel, target).text()
+
+
+def find_attention(kernel: Kernel) -> Attention:
+    """The parts of a kernel with one attention. Raises NotImplementedError with a reason where they are not what the template walks."""
+    attend, dot = _only_attend(kernel)
+    free = free_axes(kernel)
+    score, keys, values = free[attend.score] - {attend.axis}, free[dot.right] - {attend.axis}, free[attend.value] - {attend.axis}
+    columns = [a for a in kernel.grid if a.name in values - score]
+    axes = {a.name: a for a in kernel.axes}
+    if len(columns) != 1 or len(dot.axes) != 1 or free[dot.left] & {attend.axis, columns[0].name}:
+        raise NotImplementedError("an attention over other axes than queries, keys and columns")
+    depth = axes[dot.axes[0]]
+    if any(not isinstance(a.extent, int) or a.extent > MOST_COLUMNS for a in (columns[0], depth)):
+        raise NotImplementedError("an attention of wide heads, or of a width known at run time only")
+    rows = [a for a in kernel.grid if a.name in score - keys - values]
+    batch = tuple(a for a in kernel.grid if a not in rows and a is not columns[0])
+    # the longest first: a tile of rows covers few positions of it, which a causal mask serves with few keys
+    ordered = tuple(sorted(rows, key=lambda a: -a.extent if isinstance(a.extent, int) else -(1 << 20)))
+    _check_stores(kernel, attend, free)
+    return Attention(attend, dot, batch, ordered, columns[0], axes[attend.axis], depth)
+
+
+def _only_attend(kernel: Kernel) -> tuple[Attend, Dot]:
+    found, everything = attentions(kernel), scalars(kernel.stores)
+    products = [v for v in everything if isinstance(v, Dot)]
+    if len(found) != 1 or len(products) != 1 or products[0] not in cone([found[0].score]):
+        raise NotImplementedError("a kernel with several contractions")
+    if any(isinstance(v, (Reduce, Scan)) for v in everything):
+        raise NotImplementedError("a reduction beside an attention")
+    if found[0].dtype not in (torch.float32, torch.float64):
+        raise NotImplementedError(f"an attention in {found[0].dtype}")
+    return found[0], products[0]
+
+
+def _check_stores(kernel: Kernel, attend: Attend, free: dict[Scalar, frozenset[str]]) -> None:
+    grid = {a.name for a in kernel.grid}
+    read = {v.buffer for v in cone([attend]) if isinstance(v, Load)}
+    for store in kernel.stores:
+        used = grid & (free[store.value] | {s.name for s in sympy.sympify(store.index).free_symbols})  # type: ignore[attr-defined]
+        if used != grid or free[store.value] - grid:
+            raise NotImplementedError("a store over other points than those of the attention")
+    if any(source in read for _, source in kernel.inplace):
+        raise NotImplementedError("an output over an operand of an attention")
+
+
+class AttentionPrinter(PartPrinter):
+    """Prints a kernel with one attention."""
+
+    def __init__(self, kernel: Kernel, target: CpuTarget) -> None:
+        super().__init__(kernel, target)
+        self.found = find_attention(kernel)
+        self.dtype = self.found.attend.dtype
+        self.kind = STORAGE[self.dtype]
+        self.lanes = target.vector_bytes // self.dtype.itemsize
+        self.callables = {name: self.names.fresh(name) for name in ("query", "keys", "values", "bounds", "score", "finish")}
+        self.row = self.flat_name(self.found.rows, "row")
+        self.tile, self.begin, self.end = (self.names.fresh(name) for name in ("tile", "begin", "end"))
+
+    def grid(self) -> None:
+        found = self.found
+        head = self.flat_name(found.batch, "head")
+        part, parts = self.names.fresh("part"), self.names.fresh("parts")
+        rows, count = self.size(*found.rows), self.size(found.key)
+        work = self.size(*found.rows, found.key, found.column, found.depth)
+        self.open(f"tile::heads({self.size(*found.batch)}, {rows}, {work}, threads, [=](int64_t {head}, int64_t {part}, int64_t {parts})")
+        self.bind(found.batch, head, self.kernel.stores)
+        self.writer("query", found.dot.left, self.row, found.rows, found.depth)
+        widths = self.rows_of("keys", found.dot.right, found.depth), self.rows_of("values", found.attend.value, found.column)
+        self.bounds()
+        self.score()
+        self.finish()
+        few = product(a.extent for a in found.rows)
+        direct = isinstance(few, int) and few <= FEW_ROWS
+        shape = (few if direct else ROWS, 4 if self.target.vector_bytes == 64 else 2, self.lanes, *widths, self.kind)
+        function, sizes = ("attend_few", count) if direct else ("attend", f"{rows}, {count}, {part}, {parts}")
+        order = (self.callables[n] for n in ("keys", "values", "query", "bounds", "score", "finish"))
+        self.line(f"tile::{function}<{', '.join(map(str, shape))}>({sizes}, {', '.join(order)});")
+        self.close("});")
+
+    # ---- operands
+
+    def writer(self, name: str, value: Scalar, flat: str, rows: Sequence[Axis], column: Axis) -> None:
+        """A lambda (tile, row) that writes the value for all columns."""
+        stores = (Store(self.tile, column.symbol, value),)
+        self.open(f"const auto {name} = [=]({self.kind}* {self.tile}, int64_t {flat})")
+        self.bind(rows, flat, stores)
+        self.loop(column, ("0", self.size(column)), stores, (Buffer(self.tile, self.dtype, column.extent),))
+        self.close("};")
+
+    def rows_of(self, name: str, value: Scalar, column: Axis) -> int:
+        """Declares the rows of keys or values; returns how many columns they have, a multiple of the lanes."""
+        used, key = column.extent, self.found.key
+        assert isinstance(used, int)
+        wide = -(-used // self.lanes) * self.lanes
+        place = _in_place(value, key, column) if wide == used else None
+        if place is not None:
+            load, start, ld = place
+            buffer, storage = self.names.buffers[load.buffer], STORAGE[self.kernel.buffer(load.buffer).dtype]
+            at = buffer if start == 0 else f"{buffer} + {wrap(index_text(start, {}), ADD)}"
+            self.line(f"const tile::Rows<{storage}> {self.callables[name]} = {{{at}, {index_text(ld, {})[0]}}};")
+            return wide
+        write, memory = self.names.fresh(name + "_row"), self.names.fresh(name + "_copy")
+        self.writer(write, value, key.name, (key,), column)
+        self.line(f"tile::Row<{self.kind}> {memory}({wrap(index_text(key.extent, {}), MULTIPLY)}*{wide});")
+        self.line(f"const auto {self.callables[name]} = tile::copied<{used}, {wide}>({memory}, {self.size(key)}, {write});")
+        return wide
+
+    # ---- scores and results
+
+    def bounds(self) -> None:
+        """The lambda that says which keys a row may attend to, as far as conditions on positions tell."""
+        limits = _bounds(self.kernel, self.found)
+        self.open(f"const auto {self.callables['bounds']} = [=](int64_t {self.row})")
+        self.bind(self.found.rows, self.row, (), limits)
+        self.line(f"return tile::Bounds{{{', '.join(index_text(e, {})[0] for e in limits)}}};")
+        self.close("};")
+
+    def score(self) -> None:
+        """The lambda that turns products of one row with keys begin .. end into scores, in place."""
+        key, dot = self.found.key, self.found.dot
+        at = key.symbol - symbol(self.begin)
+        stores = (Store(self.tile, at, Rewrite({dot: Load(dot.dtype, self.tile, at)}, {})(self.found.attend.score)),)
+        parameters = f"{self.kind}* {self.tile}, int64_t {self.row}, int64_t {self.begin}, int64_t {self.end}"
+        self.open(f"const auto {self.callables['score']} = [=]({parameters})")
+        self.bind(self.found.rows, self.row, stores)
+        some = symbol("some")  # a part of the keys, whose number is known at run time
+        self.loop(replace(key, extent=some), (self.begin, self.end), stores, (Buffer(self.tile, self.dtype, some),))
+        self.close("};")
+
+    def finish(self) -> None:
+        """The lambda that stores one row: the kernel itself, with the attention a load from the result."""
+        column, attend = self.found.column, self.found.attend
+        rewrite = Rewrite({attend: Load(attend.dtype, self.tile, column.symbol)}, {})
+        stores = tuple(rewrite.store(s) for s in self.kernel.stores)
+        self.open(f"const auto {self.callables['finish']} = [=](const {self.kind}* {self.tile}, int64_t {self.row})")
+        self.bind(self.found.rows, self.row, stores)
+        self.loop(column, ("0", self.size(column)), stores, (Buffer(self.tile, self.dtype, column.extent),))
+        self.close("};")
+
+
+def _in_place(value: Scalar, key: Axis, column: Axis) -> tuple[Load, sympy.Expr, sympy.Expr] | None:
+    """(load, index of the first element, distance between rows) of an operand whose rows are contiguous."""
+    if not isinstance(value, Load) or value.mask is not None or value.indirect:
+        return None
+    index, j, c = sympy.sympify(value.index), key.symbol, column.symbol
+    ld, step = (sympy.expand(index.subs(s, s + 1) - index) for s in (j, c))  # type: ignore[operator]
+    start = sympy.expand(index.subs({j: 0, c: 0}))
+    if step != 1 or {j, c} & (ld.free_symbols | start.free_symbols) or sympy.expand(start + j * ld + c - index) != 0:
+        return None
+    return value, start, ld
+
+
+def _bounds(kernel: Kernel, found: Attention) -> tuple[sympy.Expr, sympy.Expr]:
+    """(first key, one after the last) beyond which the score is -inf, by comparisons of positions."""
+    analysis = LaneAnalysis(kernel, found.key.name, 1)
+    begin: sympy.Expr = sympy.Integer(0)
+    end: sympy.Expr = sympy.sympify(found.key.extent)
+    for condition in _required(found.attend.score):
+        if not isinstance(condition, Apply) or condition.op not in ("lt", "le", "gt", "ge"):
+            continue
+        difference = analysis.difference(condition)
+        if difference is None:
+            continue
+        step = sympy.expand(difference.subs(found.key.symbol, found.key.symbol + 1) - difference)
+        if step not in (1, -1):
+            continue
+        limit = sympy.expand(found.key.symbol - difference * step)  # key op limit, op turned if step < 0
+        if found.key.symbol in limit.free_symbols:
+            continue
+        below = (condition.op in ("lt", "le")) == (step == 1)
+        if below:
+            end = sympy.Min(end, limit + int(condition.op in ("le", "ge")))
+        else:
+            begin = sympy.Max(begin, limit + int(condition.op in ("lt", "gt")))
+    return begin, end
+
+
+def _required(score: Scalar) -> list[Scalar]:
+    """Conditions without which the score is -inf."""
+    found: list[Scalar] = []
+    stack = [score]
+    while stack:
+        value = stack.pop()
+        if not isinstance(value, Apply):
+            continue
+        if value.op == "add" and value.dtype.is_floating_point:
+            stack.extend(value.args)
+        elif value.op == "where" and isinstance(value.args[2], Const) and value.args[2].value == float("-inf"):
+            conditions = [value.args[0]]
+            while conditions:
+                c = conditions.pop()
+                if isinstance(c, Apply) and c.op == "and":
+                    conditions.extend(c.args)
+                else:
+                    found.append(c)
+            stack.append(value.args[1])
+    return found
