@@ -99,7 +99,8 @@ def openvino(model: nn.Module, inputs: Inputs, notes: Notes) -> Call:
     hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     request = ov.compile_model(converted, "CPU", hints).create_infer_request()
     for state in request.query_state():
-        state.state = ov.Tensor(inputs[int(state.name.removeprefix("state"))].numpy())
+        number = state.name.removeprefix("state").partition("new")[0]
+        state.state = ov.Tensor(inputs[int(number)].numpy())
     arrays = [x.numpy() for x in inputs[: len(inputs) - states]]
     return lambda: torch.from_numpy(request.infer(arrays, share_inputs=True, share_outputs=True)[0])
 

@@ -23,6 +23,7 @@ from .regions import Built, KernelInfo, build_regions, cost, covered, emit_regio
 from .steps import emit_call, emit_constant, emit_view, is_library_call
 from .target import TARGETS, Target
 from .threads import threads
+from .updates import Given, emit_finished, emit_targets, emit_update
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,10 @@ def compile_program(graph: Graph, targets: Mapping[str, Target] = TARGETS) -> Pr
     host = Host(graph)
     host.names.update(empty=_EMPTY, slot=slot, dense=dense, strided=strided, laid_out=laid_out, threads=threads)
     _emit_inputs(host)
+    given = emit_targets(host)
     for node in order(graph):
         _emit(host, node, built)
-    results, kept = _emit_results(host)
+    results, kept = _emit_results(host, given)
     return Program(graph, host, host.source(_peak(graph), results, kept), built)
 
 
@@ -166,6 +168,8 @@ def _emit(host: Host, node: Node, built: Built) -> None:
         return
     if node.op.name == "region":
         emit_region(host, node, built.units[node])
+    elif node in host.graph.inplace:
+        emit_update(host, node)
     elif node.op.category is Category.VIEW:
         emit_view(host, node)
     elif node.op.category is Category.CONSTANT:
@@ -174,12 +178,15 @@ def _emit(host: Host, node: Node, built: Built) -> None:
         emit_call(host, node)
 
 
-def _emit_results(host: Host) -> tuple[list[str], set[str]]:
+def _emit_results(host: Host, given: Given) -> tuple[list[str], set[str]]:
     """Writes values back into inputs; then what the call returns, as text, and the names among it."""
     graph = host.graph
     targets = {target for target, _ in graph.writes}
     pending: list[tuple[Value, Value]] = []
     for target, node in graph.writes:
+        if graph.inplace.get(node) is target:
+            emit_finished(host, target, given)
+            continue
         value = host.values[node]
         if _reads_any(node, targets - {target}):  # a swap: every value is read before any input is written
             value = host.define(None, f"{value.name}.clone()", Scope.CALL, [value], hint=f"{value.name}_new")

@@ -98,6 +98,7 @@ class Graph:
     writes: (input, value) pairs: after the call the input tensor holds the value (in-place update of an argument or buffer).
     symbols: what is known of each size symbol.
     arena: node -> Slot, made by plan-memory; nodes not in it get memory of their own.
+    inplace: node -> the input in whose memory it is computed, also by plan-memory (`ir/analysis/inplace.py` says when that is possible).
     """
 
     name: str
@@ -107,6 +108,7 @@ class Graph:
     symbols: Mapping[str, SymbolRange] = field(default_factory=dict)
     stage: Stage = Stage.CAPTURED
     arena: Mapping[Node, Slot] = field(default_factory=dict)
+    inplace: Mapping[Node, Node] = field(default_factory=dict)
 
     @property
     def roots(self) -> tuple[Node, ...]:

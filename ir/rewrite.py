@@ -106,6 +106,7 @@ def remap(graph: Graph, new: Mapping[Node, Node], **changes: Any) -> Graph:
         outputs=tuple(new[n] for n in graph.outputs),
         writes=tuple((i, new[v]) for i, v in graph.writes),
         arena={},
+        inplace={},
         **changes,
     )
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import sympy
 
+from .analysis.inplace import in_place
 from .dims import free_symbols
 from .errors import TilewrightError, VerificationError
 from .graph import Data, Graph, Node, Stage, order
@@ -67,7 +68,7 @@ def verify(graph: Graph, stage: Stage | None = None) -> None:
 
     Checked: inputs are bound once and no other input is read, operands come before users, ops and attributes are those of the catalogue,
     inferred types equal the recorded ones, sizes are told by the inputs and declared, constants' names are unique, writes fit their
-    targets, slots hold their values; and the same for the bodies of regions.
+    targets, slots hold their values, nothing reads what was overwritten in place; and the same for the bodies of regions.
     """
     _Verifier(graph, LEGAL[graph.stage if stage is None else stage], {}, frozenset()).run()
 
@@ -92,6 +93,7 @@ class _Verifier:
             self._node(node)
         self._writes()
         self._arena(set(nodes))
+        self._inplace(nodes)
 
     def _fail(self, node: Node | None, reason: str) -> NoReturn:
         at = node if node is not None else (self.graph.outputs or self.graph.inputs or (None,))[0]
@@ -200,6 +202,15 @@ class _Verifier:
             negative = isinstance(slot.offset, int) and slot.offset < 0
             if negative or (isinstance(nbytes, int) and isinstance(slot.size, int) and slot.size < nbytes):
                 self._fail(node, f"{_label(node)} of {nbytes} bytes does not fit its slot at {slot.offset} of {slot.size}")
+
+    def _inplace(self, nodes: list[Node]) -> None:
+        """What is said to be computed in an input's memory can be; a graph that says so of nothing is not looked at."""
+        if not self.graph.inplace:
+            return
+        possible = in_place(self.graph, nodes).target
+        for node, target in self.graph.inplace.items():
+            if possible.get(node) is not target:
+                self._fail(node, f"{_label(node)} cannot be computed in the memory of {_label(target)}")
 
 
 def bound_symbols(graph: Graph) -> frozenset[str]:

@@ -30,6 +30,7 @@ class Reason(enum.Enum):
     UNSUPPORTED_DTYPE = "dtype without native arithmetic"
     NOT_CONSTANT = "an operand is not a constant"
     SHARED = "another consumer needs the original value"
+    OVERWRITTEN = "it cannot be updated in place"
     DIFFERENT_DEVICE = "operands live on different devices"
     PROLOGUE = "an operand of a contraction is computed"
     SECOND_WALK = "one kernel walks one contraction or window"

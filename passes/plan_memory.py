@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from ..ir.analysis.inplace import in_place
 from ..ir.analysis.memory import Lifetime, Owner, lifetimes, owner_type, owners, takes_memory
 from ..ir.dims import Dim, dim, floordiv
 from ..ir.graph import Graph, Node, Slot, Stage, order
-from .base import Notes, Pass
+from .base import Notes, Pass, Reason, describe
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
@@ -23,6 +24,9 @@ class PlanMemory(Pass):
         b = region(a)            -->       b @ [4096, 8192)
         c = region(b)                      c @ [0, 4096)        a is dead
         return region(c)                   outputs have memory of their own
+
+        c = index_put(cache, kv, i)  -->   c into cache
+        write cache = c
 
     Static sizes: greedy, largest first, into the smallest gap that holds them. Symbolic sizes: behind the static part, one slot for
     all values of the same size expression whose lifetimes do not overlap. Execution order is `order(graph)`.
@@ -43,7 +47,24 @@ class PlanMemory(Pass):
         if notes is not None and arena:
             apart = dim(sum((size for _, size in planned.values()), start=0))
             notes.apply(self.name, f"{len(arena)} values in {_bytes(peak)}, {_bytes(apart)} if each had its own")
-        return replace(graph, arena=arena)
+        return replace(graph, arena=arena, inplace=_in_place(graph, steps, notes))
+
+
+def _in_place(graph: Graph, steps: Sequence[Node], notes: Notes | None) -> dict[Node, Node]:
+    """The updates of inputs that are written where the inputs lie: a step of decoding writes one row of its cache, not all of it."""
+    found = in_place(graph, steps)
+    if notes is not None:
+        for node, target in found.target.items():
+            notes.apply(PlanMemory.name, f"{describe(node)} in place of {target.hint}", node, _saved(node))
+        for node, hazard in found.refused:
+            notes.decline(PlanMemory.name, describe(node), Reason.OVERWRITTEN, node, f"{describe(hazard.node)}: {hazard.why}")
+    return found.target
+
+
+def _saved(node: Node) -> int:
+    """Bytes of the copy to the result and of the copy back that are spared."""
+    nbytes = node.tensor.nbytes
+    return 4 * nbytes if isinstance(nbytes, int) else 0
 
 
 def plannable(graph: Graph, steps: Sequence[Node]) -> dict[Node, tuple[Lifetime, Dim]]:

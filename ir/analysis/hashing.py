@@ -295,6 +295,9 @@ class _Comparison:
         return None if _normal(a) == _normal(b) else f"{key}={a!r} and {key}={b!r}"
 
     def _plans(self, a: Graph, b: Graph) -> str | None:
+        inplace = {self.partner[n]: self.partner[target] for n, target in a.inplace.items() if n in self.partner}
+        if inplace != dict(b.inplace):
+            return f"computed in place: {sorted(map(_label, inplace))} and {sorted(map(_label, b.inplace))}"
         left = {self.partner[n]: slot for n, slot in a.arena.items() if n in self.partner}
         if left == dict(b.arena):
             return None

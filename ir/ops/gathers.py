@@ -86,7 +86,8 @@ def _infer_index(x: TensorType, *indices: TensorType, dims: tuple[int, ...]) -> 
     return x.with_shape((*before, *block, *after))
 
 
-def _full_index(indices: Any, dims: tuple[int, ...]) -> list[Any]:
+def full_index(indices: Any, dims: tuple[int, ...]) -> list[Any]:
+    """The indices as ATen takes them: None for dimensions that are not indexed."""
     index: list[Any] = [None] * (dims[-1] + 1)
     for d, i in zip(dims, indices):
         index[d] = i
@@ -133,7 +134,7 @@ def _infer_index_put(x: TensorType, value: TensorType, *indices: TensorType, dim
 
 
 def _index_put(x: torch.Tensor, value: torch.Tensor, *indices: torch.Tensor, dims: Any, accumulate: bool) -> torch.Tensor:
-    return torch.ops.aten.index_put(x, _full_index(indices, dims), value, accumulate)
+    return torch.ops.aten.index_put(x, full_index(indices, dims), value, accumulate)
 
 
 def _infer_slice_scatter(x: TensorType, src: TensorType, *, dim: int, start: Dim, stop: Dim, step: int = 1) -> Type:
@@ -174,7 +175,7 @@ GATHERS: tuple[Op, ...] = (
     Op("cat", Category.GATHER, _infer_cat, lambda *xs, dim: torch.cat(xs, dim), _cost_copy),
     Op("pad", Category.GATHER, _infer_pad, _pad, _cost_copy),
     Op("gather", Category.GATHER, _infer_gather, lambda x, index, *, dim: torch.gather(x, dim, index), _cost_read),
-    Op("index", Category.GATHER, _infer_index, lambda x, *indices, dims: torch.ops.aten.index(x, _full_index(indices, dims)), _cost_read),
+    Op("index", Category.GATHER, _infer_index, lambda x, *indices, dims: torch.ops.aten.index(x, full_index(indices, dims)), _cost_read),
     Op("embedding", Category.GATHER, _infer_embedding, lambda weight, ids: torch.nn.functional.embedding(ids, weight), _cost_read),
     Op("scatter", Category.GATHER, _infer_scatter, _scatter, _cost_copy),
     Op("index_put", Category.GATHER, _infer_index_put, _index_put, _cost_copy),

@@ -62,6 +62,7 @@ class _GraphReader:
         self.scalars: dict[Any, Node] = {}
         self.writes: list[tuple[Node, Node]] = []
         self.arena: dict[Node, Slot] = {}
+        self.inplace: dict[Node, Node] = {}
 
     def graph(self) -> Graph:
         cursor = self.cursor
@@ -79,7 +80,7 @@ class _GraphReader:
             outputs = self._line()
         cursor.expect("}")
         cursor.leave()
-        return Graph(name, tuple(inputs), outputs or (), tuple(self.writes), ranges, stage, self.arena)
+        return Graph(name, tuple(inputs), outputs or (), tuple(self.writes), ranges, stage, self.arena, self.inplace)
 
     # -- header
 
@@ -212,7 +213,7 @@ class _GraphReader:
     # -- nodes
 
     def _assignment(self) -> None:
-        """name = op(...) : type @ slot  # provenance, then the graphs among the attributes."""
+        """name = op(...) : type @ slot (or `into input`)  # provenance, then the graphs among the attributes."""
         cursor = self.cursor
         token = cursor.peek()
         name = cursor.name("a line `name = op(...)`, `write` or `return`")
@@ -220,6 +221,7 @@ class _GraphReader:
         op, operands, attrs = self._application()
         given = self.values.type() if cursor.take(":") else None
         slot = self._slot() if cursor.at("@") else None
+        target = self._operand() if cursor.take("into") else None
         prov = Provenance.read(cursor.comment())
         while cursor.peek(1).kind in ("name", "string") and cursor.at("(", 2) and cursor.peek().text in op.attributes:
             self._attribute(attrs, op, cursor.peek().text, _GraphReader(cursor, self.data, self.weights, frozenset(self.symbols)).graph())
@@ -227,6 +229,8 @@ class _GraphReader:
         self._define(name, node, token)
         if slot is not None:
             self.arena[node] = slot
+        if target is not None:
+            self.inplace[node] = target
 
     def _application(self) -> tuple[Op, list[Node], dict[str, Any]]:
         """op(operands, attributes), constant "name" or extern[target](...)."""

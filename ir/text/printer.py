@@ -143,7 +143,7 @@ def _where(graph: Graph) -> str:
 
 
 def _node_lines(graph: Graph, body: list[Node], names: dict[Node, str]) -> list[str]:
-    rows = [(names[n], _application(n, names), _place(graph, n)) for n in body]
+    rows = [(names[n], _application(n, names), _place(graph, n, names)) for n in body]
     widths = [min(limit, max((len(r[i]) for r in rows), default=0)) for i, limit in enumerate(_COLUMNS)]
     lines: list[str] = []
     for node, (name, application, place) in zip(body, rows):
@@ -155,9 +155,10 @@ def _node_lines(graph: Graph, body: list[Node], names: dict[Node, str]) -> list[
     return lines
 
 
-def _place(graph: Graph, node: Node) -> str:
-    slot = graph.arena.get(node)
-    return type_source(node.type) + (f" @ {_bytes(slot.offset)}+{_bytes(slot.size)}" if slot else "")
+def _place(graph: Graph, node: Node, names: dict[Node, str]) -> str:
+    slot, target = graph.arena.get(node), graph.inplace.get(node)
+    where = f" @ {_bytes(slot.offset)}+{_bytes(slot.size)}" if slot else f" into {names[target]}" if target else ""
+    return type_source(node.type) + where
 
 
 def _bytes(count: Dim) -> str:

@@ -37,7 +37,7 @@ ALL_DTYPES: dict[str, torch.dtype] = {
 TORCH_NAMES: dict[str, Any] = {
     str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, (torch.layout, torch.memory_format))
 }
-_KEYWORDS = ("complex", "device", "torch", "max", "min", "graph", "where", "in", "stage", "strides", "return", "write")
+_KEYWORDS = ("complex", "device", "torch", "max", "min", "graph", "where", "in", "stage", "strides", "return", "write", "into")
 RESERVED = frozenset({*WORDS, *SCALAR_TYPES, *ALL_DTYPES, *_KEYWORDS})
 """Words that name neither a value nor a size symbol."""
 

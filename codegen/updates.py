@@ -1,0 +1,117 @@
+"""Updates in place: values that the graph says are computed in the memory of the input they are written back to.
+
+A call then reads like this:
+
+    keys, = own_memory((keys,), (values, weight))     what lies over another input is worked on in a copy
+    keys_new = index_put_(keys, row, position)        writes one row; the same tensor under the name of its new value
+    if keys is not keys_given: ...                    and the copy is copied back
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..ir.analysis.inplace import puts_back
+from ..ir.analysis.memory import Owner, owners
+from ..ir.graph import Graph, Node, is_scalar, order
+from ..ir.ops.gathers import full_index
+from .host import Host, Scope, Value
+
+Given = Mapping[Node, Value]
+"""Inputs that are updated in place -> the tensors that the caller gave."""
+
+
+def emit_targets(host: Host) -> Given:
+    """At the start of a call: makes sure that what is written in place shows in no other input that is read afterwards."""
+    targets = list(dict.fromkeys(host.graph.inplace.values()))
+    if not targets:
+        return {}
+    given = {t: host.values[t] for t in targets}
+    others = [host.values[n] for n in _read_later(host.graph) if n not in given]
+    for target, value in given.items():
+        host.values[target] = Value(host.name(f"{value.name}_own"), value.scope, value.contiguous, nbytes=value.nbytes)
+    own = [host.values[t] for t in targets]
+    names = [f"({''.join(f'{v.name}, ' for v in values)})" for values in (own, given.values(), others)]
+    host.line(f"{names[0]} = {host.bind('own_memory', own_memory)}({names[1]}, {names[2]})", reads=[*given.values(), *others, *own])
+    return given
+
+
+def _read_later(graph: Graph) -> list[Node]:
+    """The tensor inputs that are read after the first update, or shown as results."""
+    steps = order(graph)
+    owned = owners(steps)
+    first = next(i for i, n in enumerate(steps) if n in graph.inplace)
+    late = {owner for node in steps[first:] for operand in node.inputs for owner in owned[operand]}
+    late |= {owner for root in graph.roots for owner in owned[root]}
+    return [n for n in graph.inputs if not is_scalar(n) and Owner(n) in late]
+
+
+def emit_update(host: Host, node: Node) -> None:
+    """The update of the first operand's memory, and a new name for it."""
+    base = host.values[node.inputs[0]]
+    if puts_back(node) is not None:
+        host.define(node, base.name, Scope.CALL, [base], base.contiguous)
+        return
+    function = host.bind(f"{node.op.name}_", _UPDATES[node.op.name])
+    parts = [host.operand(n) for n in node.inputs]
+    parts += [f"{k}={host.literal(v)}" for k, v in node.attrs.items()]
+    host.define(node, f"{function}({', '.join(parts)})", Scope.CALL, host.tensors(node.inputs), base.contiguous)
+
+
+def emit_finished(host: Host, target: Node, given: Given) -> None:
+    """At the end: a tensor that was worked on in a copy gets its new value."""
+    own, theirs = host.values[target], given[target]
+    host.line(f"if {own.name} is not {theirs.name}: {theirs.name}.copy_({own.name})", reads=[own, theirs])
+
+
+# -- at run time
+
+
+def own_memory(written: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """`written`, as copies if any of it lies over another of the tensors."""
+    spans = sorted([(*_span(t), True) for t in written] + [(*_span(t), False) for t in others])
+    reached = reached_written = 0
+    for start, end, writes in spans:
+        if start < (reached if writes else reached_written) and start < end:
+            return tuple(t.clone() for t in written)
+        reached = max(reached, end)
+        if writes:
+            reached_written = max(reached_written, end)
+    return written
+
+
+def _span(x: torch.Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first byte to behind its last."""
+    start = x.data_ptr()
+    if x.is_contiguous():
+        return start, start + x.nbytes
+    return start, start + (sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1) * x.itemsize
+
+
+def _index_put(x: torch.Tensor, value: torch.Tensor, *indices: torch.Tensor, dims: tuple[int, ...], accumulate: bool) -> torch.Tensor:
+    return torch.ops.aten.index_put_.default(x, full_index(indices, dims), value, accumulate)
+
+
+def _slice_scatter(x: torch.Tensor, src: torch.Tensor, *, dim: int, start: int, stop: int, step: int) -> torch.Tensor:
+    torch.ops.aten.slice.Tensor(x, dim, start, stop, step).copy_(src)
+    return x
+
+
+def _scatter(x: torch.Tensor, index: torch.Tensor, src: Any, *, dim: int, reduce: str, include_self: bool) -> torch.Tensor:
+    if reduce == "set":
+        return x.scatter_(dim, index, src)
+    if not isinstance(src, torch.Tensor):
+        src = torch.full(index.shape, src, dtype=x.dtype, device=x.device)
+    return x.scatter_reduce_(dim, index, src, reduce, include_self=include_self)
+
+
+def _cache_update(cache: torch.Tensor, new: torch.Tensor, position: Any, *, dim: int) -> torch.Tensor:
+    return cache.index_copy_(dim, torch.arange(new.shape[dim], device=cache.device) + position, new)
+
+
+_UPDATES: dict[str, Callable[..., torch.Tensor]] = {
+    "index_put": _index_put, "slice_scatter": _slice_scatter, "scatter": _scatter, "cache_update": _cache_update,
+}  # fmt: skip
