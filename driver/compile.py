@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..codegen.program import Program, compile_program
+from ..ir.analysis.inplace import in_place
 from ..ir.analysis.memory import Owner, may_share, owners, views
 from ..ir.dims import contiguous_strides
 from ..ir.graph import Graph, Node, is_scalar, order
@@ -71,7 +72,8 @@ def kept_apart(before: Graph, after: Graph) -> Graph:
     if all(now <= then for now, then in zip(taken, free)):
         return after
     outputs = tuple(n if now <= then else _own(n) for n, now, then in zip(after.outputs, taken, free))
-    return replace(after, outputs=outputs)
+    apart = replace(after, outputs=outputs)
+    return replace(apart, inplace=in_place(apart).target if after.inplace else {})  # a copy of an old value is one more reader
 
 
 def _sharing(graph: Graph, shares: Callable[[Node], tuple[Node, ...]]) -> list[set[tuple[str, int]]]:
