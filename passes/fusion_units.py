@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..ir.analysis.indices import poly
+from ..ir.analysis.inplace import in_place
 from ..ir.analysis.points import VIEW_INDEX, Obstacle, Refusal, dense_order
 from ..ir.analysis.pull import FUSIBLE_CATEGORIES, FUSIBLE_NAMES, NATIVE_DTYPES, check_native
 from ..ir.dims import hint
@@ -53,8 +54,11 @@ class Units:
 def find_units(graph: Graph) -> Units:
     """Classifies every node of an expanded graph."""
     units = Units(graph, order(graph), users(graph))
+    updates = in_place(graph, units.nodes).target
     for node in units.nodes:
-        if _is_transparent(node):
+        if node in updates:  # a kernel would copy all of it
+            units.barriers[node] = None
+        elif _is_transparent(node):
             units.transparent.add(node)
         else:
             refusal = _refusal(node)
