@@ -137,6 +137,44 @@ class Attend(Scalar):
 
 
 @dataclass(frozen=True, eq=False)
+class Previous(Scalar):
+    """A state of the kernel's recurrence before the step, of the unit at position `at`: the unit axis itself, or an axis of a Dot."""
+
+    state: str
+    at: str
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """A value per grid point that is handed from step to step: `initial` before the first one, `following` after each."""
+
+    name: str
+    initial: Scalar
+    following: Scalar
+
+
+@dataclass(frozen=True, eq=False)
+class Last(Scalar):
+    """A state after the last step."""
+
+    state: State
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrence:
+    """The inner axis `step` is walked in order, from its end if `reverse`; a step reads the `states` of the step before.
+
+    Grid axes but `unit` are rows, which know nothing of each other. A Dot of a step has a Previous at its own axis on the left, and a
+    weight that depends on that and the unit on the right.
+    """
+
+    step: str
+    unit: str
+    states: tuple[State, ...]
+    reverse: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Store:
     """buffer[index] = value at every point of the value's and index's domain, converted to the buffer's dtype."""
 
@@ -153,6 +191,7 @@ class Kernel:
     sizes: names of the size symbols that extents and indices use, in the order they are passed.
     sources: the user's source lines, for the comment above the kernel; label: what it computes in a few words.
     faults: ops that read at computed positions; number n of `inside` is the n-th of them, counted from 1.
+    recurrence: what makes the points along one axis wait for each other; every state has a store of its Last.
     Outputs are written completely: every element exactly once.
     """
 
@@ -166,6 +205,7 @@ class Kernel:
     sources: tuple[str, ...] = ()
     inplace: tuple[tuple[str, str], ...] = field(default=())
     faults: tuple[str, ...] = ()
+    recurrence: Recurrence | None = None
 
     @property
     def grid(self) -> tuple[Axis, ...]:
@@ -191,6 +231,8 @@ def operands(value: Scalar) -> tuple[Scalar, ...]:
         return (value.left, value.right)
     if isinstance(value, Attend):
         return (value.score, value.value)
+    if isinstance(value, Last):
+        return (value.state.initial, value.state.following)
     return ()
 
 
@@ -227,5 +269,14 @@ def free_axes(kernel: Kernel) -> dict[Scalar, frozenset[str]]:
             axes -= set(value.axes)
         if isinstance(value, Attend):
             axes -= {value.axis}
+        if kernel.recurrence is not None and isinstance(value, (Previous, Last)):
+            axes = _axes_of_state(kernel, kernel.recurrence, value)
         free[value] = axes
     return free
+
+
+def _axes_of_state(kernel: Kernel, recurrence: Recurrence, value: Previous | Last) -> frozenset[str]:
+    grid = {a.name for a in kernel.grid}
+    if isinstance(value, Last):
+        return frozenset(grid)
+    return frozenset(grid - {recurrence.unit} | {value.at, recurrence.step})

@@ -10,7 +10,7 @@ import torch
 
 from ..ir.dims import FloorDiv, Mod, evaluate
 from ..ir.scalar import Apply, Const, Scalar
-from .kernel import INSIDE, Attend, Dot, Kernel, Load, Position, Reduce, Scan, scalars
+from .kernel import INSIDE, Attend, Dot, Kernel, Last, Load, Position, Previous, Recurrence, Reduce, Scan, Store, cone
 
 _BINARY: dict[str, Callable[..., torch.Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "floordiv": torch.floor_divide, "mod": torch.remainder,
@@ -38,24 +38,52 @@ class _Run:
         self.memory = {b.name: x.reshape(-1) for b, x in zip(kernel.inputs, inputs, strict=True)}
         self.extents = [evaluate(a.extent, self.sizes) for a in kernel.axes]
         self.place = {a.name: k for k, a in enumerate(kernel.axes)}
+        self.states: dict[str, torch.Tensor] = {}
         self.names: dict[str, torch.Tensor] = {}
         for k, (axis, n) in enumerate(zip(kernel.axes, self.extents)):
             self.names[axis.name] = torch.arange(n).reshape([n if j == k else 1 for j in range(len(self.extents))])
 
     def outputs(self) -> list[torch.Tensor]:
-        values: dict[Scalar, torch.Tensor] = {}
-        for value in scalars(self.kernel.stores):
+        self.found = {b.name: torch.zeros(evaluate(b.size, self.sizes), dtype=b.dtype) for b in self.kernel.outputs}
+        self.written = {name: torch.zeros_like(x, dtype=torch.int64) for name, x in self.found.items()}
+        if self.kernel.recurrence is not None:
+            self.steps(self.kernel.recurrence)
+        else:
+            self.stores(self.kernel.stores, self.evaluated([s.value for s in self.kernel.stores]))
+        assert all((w == 1).all() for w in self.written.values()), "every element is written exactly once"
+        return [self.found[b.name] for b in self.kernel.outputs]
+
+    def evaluated(self, roots: Sequence[Scalar], known: Mapping[Scalar, torch.Tensor] | None = None) -> dict[Scalar, torch.Tensor]:
+        values: dict[Scalar, torch.Tensor] = dict(known or {})
+        for value in cone(roots, values):
             result = self.value(value, values)
             assert result.dtype == value.dtype, f"{value} gave {result.dtype}"
             values[value] = result
-        found = {b.name: torch.zeros(evaluate(b.size, self.sizes), dtype=b.dtype) for b in self.kernel.outputs}
-        written = {name: torch.zeros_like(x, dtype=torch.int64) for name, x in found.items()}
-        for store in self.kernel.stores:
+        return values
+
+    def stores(self, stores: Sequence[Store], values: Mapping[Scalar, torch.Tensor]) -> None:
+        for store in stores:
             index, value = torch.broadcast_tensors(self.index(store.index, self.names), values[store.value])
-            found[store.buffer][index.reshape(-1)] = value.reshape(-1).to(found[store.buffer].dtype)
-            written[store.buffer].index_add_(0, index.reshape(-1), torch.ones_like(index.reshape(-1)))
-        assert all((w == 1).all() for w in written.values()), "every element is written exactly once"
-        return [found[b.name] for b in self.kernel.outputs]
+            self.found[store.buffer][index.reshape(-1)] = value.reshape(-1).to(self.found[store.buffer].dtype)
+            self.written[store.buffer].index_add_(0, index.reshape(-1), torch.ones_like(index.reshape(-1)))
+
+    def steps(self, recurrence: Recurrence) -> None:
+        """The grid at once, step by step."""
+        start = self.evaluated([s.initial for s in recurrence.states])
+        self.states = {s.name: start[s.initial] for s in recurrence.states}
+        each = [s for s in self.kernel.stores if not isinstance(s.value, Last)]
+        along, axis = self.names[recurrence.step], self.place[recurrence.step]
+        for step in range(self.extents[axis])[:: -1 if recurrence.reverse else 1]:
+            self.names[recurrence.step] = torch.full_like(along.narrow(axis, 0, 1), step)
+            values = self.evaluated([*(s.following for s in recurrence.states), *(s.value for s in each)])
+            self.stores(each, values)
+            self.states = {s.name: values[s.following] for s in recurrence.states}
+        last = [s for s in self.kernel.stores if isinstance(s.value, Last)]
+        self.stores(last, {s.value: self.states[s.value.state.name] for s in last if isinstance(s.value, Last)})
+
+    def previous(self, value: Previous) -> torch.Tensor:
+        assert self.kernel.recurrence is not None
+        return self.states[value.state].transpose(self.place[self.kernel.recurrence.unit], self.place[value.at])
 
     def index(self, expr: sympy.Expr, names: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """An index expression over tensors of positions; the result has one dimension per axis."""
@@ -87,6 +115,8 @@ class _Run:
             return self.dot(value, values[value.left], values[value.right])
         if isinstance(value, Attend):
             return self.attend(value, values[value.score], values[value.value])
+        if isinstance(value, Previous):
+            return self.previous(value)
         assert isinstance(value, Apply)
         return _applied(value, [values[a] for a in value.args])
 

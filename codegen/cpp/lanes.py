@@ -8,7 +8,7 @@ import sympy
 
 from ...ir.dims import Dim, FloorDiv, Mod, symbol
 from ...ir.scalar import Apply, Const, Scalar
-from ..kernel import Kernel, Load, Position, Reduce, free_axes, operands, scalars
+from ..kernel import Kernel, Load, Position, Previous, Reduce, free_axes, operands, scalars
 
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 
@@ -58,7 +58,7 @@ class LaneAnalysis:
     def _varies(self, value: Scalar) -> bool:
         if self.axis is None or isinstance(value, Const) or self.axis.name not in self._free[value]:
             return False
-        if isinstance(value, Reduce):
+        if isinstance(value, (Reduce, Previous)):
             return True
         if isinstance(value, Position):
             return stride_along(value.index, self.axis, self.lanes) != 0
