@@ -5,7 +5,7 @@
       left: writes one row of the left operand          (casts, gathers, masks: whatever it is computed from)
       right: panels of the right operand, read in place or copied
       finish: from the sums of one row to what is stored
-      product<8, 3, 16>(rows, columns, depth, threads, left, right, finish)
+      product<8, float>(rows, columns, depth, threads, left, right, finish)
 
 What is printed is what differs between kernels: these three. How tiles are walked is in the header.
 """
@@ -15,23 +15,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import sympy
-
 from ...ir.dims import Dim, free_symbols, product, symbol
 from ...ir.scalar import Scalar
-from ..kernel import Axis, Buffer, Kernel, Load, Position, Store, cone, scalars
+from ..kernel import Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store, cone
 from .body import Scope, row_index
-from .expressions import ADD, MULTIPLY, STORAGE, index_text, wrap
+from .expressions import ADD, STORAGE, index_text, wrap
+from .lanes import stride_along
 from .plan import Phase, plan_block
 from .printer import KernelPrinter, print_kernel
-from .product import FEW_ROWS, InPlace, Rewrite, blocks_for, dots, find_product, flatten, panel_of, without_matrix
+from .product import Rewrite, Right, dots, find_product, flatten, merge, plan_right, without_matrix
 from .schedule import CpuTarget, Schedule, default_schedule
+from .windows import print_reduction
+
+UNALIGNED = 1 << 40  # lanes of a block that may begin anywhere: no modulus is a multiple
 
 
 def print_any(kernel: Kernel, target: CpuTarget) -> str:
     """The kernel as the text of one C++ function, by the printer for its kind; see print_kernel."""
     if not dots(kernel):
-        return print_kernel(kernel, default_schedule(kernel, target))
+        return print_reduction(kernel, target)
     plain = without_matrix(kernel)
     if plain is not None:
         return print_kernel(plain, default_schedule(plain, target))
@@ -45,153 +47,193 @@ class ContractionPrinter(KernelPrinter):
         super().__init__(kernel, Schedule(vector=None, lanes=1))
         self.target = target
         self.found = find_product(kernel, target)
-        self.blocks = blocks_for(self.found, target)
+        self.plan = plan_right(kernel, self.found, target)
         self.kind = STORAGE[self.found.dot.dtype]
-        self.callables = {name: self.names.fresh(name) for name in ("left", "right", "finish")}
+        self.m, self.n, self.k = (self.names.fresh(name) for name in "mnk")
+        self.names.buffers |= {name: name for name in ("to", "sums")}  # of the lambdas
 
     def grid(self) -> None:
         """The body of the function: one product, or one for each point of the batch."""
-        if not self.found.batch:
+        batch = self.found.batch
+        if not batch:
             self.product()
             return
-        flat = self.flat_name(self.found.batch, "batch")
-        work = wrap(self.size(*self.found.rows, *self.found.columns, *self.found.depth), MULTIPLY)
-        self.open(f"batches({self.size(*self.found.batch)[0]}, {work}, threads, [=](int64_t {flat}, int threads)")
-        self.bind(self.found.batch, flat, self.found.dot, [s.index for s in self.kernel.stores])
+        flat = self.flat_name(batch, "batch")
+        work = self.size(*self.found.rows, *self.found.columns, *self.found.depth)
+        self.open(f"batches({self.size(*batch)}, {work}, threads, [=](int64_t {flat}, int threads)")
+        self.bind(batch, flat, [s.value for s in self.kernel.stores], [s.index for s in self.kernel.stores])
         self.product()
         self.close("});")
 
     def product(self) -> None:
-        found, blocks = self.found, self.blocks
-        sizes = ", ".join(self.size(*axes)[0] for axes in (found.rows, found.columns, found.depth))
-        self.writer(self.callables["left"], found.left, found.rows, found.depth, "m")
-        self.right()
+        found = self.found
+        self.left()
+        call = self.right()
         self.finish()
-        shape = f"{blocks.rows}, {blocks.vectors}, {blocks.lanes}, {self.kind}"
-        self.line(f"product<{shape}>({sizes}, threads, {', '.join(self.callables.values())});")
+        sizes = ", ".join(self.size(*axes) for axes in (found.rows, found.columns, found.depth))
+        self.line(f"{call}<{self.plan.blocks.rows}, {self.kind}>({sizes}, threads, left, right, finish);")
 
     # ---- positions
 
-    def size(self, *axes: Axis) -> tuple[str, int]:
-        return index_text(product(a.extent for a in axes), {})
+    def size(self, *axes: Axis) -> str:
+        return index_text(product(a.extent for a in axes), {})[0]
 
     def flat_name(self, axes: Sequence[Axis], name: str) -> str:
         """What the flat position over the axes is called: a single axis is its own."""
-        return axes[0].name if len(axes) == 1 else self.names.fresh(name)
+        return axes[0].name if len(axes) == 1 else name
 
-    def bind(self, axes: Sequence[Axis], flat: str, root: Scalar | None, indices: Sequence[Dim] = ()) -> None:
-        """Variables for those of several axes that the values under `root` or the indices use."""
+    def bind(self, axes: Sequence[Axis], flat: str, roots: Sequence[Scalar], indices: Sequence[Dim] = ()) -> None:
+        """Variables for those of several axes that the values under the roots or the indices use."""
         if len(axes) < 2:
             return
+        indices = [*indices, *(v.index for v in cone(roots) if isinstance(v, (Load, Position)))]
         used = {s.name for s in free_symbols(indices)}
-        for value in cone([root] if root is not None else []):
-            if isinstance(value, (Load, Position)):
-                used |= {s.name for s in free_symbols([value.index])}
         places = flatten(axes, symbol(flat))
         parts = [f"{a.name} = {index_text(places[a.name], {})[0]}" for a in axes if a.name in used]
         if parts:
             self.line(f"const int64_t {', '.join(parts)};")
 
-    def within(self, kernel: Kernel, schedule: Schedule) -> KernelPrinter:
-        """A printer of a part, whose lines go here."""
-        part = KernelPrinter(kernel, schedule)
-        part.lines, part.depth = self.lines, self.depth
-        part.names = part.body.names = self.names
-        return part
+    def part(
+        self, axes: Sequence[Axis], stores: Sequence[Store], inputs: Sequence[Buffer] = (), outputs: Sequence[Buffer] = ()
+    ) -> KernelPrinter:
+        """A printer of stores over some axes, all others being bound, whose lines go here."""
+        axes = tuple(replace(a, inner=True) for a in axes)
+        kernel = replace(self.kernel, axes=axes, stores=tuple(stores), inputs=(*self.kernel.inputs, *inputs))
+        kernel = replace(kernel, outputs=tuple(outputs), inplace=()) if outputs else kernel
+        printer = KernelPrinter(kernel, replace(default_schedule(kernel, self.target), split=False))
+        printer.lines, printer.depth = self.lines, self.depth
+        printer.names = printer.body.names = self.names
+        return printer
 
     # ---- operands
 
-    def writer(self, name: str, value: Scalar, fixed: Sequence[Axis], along: Sequence[Axis], flat: str) -> None:
+    def left(self) -> None:
+        found = self.found
+        self.whole("left", found.left, found.rows, self.m, found.depth)
+
+    def right(self) -> str:
+        """Declares the right operand; returns the function that multiplies by it."""
+        found, plan = self.found, self.plan
+        blocks = f"{plan.blocks.vectors}, {plan.blocks.lanes}"
+        if plan.load is not None:
+            self.in_place(plan, blocks)
+            return "product"
+        if plan.kind == "from_columns":
+            self.whole("column", found.right, found.columns, self.n, found.depth)
+        else:
+            self.ranged("row", found.right, found.depth, self.k, found.columns)
+        sizes = f"{self.size(*found.columns)}, {self.size(*found.depth)}"
+        self.line(f"const auto right = {plan.kind}<{blocks}>({sizes}, {plan.kind.removeprefix('from_').removesuffix('s')});")
+        return "product_packed"
+
+    def in_place(self, plan: Right, blocks: str) -> None:
+        assert plan.load is not None and plan.n is not None and plan.start is not None and plan.ld is not None
+        found, buffer = self.found, self.names.buffers[plan.load.buffer]
+        storage = STORAGE[self.kernel.buffer(plan.load.buffer).dtype]
+        ld = index_text(plan.ld, {})[0]
+        at = symbol(self.n) if plan.kind == "panels" else 0
+        start = index_text(plan.start.subs(plan.n, at), {})  # type: ignore[arg-type]
+        place = buffer if start[0] == "0" else f"{buffer} + {wrap(start, ADD)}"
+        if plan.kind == "panels":
+            self.line(f"const auto right = panels<{blocks}>({ld}, [=](int64_t {self.n}) {{ return {place}; }});")
+        elif plan.kind == "row_major":
+            sizes = f"{self.size(*found.columns)}, {self.size(*found.depth)}"
+            self.line(f"const RowMajor<{storage}, {blocks}> right({place}, {ld}, {sizes});")
+        else:
+            self.line(f"const Columns<{storage}, {plan.blocks.lanes}> right{{{place}, {ld}, {self.size(*found.columns)}}};")
+
+    def whole(self, name: str, value: Scalar, fixed: Sequence[Axis], flat: str, along: Sequence[Axis]) -> None:
         """A lambda (to, position over `fixed`) that writes the value at all positions over `along`."""
-        to, at = self.names.fresh("to"), self.flat_name(fixed, flat)
-        self.names.buffers[to] = to
-        own = {a.name for a in (*self.kernel.grid, *self.found.depth)}
-        axes = tuple(replace(a, inner=True) for a in along) + tuple(a for a in self.kernel.inner if a.name not in own)
-        index = row_index([(a.name, a.extent) for a in along])
-        part = replace(
-            self.kernel, axes=axes, outputs=(Buffer(to, self.found.dot.dtype, product(a.extent for a in along)),),
-            stores=(Store(to, index, value),), inplace=(),
-        )  # fmt: skip
-        printer = self.within(part, replace(default_schedule(part, self.target), split=False))
-        self.open(f"const auto {name} = [=]({self.kind}* {to}, int64_t {at})")
-        self.bind(fixed, at, value)
-        printer.depth = self.depth
-        block = plan_block(part, printer.free, frozenset(), list(part.stores), [], set())
+        value, along = merge(value, along)
+        at = self.flat_name(fixed, flat)
+        others = {a.name for a in (*self.kernel.grid, *self.found.depth)}
+        axes = (*along, *(a for a in self.kernel.inner if a.name not in others))
+        store = Store("to", row_index([(a.name, a.extent) for a in along]), value)
+        self.open(f"const auto {name} = [=]({self.kind}* to, int64_t {at})")
+        self.bind(fixed, at, [value])
+        printer = self.part(axes, [store], outputs=[self.written(along)])
+        block = plan_block(printer.kernel, printer.free, frozenset(), [store], [], set())
         for row in printer.choose_rows(block, frozenset(), False):
             printer.line(row)
         printer.phases(block.phases, Scope(frozenset()))
         self.close("};")
 
-    def right(self) -> None:
-        """Panels of the right operand: where it lies, or copied by its rows or by its columns, whichever are contiguous."""
-        found, name = self.found, self.callables["right"]
-        place = panel_of(self.kernel, found, self.blocks)
-        if place is not None and self.in_place(place):
-            return
-        by_columns = self.contiguous(found.depth) > self.contiguous(found.columns)
-        writer = self.names.fresh("column" if by_columns else "row")
-        fixed, along = (found.columns, found.depth) if by_columns else (found.depth, found.columns)
-        self.writer(writer, found.right, fixed, along, "n" if by_columns else "k")
-        method = f"turned<{self.blocks.lanes}>" if by_columns else "rows"
-        self.line(f"Packed<{self.kind}, {self.blocks.columns}> {name}({self.size(*found.columns)[0]}, {self.size(*found.depth)[0]});")
-        self.line(f"{name}.{method}(threads, {writer});")
+    def ranged(self, name: str, value: Scalar, fixed: Sequence[Axis], flat: str, along: Sequence[Axis]) -> None:
+        """A lambda (to, position over `fixed`, begin, end) that writes the value at flat positions begin .. end over `along`."""
+        value, along = merge(value, along)
+        if any(isinstance(v, (Reduce, Scan)) for v in cone([value])):
+            raise NotImplementedError("a right operand with a reduction")
+        at = self.flat_name(fixed, flat)
+        inner = along[-1] if along else Axis(self.n, 1)
+        several = len(along) > 1
+        first, last = ("first", "last") if several else ("begin", "end")
+        self.open(f"const auto {name} = [=]({self.kind}* to, int64_t {at}, int64_t begin, int64_t end)")
+        self.bind(fixed, at, [value])
+        if several:
+            self.segments(along[:-1], inner, [value])
+        index = inner.symbol - symbol(first) + (symbol("at") if several else 0)
+        printer = self.part([inner], [Store("to", index, value)], outputs=[self.written(along)])
+        self.row_loop(printer, inner.name, first, last, symbol("end") if several else inner.extent, aligned=not several)
+        if several:
+            self.close("});")
+        self.close("};")
 
-    def in_place(self, place: InPlace) -> bool:
-        """Declares the panels of an operand that need not be copied; False where copying is better."""
-        name, buffer = self.callables["right"], self.names.buffers[place.load.buffer]
-        storage = STORAGE[self.kernel.buffer(place.load.buffer).dtype]
-        ld = index_text(place.ld, {})[0]
-        if place.overrun and place.compact:
-            n = self.names.fresh("n")
-            start = index_text(place.start.subs(place.n, symbol(n)), {})
-            self.line(f"const auto {name} = [=](int64_t {n}) {{ return Panel<{storage}>{{{buffer} + {wrap(start, ADD)}, {ld}}}; }};")
-            return True
-        rows = product(a.extent for a in self.found.rows)
-        base = sympy.expand(place.start - place.n)
-        if not (place.compact or isinstance(rows, int) and rows <= FEW_ROWS) or place.n in base.free_symbols:
-            return False
-        start = "" if base == 0 else f" + {wrap(index_text(base, {}), ADD)}"
-        sizes = ", ".join(self.size(*axes)[0] for axes in (self.found.columns, self.found.depth))
-        self.line(f"const RowMajor<{storage}, {self.blocks.columns}> {name}({buffer}{start}, {ld}, {sizes});")
-        return True
-
-    def contiguous(self, axes: Sequence[Axis]) -> int:
-        """How many loads of the right operand are contiguous along one of the axes."""
-        loads = [v for v in cone([self.found.right]) if isinstance(v, Load)]
-        return sum(any(sympy.expand(v.index.subs(a.symbol, a.symbol + 1) - v.index) == 1 for a in axes) for v in loads)
+    def written(self, along: Sequence[Axis]) -> Buffer:
+        return Buffer("to", self.found.dot.dtype, product(a.extent for a in along))
 
     # ---- results
 
     def finish(self) -> None:
-        """The lambda that turns sums into what is stored: the kernel itself, with the contraction a load from the tile."""
+        """The lambda that turns sums into what is stored: the kernel itself, with the contraction a load of sums."""
         found = self.found
-        tile, begin, end = (self.names.fresh(name) for name in ("tile", "begin", "end"))
-        m, n = self.flat_name(found.rows, "m"), self.flat_name(found.columns, "n")
-        self.names.buffers[tile] = tile
-        sums = Load(found.dot.dtype, tile, symbol(n) - symbol(begin))
+        m, n = self.flat_name(found.rows, self.m), self.flat_name(found.columns, self.n)
+        sums = Load(found.dot.dtype, "sums", symbol(n) - symbol("begin"))
         places = flatten(found.columns, symbol(n)) if len(found.columns) > 1 else {}
         rewrite = Rewrite({found.dot: sums}, places)
-        columns = product(a.extent for a in found.columns)
-        stores = tuple(rewrite.store(s) for s in self.kernel.stores)
-        inputs = (*self.kernel.inputs, Buffer(tile, found.dot.dtype, columns))
-        part = replace(self.kernel, axes=(Axis(n, columns, True),), inputs=inputs, stores=stores)
-        printer = self.within(part, replace(default_schedule(part, self.target), split=False))
-        self.open(f"const auto {self.callables['finish']} = [=](const {self.kind}* {tile}, int64_t {m}, int64_t {begin}, int64_t {end})")
-        indices = [s.index for s in stores] + [v.index for v in scalars(stores) if isinstance(v, (Load, Position))]
-        self.bind(found.rows, m, None, indices)
-        printer.depth = self.depth
-        self.row_loop(printer, n, begin, end, columns)
+        stores = [rewrite.store(s) for s in self.kernel.stores]
+        self.open(f"const auto finish = [=](const {self.kind}* sums, int64_t {m}, int64_t begin, int64_t end)")
+        self.bind(found.rows, m, [s.value for s in stores], [s.index for s in stores])
+        lanes = self.target.vector_bytes // 4
+        if all(stride_along(s.index, symbol(n), lanes) is not None for s in stores):
+            extent = product(a.extent for a in found.columns)
+            printer = self.part([Axis(n, extent)], stores, inputs=[self.sums(extent)])
+            self.row_loop(printer, n, "begin", "end", extent)
+        else:
+            self.finish_segments()
         self.close("};")
 
-    def row_loop(self, printer: KernelPrinter, n: str, begin: str, end: str, columns: Dim) -> None:
+    def finish_segments(self) -> None:
+        """The same where the columns lie in several pieces: a loop over each."""
+        *_, last = columns = self.found.columns
+        sums = Load(self.found.dot.dtype, "sums", last.symbol - symbol("first") + symbol("at"))
+        rewrite = Rewrite({self.found.dot: sums}, {})
+        stores = [rewrite.store(s) for s in self.kernel.stores]
+        self.segments(columns[:-1], last, [s.value for s in stores], [s.index for s in stores])
+        printer = self.part([last], stores, inputs=[self.sums(last.extent)])
+        self.row_loop(printer, last.name, "first", "last", symbol("end"), aligned=False)
+        self.close("});")
+
+    def segments(self, outer: Sequence[Axis], inner: Axis, roots: Sequence[Scalar], indices: Sequence[Dim] = ()) -> None:
+        """Opens the loop over the parts of begin .. end that lie in one row of the inner axis."""
+        name = self.flat_name(outer, "outer")
+        extent = index_text(inner.extent, {})[0]
+        self.open(f"segments(begin, end, {extent}, [&](int64_t {name}, int64_t first, int64_t last, int64_t at)")
+        self.bind(outer, name, roots, indices)
+
+    def sums(self, size: Dim) -> Buffer:
+        return Buffer("sums", self.found.dot.dtype, size)
+
+    def row_loop(self, printer: KernelPrinter, n: str, begin: str, end: str, extent: Dim, aligned: bool = True) -> None:
+        """The loop over part of an axis that stores what the printer's kernel stores; aligned: `begin` is a multiple of the lanes."""
+        if not aligned:
+            printer.analysis.lanes = UNALIGNED
         stores = list(printer.kernel.stores)
         scope = Scope(frozenset())
         printer.hoist([s.value for s in stores], scope)
-        if printer.schedule.vector is None:
-            printer.open(f"for (int64_t {n} = {begin}; {n} < {end}; {n}++)")
-            inside = scope.inner([n])
+        vector = printer.schedule.vector is not None
+        if vector:
+            printer.open(f"each<{printer.lane_counts(extent)}>({begin}, {end}, [&]<int L>(int64_t {n}) LANES")
         else:
-            printer.open(f"each<{printer.lane_counts(columns)}>({begin}, {end}, [&]<int L>(int64_t {n}) LANES")
-            inside = scope.inner([n], "L")
-        printer.innermost(Phase(stores=stores), [], inside)
-        printer.close("}" if printer.schedule.vector is None else "});")
+            printer.open(f"for (int64_t {n} = {begin}; {n} < {end}; {n}++)")
+        printer.innermost(Phase(stores=stores), [], scope.inner([n], "L" if vector else None))
+        printer.close("});" if vector else "}")

@@ -1,21 +1,24 @@
 // Contractions of generated kernels (included by vec.h): sums of products in tiles that live in registers.
 //
-// A kernel describes its product by lambdas: `left(row, m)` writes row m of the left operand, `right(n)` is the panel of the right operand
-// that begins at column n, `finish(tile, m, begin, end)` stores columns begin .. end of row m, whose sums are tile[0], tile[1], ...
-// How the work is divided never changes how the terms of one element are added: in blocks of DEPTH, in order.
+// A kernel describes its product by `left(to, m)`, which writes row m of the left operand, by its right operand, one of the classes below,
+// and by `finish(sums, m, begin, end)`, which stores columns begin .. end of row m: their sums are sums[0], sums[1], ...
+// How the work is divided never changes how the terms of one element are added.
 #pragma once
 
 namespace tile {
 
 #define UNROLL _Pragma("GCC unroll 32")
 
-constexpr int64_t DEPTH = 384;                // terms of one run of the micro-kernel: a panel's part stays in the second-level cache
-constexpr int64_t BLOCK_ROWS = 64;            // rows of the left operand that one panel meets while it is there
-constexpr int64_t BLOCK_BYTES = 1 << 20;      // what these rows may take
-constexpr int64_t THREAD_WORK = 1 << 18;      // multiplications that are worth a thread
+constexpr int64_t DEPTH = 384;             // terms of one run of the micro-kernel: such a part of a panel stays near the core
+constexpr int64_t BLOCK_ROWS = 64;         // rows of the left operand that meet it there
+constexpr int64_t BLOCK_BYTES = 1 << 20;   // what operands that are read again and again may take of the second-level cache
+constexpr int64_t THREAD_WORK = 1 << 18;   // multiplications that are worth a thread
+constexpr int64_t FEW_TILES = 8, PARTS = 16;  // a product of so few tiles is divided along its depth
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- micro-kernels
 
 // tile[i][j] = sum over k < depth of a[i][k] * b[k][j], or is added to what the tile holds if `more`. The tile has R rows and N vectors of
 // L columns; rows of a, b and tile are lda, ldb and ldt elements apart. a and b may be stored narrower than T: they are widened when loaded.
@@ -37,12 +40,78 @@ __attribute__((noinline)) static void micro(const A* a, int64_t lda, const B* b,
     }
 }
 
-// ---- the right operand: panels of NR columns
+// The same for a right operand whose columns are contiguous and ldb apart: C columns, as sums of L lanes each. Columns from `columns` on
+// do not exist.
+template <int R, int C, int L, class A, class B, class T>
+__attribute__((noinline)) static void micro_columns(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t columns, int64_t depth, T* tile,
+                                                    int64_t ldt, bool more) {
+  vec<T, L> sum[R][C] = {};
+  T rest[R][C] = {};
+  const B* column[C];
+  UNROLL for (int j = 0; j < C; j++) column[j] = b + least_of(j, columns - 1) * ldb;
+  int64_t k = 0;
+  for (; k + L <= depth; k += L) {
+    vec<T, L> left[R];
+    UNROLL for (int i = 0; i < R; i++) left[i] = as<T>(load<L>(a + i * lda + k));
+    UNROLL for (int j = 0; j < C; j++) {
+      const auto right = as<T>(load<L>(column[j] + k));
+      UNROLL for (int i = 0; i < R; i++) sum[i][j] += left[i] * right;
+    }
+  }
+  for (; k < depth; k++)
+    UNROLL for (int j = 0; j < C; j++)
+      UNROLL for (int i = 0; i < R; i++) rest[i][j] += T(load<1>(a + i * lda + k)) * T(load<1>(column[j] + k));
+  UNROLL for (int i = 0; i < R; i++)
+    UNROLL for (int j = 0; j < C; j++) {
+      const T total = fold([](auto x, auto y) { return x + y; }, sum[i][j]) + rest[i][j];
+      tile[i * ldt + j] = more ? tile[i * ldt + j] + total : total;
+    }
+}
 
-// Row k of a panel is data[k * ld] ...
-template <class B> struct Panel {
-  const B* data;
+// ---- right operands, in panels of `width` columns: add<R>(...) runs the micro-kernel on the panel at column n, from depth k on
+
+// Panels that are read as they lie: panel(n) is where the one at column n begins, its rows are ld apart.
+template <int N, int L, class At> struct Panels {
+  static constexpr int64_t width = N * L, terms = DEPTH;
   int64_t ld;
+  At panel;
+  template <int R, class T> INLINE void add(const T* a, int64_t lda, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
+    micro<R, N, L>(a, lda, panel(n) + k * ld, ld, depth, tile, width, more);
+  }
+};
+template <int N, int L, class At> Panels<N, L, At> panels(int64_t ld, At panel) { return {ld, panel}; }
+
+// Rows ld apart. What is left behind the last whole panel is copied, so that nothing beyond the operand is read.
+template <class B, int N, int L> struct RowMajor {
+  static constexpr int64_t width = N * L, terms = DEPTH;
+  const B* data;
+  int64_t ld, columns;
+  Row<B> rest;
+  RowMajor(const B* data, int64_t ld, int64_t columns, int64_t depth)
+      : data(data), ld(ld), columns(columns), rest(columns % width ? depth * width : 0) {
+    const int64_t left = columns % width;
+    for (int64_t k = 0; k < (left ? depth : 0); k++) {
+      __builtin_memcpy((B*)rest + k * width, data + k * ld + columns - left, sizeof(B) * left);
+      __builtin_memset((B*)rest + k * width + left, 0, sizeof(B) * (width - left));
+    }
+  }
+  template <int R, class T> INLINE void add(const T* a, int64_t lda, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
+    const bool whole = n + width <= columns;
+    const int64_t step = whole ? ld : width;
+    micro<R, N, L>(a, lda, (whole ? data + n : (const B*)rest) + k * step, step, depth, tile, width, more);
+  }
+};
+
+// Contiguous columns ld apart, for few rows.
+template <class B, int L> struct Columns {
+  static constexpr int64_t width = 16, terms = 1 << 12;
+  const B* data;
+  int64_t ld, columns;
+  template <int R, class T> INLINE void add(const T* a, int64_t lda, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
+    constexpr int C = R * 8 <= (sizeof(T) * L == 64 ? 16 : 8) ? 8 : 4;
+    for (int64_t j = 0; j < width && n + j < columns; j += C)
+      micro_columns<R, C, L>(a, lda, data + (n + j) * ld + k, ld, columns - n - j, depth, tile + j, width, more);
+  }
 };
 
 #if defined(__clang__)
@@ -76,127 +145,174 @@ template <int L, class T> INLINE void transpose(const T* in, int64_t from, T* ou
   UNROLL for (int i = 0; i < L; i++) store<L>(out + i * to, rows[i]);
 }
 
-// A right operand as it lies: rows `ld` apart. What is left of the last panel is a copy, so that nothing beyond the operand is read.
-template <class B, int NR> struct RowMajor {
-  const B* data;
-  int64_t ld, columns, depth;
-  Row<B> tail;
-  RowMajor(const B* data, int64_t ld, int64_t columns, int64_t depth)
-      : data(data), ld(ld), columns(columns), depth(depth), tail(columns % NR ? depth * NR : 0) {
-    const int64_t rest = columns % NR;
-    if (rest == 0) return;
-    for (int64_t k = 0; k < depth; k++) {
-      __builtin_memcpy((B*)tail + k * NR, data + k * ld + columns - rest, sizeof(B) * rest);
-      __builtin_memset((B*)tail + k * NR + rest, 0, sizeof(B) * (NR - rest));
+// How panels are made of an operand that cannot be read as it lies. row(to, k, begin, end) writes columns begin .. end of row k.
+template <int N, int L, class Write> struct FromRows {
+  static constexpr int vectors = N, lanes = L;
+  int64_t columns, depth;
+  Write row;
+  template <class T> void pack(T* to, int64_t n) const {
+    const int64_t end = least_of(n + N * L, columns);
+    for (int64_t k = 0; k < depth; k++, to += N * L) {
+      row(to, k, n, end);
+      for (int64_t j = end - n; j < N * L; j++) to[j] = T(0);
     }
   }
-  INLINE Panel<B> operator()(int64_t n) const {
-    if (n + NR > columns) return {(const B*)tail, NR};
-    return {data + n, ld};
-  }
 };
+template <int N, int L, class Write> FromRows<N, L, Write> from_rows(int64_t columns, int64_t depth, Write row) { return {columns, depth, row}; }
 
-// A right operand copied into panels [columns / NR][depth][NR]; columns beyond the last are zero.
-template <class T, int NR> struct Packed {
+// column(to, n) writes column n.
+template <int N, int L, class Write> struct FromColumns {
+  static constexpr int vectors = N, lanes = L;
   int64_t columns, depth;
-  Row<T> memory;
-  Packed(int64_t columns, int64_t depth) : columns(columns), depth(depth), memory(ceil_div(columns, NR) * NR * depth) {}
-  INLINE Panel<T> operator()(int64_t n) const { return {(const T*)memory + n * depth, NR}; }
-  int64_t grain(int64_t items) const { return THREAD_WORK / 8 * items / (columns * depth + 1) + 1; }
-
-  // row(to, k) writes row k.
-  template <class Write> void rows(int threads, Write row) {
-    const int64_t panels = ceil_div(columns, NR);
-    parallel(depth, grain(depth), threads, [&](int64_t begin, int64_t end) {
-      Row<T> wide(panels * NR);
-      for (int64_t n = columns; n < panels * NR; n++) wide[n] = T(0);
-      for (int64_t k = begin; k < end; k++) {
-        row((T*)wide, k);
-        for (int64_t p = 0; p < panels; p++) __builtin_memcpy((T*)memory + (p * depth + k) * NR, (T*)wide + p * NR, sizeof(T) * NR);
+  Write column;
+  template <class T> void pack(T* to, int64_t n) const {
+    const int64_t ld = ceil_div(depth, L) * L + L;
+    Row<T> wide(L * ld);
+    T* const turned = wide;
+    for (int64_t j = 0; j < N * L; j += L, to += L) {
+      for (int64_t l = 0; l < L; l++) {
+        if (n + j + l < columns) column(turned + l * ld, n + j + l);
+        else __builtin_memset(turned + l * ld, 0, sizeof(T) * depth);
       }
-    });
-  }
-
-  // column(to, n) writes column n. L columns at a time are turned.
-  template <int L, class Write> void turned(int threads, Write column) {
-    const int64_t groups = ceil_div(columns, NR) * (NR / L), ld = ceil_div(depth, L) * L + L;
-    parallel(groups, grain(groups), threads, [&](int64_t begin, int64_t end) {
-      Row<T> wide(L * ld);
-      for (int64_t g = begin; g < end; g++) {
-        for (int64_t l = 0; l < L; l++) {
-          if (g * L + l < columns) column((T*)wide + l * ld, g * L + l);
-          else __builtin_memset((T*)wide + l * ld, 0, sizeof(T) * depth);
-        }
-        T* to = (T*)memory + g * L / NR * NR * depth + g * L % NR;
-        int64_t k = 0;
-        for (; k + L <= depth; k += L) transpose<L>((T*)wide + k, ld, to + k * NR, NR);
-        for (; k < depth; k++)
-          for (int64_t l = 0; l < L; l++) to[k * NR + l] = wide[l * ld + k];
-      }
-    });
+      int64_t k = 0;
+      for (; k + L <= depth; k += L) transpose<L>(turned + k, ld, to + k * N * L, N * L);
+      for (; k < depth; k++)
+        for (int64_t l = 0; l < L; l++) to[k * N * L + l] = turned[l * ld + k];
+    }
   }
 };
+template <int N, int L, class Write> FromColumns<N, L, Write> from_columns(int64_t columns, int64_t depth, Write column) { return {columns, depth, column}; }
 
 // ---- products
+
+// Rows of the left operand, `ld` apart: they do not meet in the same sets of a cache.
+template <class T> INLINE int64_t row_length(int64_t depth) { return ceil_div(depth, 16) * 16 + 16; }
+
+// Rows 0 .. rows of a block (m + 0 .. m + rows of the product) times the panel at column n, then finish.
+template <int R, class T, class Right, class Finish>
+INLINE void panel_product(const T* block, int64_t ld, int64_t m, int64_t rows, int64_t n, int64_t end, int64_t depth, const Right& right,
+                          const Finish& finish) {
+  alignas(64) T tile[BLOCK_ROWS * Right::width];
+  int64_t k = 0;
+  do {
+    const int64_t terms = least_of(Right::terms, depth - k);
+    for (int64_t i = 0; i < rows; i += R) {
+      right.template add<R>(block + i * ld + k, ld, n, k, terms, tile + i * Right::width, k > 0);
+      if (k + terms == depth)
+        for (int64_t r = i; r < least_of(i + R, rows); r++) finish((const T*)tile + r * Right::width, m + r, n, end);
+    }
+    k += Right::terms;
+  } while (k < depth);
+}
+
+// Rows m .. m + rows of the left operand into a block, and zeros up to a multiple of R rows.
+template <int R, class T, class Left> INLINE void fill_block(T* block, int64_t ld, int64_t m, int64_t rows, const Left& left) {
+  for (int64_t i = 0; i < rows; i++) left(block + i * ld, m + i);
+  __builtin_memset(block + rows * ld, 0, sizeof(T) * (ceil_div(rows, R) * R - rows) * ld);
+}
 
 // How threads share a grid of tiles: in `down` parts of the rows times `across` parts of the columns.
 struct Shares {
   int64_t down, across;
 };
-INLINE Shares share_tiles(int64_t groups, int64_t panels, int threads) {
+INLINE Shares share_tiles(int64_t groups, int64_t panels, int64_t threads) {
   Shares best = {1, 1};
   double least_time = inf<double>;
   for (int64_t down = 1; down <= threads; down++) {
     const int64_t across = threads / down;
-    // the longest share, in tiles; every column of shares copies the left operand again
+    // tiles of the longest share; each of the shares across copies the left operand again
     const double time = double(ceil_div(groups, down)) * (double(ceil_div(panels, across)) + 0.5);
     if (time < least_time) least_time = time, best = {down, across};
   }
   return best;
 }
 
-// One share of a product: rows m0 .. m1 times columns n0 .. n1.
-template <int R, int N, int L, class T, class Left, class Right, class Finish>
-void product_part(int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t depth, const Left& left, const Right& right, const Finish& finish) {
-  constexpr int64_t NR = N * L;
-  const int64_t ld = ceil_div(depth, 16) * 16 + 16;  // rows of the block do not meet in the same cache sets
+// Blocks of rows stay near the core while all panels pass.
+template <int R, class T, class Left, class Right, class Finish>
+void product_of_blocks(int64_t rows, int64_t columns, int64_t depth, int64_t threads, const Left& left, const Right& right, const Finish& finish) {
+  constexpr int64_t width = Right::width;
+  const int64_t groups = ceil_div(rows, R), panels = ceil_div(columns, width), ld = row_length<T>(depth);
+  const Shares shares = share_tiles(groups, panels, threads);
   const int64_t fitting = BLOCK_BYTES / (sizeof(T) * ld) / R * R;
   const int64_t block_rows = fitting < R ? R : least_of(fitting, BLOCK_ROWS / R * R);
-  Row<T> block(least_of(ceil_div(m1 - m0, R) * R, block_rows) * ld);
-  alignas(64) T tile[BLOCK_ROWS * NR];
-  for (int64_t m = m0; m < m1; m += block_rows) {
-    const int64_t rows = least_of(block_rows, m1 - m), padded = ceil_div(rows, R) * R;
-    for (int64_t i = 0; i < rows; i++) left((T*)block + i * ld, m + i);
-    __builtin_memset((T*)block + rows * ld, 0, sizeof(T) * (padded - rows) * ld);
-    for (int64_t n = n0; n < n1; n += NR) {
-      const auto panel = right(n);
-      int64_t k = 0;
-      do {
-        const int64_t terms = least_of(DEPTH, depth - k);
-        for (int64_t i = 0; i < rows; i += R) {
-          micro<R, N, L>((T*)block + i * ld + k, ld, panel.data + k * panel.ld, panel.ld, terms, tile + i * NR, NR, k > 0);
-          if (k + terms == depth)
-            for (int64_t r = i; r < least_of(i + R, rows); r++) finish((const T*)tile + r * NR, m + r, n, least_of(n + NR, n1));
-        }
-        k += DEPTH;
-      } while (k < depth);
-    }
-  }
-}
-
-// The product of `rows` x `depth` and `depth` x `columns`.
-template <int R, int N, int L, class T, class Left, class Right, class Finish>
-void product(int64_t rows, int64_t columns, int64_t depth, int threads, const Left& left, const Right& right, const Finish& finish) {
-  constexpr int64_t NR = N * L;
-  const int64_t groups = ceil_div(rows, R), panels = ceil_div(columns, NR);
-  const int64_t useful = groups * panels * (R * NR) * (depth + 1) / THREAD_WORK;
-  const Shares shares = share_tiles(groups, panels, int(useful < 1 ? 1 : least_of(useful, threads)));
-  parallel(shares.down * shares.across, 1, threads, [&](int64_t begin, int64_t end) {
+  parallel(shares.down * shares.across, 1, int(threads), [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; s++) {
       const int64_t i = s / shares.across, j = s % shares.across;
       const int64_t m0 = groups * i / shares.down * R, m1 = least_of(groups * (i + 1) / shares.down * R, rows);
-      const int64_t n0 = panels * j / shares.across * NR, n1 = least_of(panels * (j + 1) / shares.across * NR, columns);
-      if (m0 < m1 && n0 < n1) product_part<R, N, L, T>(m0, m1, n0, n1, depth, left, right, finish);
+      const int64_t n0 = panels * j / shares.across * width, n1 = least_of(panels * (j + 1) / shares.across * width, columns);
+      if (m0 >= m1 || n0 >= n1) continue;
+      Row<T> block(least_of(ceil_div(m1 - m0, R) * R, block_rows) * ld);
+      for (int64_t m = m0; m < m1; m += block_rows) {
+        const int64_t count = least_of(block_rows, m1 - m);
+        fill_block<R, T>(block, ld, m, count, left);
+        for (int64_t n = n0; n < n1; n += width) panel_product<R, T>(block, ld, m, count, n, least_of(n + width, n1), depth, right, finish);
+      }
+    }
+  });
+}
+
+// Few tiles and a long depth: threads share the depth, in parts that do not depend on their number.
+template <int R, class T, class Left, class Right, class Finish>
+void product_of_parts(int64_t rows, int64_t columns, int64_t depth, int64_t threads, const Left& left, const Right& right, const Finish& finish) {
+  constexpr int64_t width = Right::width;
+  const int64_t padded = ceil_div(rows, R) * R, panels = ceil_div(columns, width), ld = row_length<T>(depth), size = padded * panels * width;
+  Row<T> block(padded * ld), sums(PARTS * size);
+  fill_block<R, T>(block, ld, 0, rows, left);
+  parallel(PARTS, 1, int(threads), [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; part++) {
+      const int64_t first = share(depth, part, PARTS, 16), last = share(depth, part + 1, PARTS, 16);
+      for (int64_t p = 0; p < panels; p++)
+        for (int64_t i = 0; i < padded; i += R)
+          right.template add<R>((const T*)block + i * ld + first, ld, p * width, first, last - first, (T*)sums + part * size + (p * padded + i) * width, false);
+    }
+  });
+  for (int64_t part = 1; part < PARTS; part++)
+    for (int64_t i = 0; i < size; i++) sums[i] += sums[part * size + i];
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t p = 0; p < panels; p++) finish((const T*)sums + (p * padded + m) * width, m, p * width, least_of((p + 1) * width, columns));
+}
+
+INLINE int64_t useful_threads(int64_t work, int threads) { return work < 2 * THREAD_WORK ? 1 : least_of(work / THREAD_WORK, threads); }
+
+// The product of `rows` x `depth` and `depth` x `columns`, the right operand as it lies.
+template <int R, class T, class Left, class Right, class Finish>
+void product(int64_t rows, int64_t columns, int64_t depth, int threads, const Left& left, const Right& right, const Finish& finish) {
+  const int64_t groups = ceil_div(rows, R), panels = ceil_div(columns, Right::width);
+  const int64_t useful = useful_threads(groups * panels * R * Right::width * (depth + 1), threads);
+  const bool deep = depth >= PARTS * DEPTH && groups * panels < FEW_TILES;
+  if (deep) product_of_parts<R, T>(rows, columns, depth, useful, left, right, finish);
+  else product_of_blocks<R, T>(rows, columns, depth, useful, left, right, finish);
+}
+
+// The same, of a right operand that is copied into panels: a small one before the product, else each panel where it is needed.
+template <int R, class T, class Left, class From, class Finish>
+void product_packed(int64_t rows, int64_t columns, int64_t depth, int threads, const Left& left, const From& from, const Finish& finish) {
+  constexpr int64_t width = From::vectors * From::lanes;
+  const int64_t panels_count = ceil_div(columns, width), size = width * depth, padded = ceil_div(rows, R) * R, ld = row_length<T>(depth);
+  const int64_t useful = useful_threads(padded * panels_count * width * (depth + 1), threads);
+  const auto read = [](const T* memory, int64_t depth) {
+    return panels<From::vectors, From::lanes>(width, [=](int64_t n) { return memory + n * depth; });
+  };
+  if (panels_count * size * int64_t(sizeof(T)) <= BLOCK_BYTES || panels_count < 4 * useful || rows > 2 * columns) {
+    Row<T> memory(panels_count * size);
+    parallel(panels_count, 1, int(useful), [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++) from.pack((T*)memory + p * size, p * width);
+    });
+    product<R, T>(rows, columns, depth, threads, left, read(memory, depth), finish);
+    return;
+  }
+  Row<T> block(padded * ld);
+  parallel(rows, 1, int(useful), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) left((T*)block + m * ld, m);
+  });
+  __builtin_memset((T*)block + rows * ld, 0, sizeof(T) * (padded - rows) * ld);
+  parallel(panels_count, 1, int(useful), [&](int64_t begin, int64_t end) {
+    Row<T> panel(size);
+    const auto right = read(panel, 0);
+    for (int64_t n = begin * width; n < least_of(end * width, columns); n += width) {
+      from.pack((T*)panel, n);
+      for (int64_t m = 0; m < rows; m += BLOCK_ROWS / R * R)
+        panel_product<R, T>((const T*)block + m * ld, ld, m, least_of(BLOCK_ROWS / R * R, rows - m), n, least_of(n + width, columns), depth, right, finish);
     }
   });
 }
@@ -210,6 +326,15 @@ template <class F> void batches(int64_t count, int64_t work, int threads, F f) {
   parallel(count, THREAD_WORK / (work + 1) + 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t batch = begin; batch < end; batch++) f(batch, 1);
   });
+}
+
+// f(outer, begin, end, at) for each part of flat positions first .. last that lies within one row of `extent`; `at` counts from first.
+template <class F> INLINE void segments(int64_t first, int64_t last, int64_t extent, F f) {
+  for (int64_t flat = first; flat < last;) {
+    const int64_t outer = flat / extent, begin = flat - outer * extent, end = least_of(extent, begin + last - flat);
+    f(outer, begin, end, flat - first);
+    flat += end - begin;
+  }
 }
 
 }  // namespace tile

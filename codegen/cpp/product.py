@@ -21,7 +21,13 @@ from .lanes import stride_along
 from .schedule import CpuTarget
 
 TYPICAL = 64  # a size that is known at run time only, where strides are compared
-FEW_ROWS = 8
+COMPACT = 128  # rows of a panel no further apart are near each other
+
+
+# vectors and rows of the micro-kernel's tile, best first: their sums fill the registers. 32 registers of 64 bytes, else 16.
+WIDE_TILES, TILES = ((3, 8), (4, 6), (2, 12), (1, 14)), ((2, 6), (1, 8))
+PADDING = {3: 1.0, 4: 1.02, 2: 1.08, 1: 1.5}  # cost of a column, by vectors of a tile
+FEW_ROWS = 4  # so few read the right operand once, as it lies
 
 
 @dataclass(frozen=True)
@@ -81,16 +87,6 @@ def without_matrix(kernel: Kernel) -> Kernel | None:
     return replace(kernel, stores=tuple(replace(s, value=Rewrite(sums, {})(s.value)) for s in kernel.stores))
 
 
-def blocks_for(found: Product, target: CpuTarget) -> Blocks:
-    """The largest tile whose sums fit the registers: 32 of 64 bytes, else 16. Its columns divide 48, the width of packed panels."""
-    most, vectors = (8, 3) if target.vector_bytes == 64 else (6, 2)
-    extent = product(a.extent for a in found.rows)
-    rows = most
-    if isinstance(extent, int):  # as little padding as can be
-        rows = min(range(most, most // 2, -1), key=lambda r: -(-extent // r) * r) if extent > most else max(extent, 1)
-    return Blocks(rows, vectors, target.vector_bytes // found.dot.dtype.itemsize)
-
-
 # ---- legality
 
 
@@ -140,9 +136,7 @@ def _move(kernel: Kernel, index: sympy.Expr, axis: Axis) -> int:
 
 def _preference(kernel: Kernel, found: Product, target: CpuTarget) -> tuple[bool, bool, int]:
     """A packed right operand beats all; then contiguous stores; then few rows rather than few columns."""
-    blocks = blocks_for(found, target)
-    panels = panel_of(kernel, found, blocks)
-    packed = panels is not None and panels.compact
+    packed = plan_right(kernel, found, target).kind == "panels"
     last = found.columns[-1] if found.columns else None
     contiguous = last is not None and all(_move(kernel, s.index, last) == 1 for s in kernel.stores)
     sizes = [product(a.extent for a in side) for side in (found.columns, found.rows)]
@@ -180,6 +174,19 @@ def substitute(expr: Dim, places: Mapping[str, sympy.Expr]) -> sympy.Expr:
     return result
 
 
+def merge(value: Scalar, axes: Sequence[Axis]) -> tuple[Scalar, tuple[Axis, ...]]:
+    """The value with neighbouring axes as one wherever its indices go through both as through one: [3, 64] as [192]."""
+    merged = list(axes)
+    for position in range(len(axes) - 2, -1, -1):
+        outer, inner = merged[position : position + 2]
+        rewritten = Rewrite({}, flatten((outer, inner), inner.symbol))(value)
+        indices = [v.index for v in cone([rewritten]) if isinstance(v, (Load, Position))]
+        if not any(inner.symbol in a.free_symbols for index in indices for a in sympy.sympify(index).atoms(FloorDiv, Mod)):
+            value = rewritten
+            merged[position : position + 2] = [replace(inner, extent=product((outer.extent, inner.extent)))]
+    return value, tuple(merged)
+
+
 class Rewrite:
     """Copies scalars with some replaced and with symbols of their indices replaced; what does not change is shared."""
 
@@ -214,48 +221,88 @@ class Rewrite:
         return value
 
 
-# ---- the right operand in place
+# ---- the right operand
 
 
 @dataclass(frozen=True)
-class InPlace:
-    """A right operand that is read as it lies. start: index of column `n` (a symbol) at depth 0; ld: how far its rows are apart.
+class Right:
+    """How the micro-kernel gets at the right operand.
 
-    overrun: the last panel of columns may be read to its end.
+    kind: "panels" and "row_major" are read in place, row by row of a tile's columns, "columns" by contiguous columns; "from_rows" and
+    "from_columns" are copied into panels, along what is contiguous. start: index of column `n` (a symbol) at depth 0 in the buffer of
+    `load`, ld: how far its rows (of "columns": columns) are apart; in place only.
     """
 
-    load: Load
-    n: sympy.Symbol
-    start: sympy.Expr
-    ld: sympy.Expr
-    overrun: bool
-
-    @property
-    def compact(self) -> bool:
-        """Are the rows of a panel near each other? Where they are far apart, reading them once is all right but twice is not."""
-        return bool(self.ld.is_Integer) and int(self.ld) <= COMPACT
+    kind: str
+    blocks: Blocks
+    load: Load | None = None
+    n: sympy.Symbol | None = None
+    start: sympy.Expr | None = None
+    ld: sympy.Expr | None = None
 
 
-COMPACT = 128
-
-
-def panel_of(kernel: Kernel, found: Product, blocks: Blocks) -> InPlace | None:
-    """The right operand where its columns are contiguous inside panels, so that the micro-kernel can read it as it lies."""
+def plan_right(kernel: Kernel, found: Product, target: CpuTarget) -> Right:
     load = found.right
-    if not isinstance(load, Load) or load.mask is not None or load.indirect:
-        return None
+    rows = product(a.extent for a in found.rows)
+    shapes = WIDE_TILES if target.vector_bytes == 64 else TILES
+    lanes = target.vector_bytes // found.dot.dtype.itemsize
+    if isinstance(load, Load) and load.mask is None and not load.indirect:
+        place = _in_place(kernel, found, load, rows, shapes, lanes)
+        if place is not None:
+            return place
+    vectors, most = _least_padding(product(a.extent for a in found.columns), shapes, lanes)
+    kind = "from_columns" if _contiguous(found, found.depth) > _contiguous(found, found.columns) else "from_rows"
+    return Right(kind, Blocks(_tile_rows(rows, most), vectors, lanes))
+
+
+def _in_place(kernel: Kernel, found: Product, load: Load, rows: Dim, shapes: Sequence[tuple[int, int]], lanes: int) -> Right | None:
     n, k = sympy.Dummy("n", integer=True, nonnegative=True), sympy.Dummy("k", integer=True, nonnegative=True)
     index = substitute(load.index, flatten(found.columns, n) | flatten(found.depth, k))
-    moves = sympy.expand(index.subs(k, k + 1) - index)
-    if stride_along(index, n, blocks.columns) != 1 or {n, k} & moves.free_symbols:
-        return None
-    return InPlace(load, n, index.subs(k, 0), moves, _overrun(kernel, found, load, index, n, k, blocks))
+    down, across = (sympy.expand(index.subs(x, x + 1) - index) for x in (k, n))
+    few = isinstance(rows, int) and rows <= FEW_ROWS
+    start = index.subs(k, 0)
+    if not {n, k} & down.free_symbols:
+        for vectors, most in shapes:
+            width = vectors * lanes
+            if stride_along(index, n, width) == 1 and _is_compact(down) and _overrun(kernel, found, load, index, n, k, width):
+                return Right("panels", Blocks(_tile_rows(rows, most), vectors, lanes), load, n, start, down)
+        if across == 1 and (few or _is_compact(down)):
+            vectors, most = shapes[0]
+            vectors = vectors * most // int(rows) if few and rows else vectors  # type: ignore[arg-type]
+            return Right("row_major", Blocks(_tile_rows(rows, most), vectors, lanes), load, n, start, down)
+    if few and down == 1 and not {n, k} & across.free_symbols:
+        return Right("columns", Blocks(max(int(rows), 1), 1, lanes), load, n, start, across)  # type: ignore[arg-type]
+    return None
 
 
-def _overrun(kernel: Kernel, found: Product, load: Load, index: Any, n: Any, k: Any, blocks: Blocks) -> bool:
+def _is_compact(ld: sympy.Expr) -> bool:
+    return bool(ld.is_Integer) and 0 < int(ld) <= COMPACT
+
+
+def _overrun(kernel: Kernel, found: Product, load: Load, index: Any, n: Any, k: Any, width: int) -> bool:
+    """May the last panel be read to its end?"""
     columns, depth = (product(a.extent for a in axes) for axes in (found.columns, found.depth))
     size = kernel.buffer(load.buffer).size
     if not all(isinstance(d, int) for d in (columns, depth, size)):
         return False
-    last = index.subs({n: -(-int(columns) // blocks.columns) * blocks.columns - 1, k: max(int(depth) - 1, 0)})  # type: ignore[arg-type]
+    last = index.subs({n: max(-(-int(columns) // width) * width - 1, 0), k: max(int(depth) - 1, 0)})  # type: ignore[arg-type]
     return bool(last.is_Integer) and int(last) < int(size)  # type: ignore[arg-type]
+
+
+def _least_padding(columns: Dim, shapes: Sequence[tuple[int, int]], lanes: int) -> tuple[int, int]:
+    if not isinstance(columns, int):
+        return shapes[0]
+    return min(shapes, key=lambda s: -(-columns // (s[0] * lanes)) * s[0] * PADDING[s[0]])
+
+
+def _tile_rows(rows: Dim, most: int) -> int:
+    """At most so many, and as few rows of padding as can be."""
+    if not isinstance(rows, int):
+        return most
+    return min(range(most, most // 2, -1), key=lambda r: -(-rows // r) * r) if rows > most else max(rows, 1)
+
+
+def _contiguous(found: Product, axes: Sequence[Axis]) -> int:
+    """How many loads of the right operand are contiguous along one of the axes."""
+    loads = [v for v in cone([found.right]) if isinstance(v, Load)]
+    return sum(any(sympy.expand(v.index.subs(a.symbol, a.symbol + 1) - v.index) == 1 for a in axes) for v in loads)
