@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..ir.analysis.indices import Poly, expression
@@ -40,7 +41,7 @@ def price(body: Graph, placement: Placement) -> Price:
     if model.serial():
         work += 2 * moved
     tensors = sum(isinstance(n.type, TensorType) for n in body.inputs) + len(body.outputs)
-    values = sum(p.kind in (Kind.APPLY, Kind.LOAD, Kind.REDUCE, Kind.SCAN, Kind.DOT, Kind.WINDOW) for p in placement.points)
+    values = sum(p.kind in (Kind.APPLY, Kind.LOAD, Kind.REDUCE, Kind.SCAN, Kind.DOT, Kind.ATTEND, Kind.WINDOW) for p in placement.points)
     return Price(moved, work, values, tensors)
 
 
@@ -57,22 +58,33 @@ class _Model:
         self.deepest: dict[Point, int] = {}
         for point in placement.points:
             self.deepest[point] = self._depth(point)
+        attends = any(p.kind is Kind.ATTEND for p in placement.points)
+        self.runs = self._separate_runs() if attends else {p: self.trips[k] for p, k in self.deepest.items()}
 
     def _size(self, extent: Poly) -> int:
         return hint(dim(expression(extent)), self.body.symbols)
 
     def _depth(self, point: Point) -> int:
         below = max((self.deepest[p] for p in point.operands), default=0)
-        if point.kind in (Kind.REDUCE, Kind.DOT, Kind.WINDOW):
+        if point.kind in (Kind.REDUCE, Kind.DOT, Kind.ATTEND, Kind.WINDOW):
             return min(below, self.grid)
         return max(below, *(self.depth.get(n, 0) for n in point.index.names()), 0)
+
+    def _separate_runs(self) -> dict[Point, int]:
+        """How often each value of an attention is computed: its loops are nested in several ways, each over the axes that it needs."""
+        axes, final = self.placement.normal_form()
+        sizes = {a.name: self._size(a.extent) for a in axes}
+        free: dict[Point, frozenset[str]] = {}
+        for point in self.placement.points:
+            below = frozenset().union(*(free[p] for p in point.operands)) - set(point.axes)
+            free[point] = below | (final.get(point.index, point.index).names() & sizes.keys())
+        return {p: math.prod(sizes[n] for n in names) for p, names in free.items()}
 
     def flops(self) -> int:
         total = 0
         for point in self.placement.points:
             if point.node is not None and point.kind in (Kind.APPLY, Kind.REDUCE, Kind.SCAN):
-                at = self.deepest[point.operands[0]] if point.kind is Kind.REDUCE else self.deepest[point]
-                total += flops_per_element(point.node, self.body) * self.trips[at]
+                total += flops_per_element(point.node, self.body) * self.runs[point.operands[0] if point.kind is Kind.REDUCE else point]
         return total
 
     def loaded(self) -> int:
@@ -80,7 +92,7 @@ class _Model:
         reads: dict[object, int] = {}
         for point in self.placement.points:
             if point.kind is Kind.LOAD:
-                reads[point.node] = reads.get(point.node, 0) + self.trips[self.deepest[point]]
+                reads[point.node] = reads.get(point.node, 0) + self.runs[point]
         return sum(min(hint(n.tensor.nbytes, self.body.symbols), k * n.dtype.itemsize) for n, k in reads.items())  # type: ignore[attr-defined]
 
     def serial(self) -> bool:

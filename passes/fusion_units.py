@@ -12,7 +12,9 @@ from ..ir.analysis.pull import FUSIBLE_CATEGORIES, FUSIBLE_NAMES, NATIVE_DTYPES,
 from ..ir.dims import hint
 from ..ir.graph import Graph, Node, is_scalar, order, scalar_value, users
 from ..ir.op import Category
+from .attentions import attention_refusal, is_native_attention, merging_reshapes
 from .contractions import is_native
+from .windows import is_native_window
 
 INLINE_FLOPS = 8
 """Values that cost at most this many flops per element, read almost nothing and have several readers are recomputed by each."""
@@ -55,14 +57,15 @@ def find_units(graph: Graph) -> Units:
     """Classifies every node of an expanded graph."""
     units = Units(graph, order(graph), users(graph))
     updates = in_place(graph, units.nodes).target
+    merging = merging_reshapes(units.nodes, units.readers, set(graph.roots))
     for node in units.nodes:
         if node in updates:  # a kernel would copy all of it
             units.barriers[node] = None
-        elif _is_transparent(node):
+        elif _is_transparent(node) and node not in merging:
             units.transparent.add(node)
         else:
             refusal = _refusal(node)
-            if refusal is not None or not _computes(node):
+            if refusal is not None or not _computes(node) and node not in merging:
                 units.barriers[node] = refusal
     _inline_cheap(units)
     for node in units.nodes:
@@ -83,13 +86,17 @@ def _is_transparent(node: Node) -> bool:
 
 
 def _computes(node: Node) -> bool:
-    return node.op.category in FUSIBLE_CATEGORIES or node.op.name in FUSIBLE_NAMES or node.op.name == "flip" or is_native(node)
+    if node.op.category in FUSIBLE_CATEGORIES or node.op.name in FUSIBLE_NAMES or node.op.name == "flip":
+        return True
+    return is_native(node) or is_native_window(node) or is_native_attention(node)
 
 
 def _refusal(node: Node) -> Refusal | None:
     """Why a node that could be fused by its kind cannot by its types or layout."""
     if node.op.name == "as_strided":
         return Refusal(Obstacle.LAYOUT, node, f"strides {list(node.attrs['of'])} of {node.inputs[0].type}")
+    if node.op.name == "attention" and node.tensor.device == "cpu":
+        return attention_refusal(node)
     if not _computes(node):
         return None
     try:
