@@ -10,9 +10,10 @@ namespace tile {
 #define UNROLL _Pragma("GCC unroll 32")
 
 constexpr int64_t DEPTH = 384;             // terms of one run of the micro-kernel: such a part of a panel stays near the core
-constexpr int64_t BLOCK_ROWS = 64;         // rows of the left operand that meet it there
+constexpr int64_t BLOCK_ROWS = 128;        // rows of the left operand that meet it there
 constexpr int64_t BLOCK_BYTES = 1 << 20;   // what operands that are read again and again may take of the second-level cache
 constexpr int64_t THREAD_WORK = 1 << 18;   // multiplications that are worth a thread
+constexpr int64_t LINE = 64;               // bytes of a cache line
 constexpr int64_t FEW_TILES = 8, PARTS = 16;  // a product of so few tiles is divided along its depth
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -20,12 +21,17 @@ INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- micro-kernels
 
+struct Nothing {};
+
 // tile[i][j] = sum over k < depth of a[i][k] * b[k][j], or is added to what the tile holds if `more`. The tile has R rows and N vectors of
 // L columns; rows of a, b and tile are lda, ldb and ldt elements apart. a and b may be stored narrower than T: they are widened when loaded.
-template <int R, int N, int L, class A, class B, class T>
-__attribute__((noinline)) static void micro(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t depth, T* tile, int64_t ldt, bool more) {
+// ahead: memory that is needed soon comes nearer meanwhile, a cache line with each term.
+template <int R, int N, int L, class A, class B, class T, class Ahead = Nothing>
+__attribute__((noinline)) static void micro(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t depth, T* tile, int64_t ldt, bool more,
+                                            Ahead ahead = {}) {
   vec<T, L> sum[R][N] = {};
   for (int64_t k = 0; k < depth; k++) {
+    if constexpr (!__is_same(Ahead, Nothing)) __builtin_prefetch(ahead + LINE * k, 0, 2);
     vec<T, L> right[N];
     UNROLL for (int j = 0; j < N; j++) right[j] = as<T>(load<L>(b + k * ldb + j * L));
     UNROLL for (int i = 0; i < R; i++) {
@@ -68,15 +74,20 @@ __attribute__((noinline)) static void micro_columns(const A* a, int64_t lda, con
     }
 }
 
-// ---- right operands, in panels of `width` columns: add<R>(...) runs the micro-kernel on the panel at column n, from depth k on
+// ---- right operands, in panels of `width` columns: add<R>(...) runs the micro-kernel on the panel at column n, from depth k on, for the
+// given group of R rows
 
-// Panels that are read as they lie: panel(n) is where the one at column n begins, its rows are ld apart.
+// Panels that are read as they lie: panel(n) is where the one at column n begins, its rows are ld apart. Meanwhile what follows is fetched,
+// a share of it by each group of rows.
 template <int N, int L, class At> struct Panels {
   static constexpr int64_t width = N * L, terms = DEPTH;
   int64_t ld;
   At panel;
-  template <int R, class T> INLINE void add(const T* a, int64_t lda, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
-    micro<R, N, L>(a, lda, panel(n) + k * ld, ld, depth, tile, width, more);
+  template <int R, class T>
+  INLINE void add(const T* a, int64_t lda, int64_t group, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
+    const auto data = panel(n) + k * ld;
+    constexpr int64_t shares = sizeof(*data) * width / LINE + 1;
+    micro<R, N, L>(a, lda, data, ld, depth, tile, width, more, (const char*)(data + depth * ld) + group % shares * depth * LINE);
   }
 };
 template <int N, int L, class At> Panels<N, L, At> panels(int64_t ld, At panel) { return {ld, panel}; }
@@ -95,7 +106,8 @@ template <class B, int N, int L> struct RowMajor {
       __builtin_memset((B*)rest + k * width + left, 0, sizeof(B) * (width - left));
     }
   }
-  template <int R, class T> INLINE void add(const T* a, int64_t lda, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
+  template <int R, class T>
+  INLINE void add(const T* a, int64_t lda, int64_t group, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
     const bool whole = n + width <= columns;
     const int64_t step = whole ? ld : width;
     micro<R, N, L>(a, lda, (whole ? data + n : (const B*)rest) + k * step, step, depth, tile, width, more);
@@ -107,7 +119,8 @@ template <class B, int L> struct Columns {
   static constexpr int64_t width = 16, terms = 1 << 12;
   const B* data;
   int64_t ld, columns;
-  template <int R, class T> INLINE void add(const T* a, int64_t lda, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
+  template <int R, class T>
+  INLINE void add(const T* a, int64_t lda, int64_t group, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
     constexpr int C = R * 8 <= (sizeof(T) * L == 64 ? 16 : 8) ? 8 : 4;
     for (int64_t j = 0; j < width && n + j < columns; j += C)
       micro_columns<R, C, L>(a, lda, data + (n + j) * ld + k, ld, columns - n - j, depth, tile + j, width, more);
@@ -197,7 +210,7 @@ INLINE void panel_product(const T* block, int64_t ld, int64_t m, int64_t rows, i
   do {
     const int64_t terms = least_of(Right::terms, depth - k);
     for (int64_t i = 0; i < rows; i += R) {
-      right.template add<R>(block + i * ld + k, ld, n, k, terms, tile + i * Right::width, k > 0);
+      right.template add<R>(block + i * ld + k, ld, i / R, n, k, terms, tile + i * Right::width, k > 0);
       if (k + terms == depth)
         for (int64_t r = i; r < least_of(i + R, rows); r++) finish((const T*)tile + r * Right::width, m + r, n, end);
     }
@@ -263,7 +276,7 @@ void product_of_parts(int64_t rows, int64_t columns, int64_t depth, int64_t thre
       const int64_t first = share(depth, part, PARTS, 16), last = share(depth, part + 1, PARTS, 16);
       for (int64_t p = 0; p < panels; p++)
         for (int64_t i = 0; i < padded; i += R)
-          right.template add<R>((const T*)block + i * ld + first, ld, p * width, first, last - first, (T*)sums + part * size + (p * padded + i) * width, false);
+          right.template add<R>((const T*)block + i * ld + first, ld, i / R, p * width, first, last - first, (T*)sums + part * size + (p * padded + i) * width, false);
     }
   });
   for (int64_t part = 1; part < PARTS; part++)
