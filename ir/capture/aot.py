@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..graph import Graph
 from .decompositions import decompositions
+from .direct import direct
 from .fx import Binding, capture_fx
 from .origin import input_names
 from .recurrences import by_eager, in_parts, keep_whole
@@ -39,7 +40,7 @@ def compile_fx(
     What capture or compile_graph raises goes to on_failure (CaptureError: the graph cannot be expressed; anything else is a fault), and
     eager runs it.
     """
-    from functorch.compile import min_cut_rematerialization_partition
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
     if not by_eager(gm, example_inputs):
@@ -47,15 +48,24 @@ def compile_fx(
     elif parts := in_parts(gm, lambda part, inputs: compile_fx(part, inputs, compile_graph, on_failure, name)):
         return parts
     binding, owned = Binding(names=input_names(gm)), _Owned(gm, example_inputs)
+    inference: list[tuple[Callable[..., Any], int]] = []  # what was made for it, and how many values that takes
 
     def compiler(suffix: str) -> Callable[..., Any]:
-        return lambda fx_gm, inputs: _compiled(fx_gm, inputs, name + suffix, binding, owned, compile_graph, on_failure)
+        def compile_one(fx_gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            made = _compiled(fx_gm, inputs, name + suffix, binding, owned, compile_graph, on_failure)
+            if made is None:
+                return make_boxed_func(fx_gm.forward)
+            inference.extend([(made, len(inputs))] if suffix not in TRAINING else [])
+            return made
+
+        return compile_one
 
     backend = aot_autograd(
         fw_compiler=compiler(TRAINING[0]), bw_compiler=compiler(TRAINING[1]), inference_compiler=compiler(""),
         decompositions=decompositions(), partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
     )  # fmt: skip
-    return backend(gm, example_inputs)
+    wrapped = backend(gm, example_inputs)
+    return (direct(*inference[0], len(example_inputs)) if inference else None) or wrapped
 
 
 def _compiled(
@@ -66,25 +76,25 @@ def _compiled(
     owned: _Owned,
     compile_graph: Callable[[Graph, Held], CompiledGraph],
     on_failure: Callable[[Exception], None],
-) -> Callable[..., Any]:
-    from functorch.compile import make_boxed_func
-
+) -> Callable[..., Any] | None:
     try:
         with _disable_current_modes():  # with dynamic shapes we are called under a fake mode; constants are real, and folded for real
             captured = capture_fx(gm, inputs, name, binding)
             run = compile_graph(captured.graph, owned.behind(gm))
     except Exception as error:  # whatever goes wrong here must not take the user's model down
         on_failure(error)
-        return make_boxed_func(gm.forward)
+        return None
 
-    def boxed(args: list[Any]) -> list[Any]:
+    def boxed(args: list[Any]) -> Sequence[Any]:
         """AOTAutograd's calling convention: the callee owns the list and empties it."""
-        values = list(args)
-        args.clear()
-        return captured.restore(run(values))
+        return captured.restore(run(args))
 
-    boxed._boxed_call = True  # type: ignore[attr-defined]
-    return boxed
+    def as_it_is(args: list[Any]) -> Sequence[Any]:
+        return run(args)
+
+    made = as_it_is if captured.plain else boxed
+    made._boxed_call = True  # type: ignore[attr-defined]
+    return made
 
 
 class _Owned:

@@ -59,6 +59,11 @@ class Captured:
     returns: tuple[int | None, ...]
     checks: tuple[tuple[int, str], ...] = ()
 
+    @property
+    def plain(self) -> bool:
+        """Whether the return values are the graph's outputs."""
+        return not self.checks and self.returns == tuple(range(len(self.graph.outputs)))
+
     def restore(self, outputs: Sequence[Any]) -> list[Any]:
         """The fx graph's return values from those of the graph; raises RuntimeError where an assertion of the model fails."""
         assert_checks(self.checks, outputs)
