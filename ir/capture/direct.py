@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+from torch._guards import TracingContext
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
 
@@ -21,7 +21,7 @@ def direct(run: Boxed, taken: int, given: int) -> Callable[..., Any] | None:
     run: what the inference compiler made, which takes `taken` values; given: how many the Dynamo graph takes. To be called where
     AOTAutograd just compiled the graph: its findings are in torch's tracing context.
     """
-    context = torch._guards.TracingContext.try_get()
+    context = TracingContext.try_get()
     meta = context.fw_metadata if context is not None else None
     if meta is None or taken != given or not _plain(meta):
         return None
