@@ -16,7 +16,7 @@ from .calls import Moves
 from .host import Host, Scope, Value
 from .windows import emit_window
 
-LIBRARY = frozenset({"matmul", "linear", "conv", "max_pool", "avg_pool", "attention"})
+LIBRARY = frozenset({"matmul", "linear", "grouped_matmul", "conv", "max_pool", "avg_pool", "attention"})
 """Ops that a vendor's library computes as well as anyone: scheduled there on purpose."""
 
 LIBRARY_EXTERNS = (
@@ -191,6 +191,13 @@ def _linear(host: Host, node: Node) -> None:
         _product(host, node, "mm", _rows(host, x), turned)
 
 
+def _grouped_matmul(host: Host, node: Node) -> None:
+    function = host.bind("grouped_matmul", node.op.eager)
+    operands = [host.values[n] for n in node.inputs]
+    out = host.memory(node, node.tensor, node.hint or node.op.name)
+    host.line(f"{function}({', '.join(v.name for v in operands)}, out={out.name})", reads=[*operands, out])
+
+
 def _product(host: Host, node: Node, function: str, *operands: Value) -> None:
     """function(*operands) in two or three dimensions, into the node's memory."""
     host.bind(function, getattr(torch, function))
@@ -225,6 +232,6 @@ def _folded(host: Host, node: Node, shape: tuple[Any, ...]) -> Value:
 
 
 _CALLS: dict[str, Callable[[Host, Node], None]] = {
-    "extern": _extern, "item": _item, "matmul": _matmul, "linear": _linear, "conv": emit_window, "max_pool": emit_window,
-    "avg_pool": emit_window,
+    "extern": _extern, "item": _item, "matmul": _matmul, "linear": _linear, "grouped_matmul": _grouped_matmul, "conv": emit_window,
+    "max_pool": emit_window, "avg_pool": emit_window,
 }  # fmt: skip

@@ -58,7 +58,7 @@ def _returns_alias(target: str) -> bool:
 
 def takes_memory(node: Node) -> bool:
     """Whether the node can be computed into memory that the host provides: our kernels, and products whose `out` does not copy."""
-    if node.op.name == "region":
+    if node.op.name in ("region", "grouped_matmul"):
         return True
     if node.op.name == "linear":
         return node.inputs[0].tensor.rank >= 2

@@ -204,10 +204,17 @@ def _fused_attention(order: str) -> Converter:
     return convert
 
 
+def _grouped_mm(call: Call, x: Node, w: Node, ends: Node | None, bias: Node | None = None, out_dtype: torch.dtype | None = None) -> Result:
+    """Groups of rows; torch's other forms (groups of columns, of the depth) are left to it."""
+    plain = ends is not None and bias is None and out_dtype in (None, x.dtype) and (x.tensor.rank, w.tensor.rank) == (2, 3)
+    return make("grouped_matmul", x, w, ends) if plain else None
+
+
 CONTRACTIONS: dict[str, Converter] = {
     "aten.mm.default": _matmul, "aten.bmm.default": _matmul, "aten.mv.default": _matmul, "aten.dot.default": _matmul,
     "aten.matmul.default": _matmul, "aten.linear.default": _linear,
     "aten.addmm.default": _addmm, "aten.addmv.default": _product_sum, "aten.baddbmm.default": _product_sum,
+    "aten._grouped_mm.default": _grouped_mm, "transformers.grouped_mm_fallback.default": _grouped_mm,
     "aten.convolution.default": _convolution,
     "aten.max_pool2d_with_indices.default": _max_pool(2), "aten.max_pool3d_with_indices.default": _max_pool(3),
     "aten.max_pool1d.default": _max_pool_values(1), "aten.max_pool2d.default": _max_pool_values(2),

@@ -8,7 +8,7 @@ import torch
 
 from ..graph import Node
 from ..types import compute_dtype
-from .call import Call, Converter, Result, cast, make
+from .call import Call, Converter, Result, cast, make, reshape
 
 
 def _dims(dim: Any) -> tuple[int, ...]:
@@ -93,6 +93,16 @@ def _softmax_int(name: str) -> Converter:
     return convert
 
 
+def _histc(call: Call, x: Node, bins: int, low: float, high: float) -> Result:
+    """How often each of the integers 0 .. bins - 1 occurs; histograms of other numbers are left to ATen."""
+    source = x.inputs[0] if x.op.name == "cast" else x
+    if source.dtype not in (torch.int32, torch.int64) or low != 0 or high != bins - 1:
+        return None
+    values = reshape(source, (1, source.tensor.numel))
+    numbers = reshape(make("iota", length=bins, dtype=source.dtype, device=x.tensor.device), (bins, 1))
+    return cast(make("sum", cast(make("eq", values, numbers), torch.int64), dims=(1,)), x.dtype)
+
+
 REDUCTIONS: dict[str, Converter] = {
     "aten.sum.dim_IntList": _reduce("sum"), "aten.sum.default": _reduce_all("sum"),
     "aten.mean.dim": _reduce("mean"), "aten.mean.default": _reduce_all("mean"),
@@ -100,6 +110,7 @@ REDUCTIONS: dict[str, Converter] = {
     "aten.amax.default": _reduce("amax"), "aten.amin.default": _reduce("amin"),
     "aten.max.default": _reduce_all("amax"), "aten.min.default": _reduce_all("amin"),
     "aten.max.dim": _extremum("amax", "argmax"), "aten.min.dim": _extremum("amin", "argmin"),
+    "aten.histc.default": _histc,
     "aten.argmax.default": _reduce("argmax"), "aten.argmin.default": _reduce("argmin"),
     "aten.any.default": _reduce_every("any"), "aten.any.dim": _reduce_some("any"), "aten.any.dims": _reduce_some("any"),
     "aten.all.default": _reduce_every("all"), "aten.all.dim": _reduce_some("all"), "aten.all.dims": _reduce_some("all"),

@@ -49,6 +49,29 @@ def _infer_linear(x: TensorType, w: TensorType, b: TensorType | None = None) -> 
     return x.with_shape((*x.shape[:-1], w.shape[0]))
 
 
+def _infer_grouped_matmul(x: TensorType, w: TensorType, ends: TensorType) -> Type:
+    """x [m, k], w [groups, k, n], ends i32 or i64 [groups]: rows ends[g - 1] .. ends[g] of x @ w[g]; rows behind the last are 0."""
+    _same_dtype(x, w)
+    if x.rank != 2 or w.rank != 3 or not same(x.shape[1], w.shape[1]):
+        raise ValueError("x must end in the rows of w")
+    if ends.rank != 1 or not same(ends.shape[0], w.shape[0]) or ends.dtype not in (torch.int32, torch.int64):
+        raise ValueError("there must be one end for each group")
+    one_device(x, w, ends)
+    return x.with_shape((x.shape[0], w.shape[2]))
+
+
+def grouped_matmul(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """One product for each group that has rows."""
+    out = x.new_empty(x.shape[0], w.shape[2]) if out is None else out
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            torch.mm(x[start:end], w[group], out=out[start:end])
+            start = end
+    out[start:].zero_()
+    return out
+
+
 def _cost_product(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
     inner = types[0].shape[-1]
     return Cost(dim(2 * inner * out.numel), streaming_cost(types, out).bytes)  # type: ignore[union-attr]
@@ -200,6 +223,7 @@ def _cost_pool(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
 CONTRACTIONS: tuple[Op, ...] = (
     Op("matmul", Category.CONTRACTION, _infer_matmul, torch.matmul, _cost_product),
     Op("linear", Category.CONTRACTION, _infer_linear, F.linear, _cost_product),
+    Op("grouped_matmul", Category.CONTRACTION, _infer_grouped_matmul, grouped_matmul, _cost_product),
     Op("conv", Category.CONTRACTION, _infer_conv, _conv, _cost_conv),
     Op("max_pool", Category.CONTRACTION, _infer_pool, _max_pool, _cost_pool),
     Op("avg_pool", Category.CONTRACTION, _infer_avg_pool, _avg_pool, _cost_pool),

@@ -27,6 +27,11 @@ def positive(*shape: int) -> torch.Tensor:
 
 # name: function and arguments; all of them must become native ops
 NATIVE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "counts": (lambda x: (torch.histc(x.float(), 6, 0, 5), torch.histc((x - 1).float(), 2, 0, 1)), (i64(6, 40),)),
+    "grouped_mm": (
+        lambda x, w, ends: F.grouped_mm(x, w, offs=ends),
+        (f32(9, 16).bfloat16(), f32(3, 16, 8).bfloat16(), torch.tensor([2, 2, 9], dtype=torch.int32)),
+    ),
     "add_alpha": (lambda x, y: torch.add(x, y, alpha=2), (f32(3, 4), f32(4))),
     "add_alpha_half": (lambda x, y: torch.add(x, y, alpha=0.3), (f32(3, 4).half(), f32(4).half())),
     "sub_scalar": (lambda x: 1 - x - 2.5, (f32(3),)),

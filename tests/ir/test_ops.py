@@ -209,6 +209,13 @@ def test_products(dtype: torch.dtype) -> None:
             same(run("linear", lead, w, b), F.linear(lead, w, b))
 
 
+@pytest.mark.parametrize("ends", [[2, 5, 7], [0, 7, 7], [7, 7, 7], [0, 0, 0], [1, 1, 4]])
+def test_grouped_matmul(ends: list[int]) -> None:
+    x, w = t(7, 4), t(3, 4, 5)
+    rows = [x[a:b] @ w[g] for g, (a, b) in enumerate(zip([0, *ends], ends))]
+    same(run("grouped_matmul", x, w, torch.tensor(ends, dtype=torch.int32)), torch.cat([*rows, torch.zeros(7 - ends[-1], 5)]))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2), st.integers(1, 2), st.booleans())
 def test_pooling(space: int, size: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool) -> None:
@@ -276,6 +283,7 @@ def sym(*shape: Any, dtype: torch.dtype = torch.float32) -> Any:
         (lambda: ops.sum(sym(S, 4), dims=(1,)), (S,)),
         (lambda: ops.matmul(sym(S, 1, 4, N), sym(3, N, 5)), (S, 3, 4, 5)),
         (lambda: ops.linear(sym(S, N, 8), sym(4, 8), sym(4)), (S, N, 4)),
+        (lambda: ops.grouped_matmul(sym(S, 8), sym(3, 8, 4), sym(3, dtype=I64)), (S, 4)),
         (lambda: ops.conv(sym(S, 3, N), sym(8, 3, 3), stride=(1,), padding=(1,), dilation=(1,)), (S, 8, N)),
         (lambda: ops.layer_norm(sym(S, N, 8), sym(8), sym(8)), (S, N, 8)),
         (lambda: ops.group_norm(sym(S, 8, N), groups=2), (S, 8, N)),
@@ -396,7 +404,7 @@ def test_every_op_is_covered() -> None:
     here = {*REDUCTIONS, "cumsum", "cumprod", "input", "scalar", "constant", "full", "iota", "extern", "region", "item"}
     here |= {"reshape", "permute", "expand", "slice", "select", "flip", "as_strided", "layout"}
     here |= {"cat", "pad", "gather", "index", "embedding", "scatter", "index_put", "slice_scatter", "cache_update"}
-    here |= {"matmul", "linear", "conv", "max_pool", "avg_pool"}
+    here |= {"matmul", "linear", "grouped_matmul", "conv", "max_pool", "avg_pool"}
     elsewhere = {op.name for op in OPS.values() if op.category in (Category.POINTWISE, Category.COMPOSITE, Category.RECURRENCE)}
     assert here == set(OPS) - elsewhere
     assert set(DTYPES) == NATIVE_DTYPES and scalar_value(sym(2)) is None
