@@ -83,7 +83,7 @@ class _Model:
     def flops(self) -> int:
         total = 0
         for point in self.placement.points:
-            if point.node is not None and point.kind in (Kind.APPLY, Kind.REDUCE, Kind.SCAN):
+            if point.node is not None and point.kind in (Kind.APPLY, Kind.REDUCE, Kind.SCAN, Kind.DOT, Kind.WINDOW):
                 total += flops_per_element(point.node, self.body) * self.runs[point.operands[0] if point.kind is Kind.REDUCE else point]
         return total
 

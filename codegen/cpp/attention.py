@@ -9,6 +9,8 @@
         score: from the products of one row to scores: scale, masks
         finish: from the result of one row to what is stored
         attend<...>(rows, keys, ..., query, bounds, score, finish)
+
+What is printed is what differs between kernels. How tiles are walked is in the header.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
     attention(q, k, v)[i, e]   -->   sum over a of softmax over a (score[i, a]) * v[a, e]
                                      score[i, a] = scale * (sum over b of q[i, b] * k[a, b]), masked
+
+Here a numbers the keys and b the columns of query and key.
 """
 
 from __future__ import annotations

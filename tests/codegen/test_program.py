@@ -86,7 +86,7 @@ def test_convolution_pool_and_attention(targets):
     x, w, b = graph_input("x", t(2, 3, 8, 8)), graph_input("w", t(4, 3, 3, 3)), graph_input("b", t(4))
     y = OPS["relu"](OPS["conv"](x, w, b, stride=(1, 1), padding=(1, 1), dilation=(1, 1)))
     pooled = OPS["max_pool"](y, kernel=(2, 2), stride=(2, 2), padding=(0, 0))
-    q = OPS["reshape"](pooled, shape=(2, 4, 4, 4))
+    q = OPS["reshape"](pooled, shape=(2, 4, 8, 2))
     out = OPS["attention"](q, OPS["exp"](q), q, causal=True, scale=0.5)
     mean = OPS["avg_pool"](out, kernel=(2, 2), stride=(2, 2), padding=(0, 0))
     program = check(targets, [x, w, b], [OPS["neg"](mean)], [torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)])

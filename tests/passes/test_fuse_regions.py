@@ -177,7 +177,7 @@ def test_an_expensive_mask_is_made_once():
 
 def test_a_mask_for_a_library_call_is_a_kernel():
     after = fused("""
-        graph g(q: f32[2, 8, 4], k: f32[2, 8, 4]) stage canonical {
+        graph g(q: f32[2, 8, 6], k: f32[2, 8, 6]) stage canonical {
           i = iota(length=8)
           r = reshape(i, shape=(8, 1))
           m = ge(r, i)
@@ -185,6 +185,54 @@ def test_a_mask_for_a_library_call_is_a_kernel():
           return a
         }""")
     assert kernels(after) == ["ge"]
+
+
+def test_an_attention_takes_its_masks_and_views_and_joins_its_heads():
+    after = fused("""
+        graph g(x: f32[2, 8, 48], p: bool[2, 8]) stage canonical {
+          s = reshape(x, shape=(2, 8, 3, 4, 4))
+          t = permute(s, dims=(2, 0, 3, 1, 4))
+          q = select(t, dim=0, index=0)
+          k = select(t, dim=0, index=1)
+          v = select(t, dim=0, index=2)
+          r = reshape(p, shape=(2, 1, 1, 8))
+          m = logical_not(r)
+          a = attention(q, k, v, m, scale=0.5)
+          b = permute(a, dims=(0, 2, 1, 3))
+          c = reshape(b, shape=(2, 8, 16))
+          y = mul(c, c)
+          return y
+        }""")
+    assert kernels(after) == ["logical_not+attention+reshape+mul"]
+
+
+ATTENTION = """
+    graph g(q: {0}[2, 4, {1}], k: {0}[2, {2}, {1}]) stage canonical {{
+      a = attention(q, k, k, scale=0.5)
+      return a
+    }}"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns", "keys", "reason"),
+    [("f64", 8, 4, Reason.UNSUPPORTED_DTYPE), ("f32", 6, 4, Reason.LIBRARY_CALL), ("f32", 512, 4, Reason.LIBRARY_CALL),
+     ("f32", 8, 1, Reason.LIBRARY_CALL), ("f32", 8, 0, Reason.LIBRARY_CALL)],
+)  # fmt: skip
+def test_attentions_that_stay_library_calls(dtype, columns, keys, reason):
+    notes = Notes()
+    after = fused(ATTENTION.format(dtype, columns, keys), notes)
+    assert kernels(after) == [] and ("attention", reason) in reasons(notes)
+
+
+def test_queries_that_are_computed_are_a_kernel_before_the_attention():
+    notes = Notes()
+    after = fused("""
+        graph g(q: f32[2, 8, 16], k: f32[2, 8, 16]) stage canonical {
+          e = exp(q)
+          a = attention(e, k, k, scale=0.5)
+          return a
+        }""", notes)  # fmt: skip
+    assert kernels(after) == ["exp", "attention"] and ("exp into attention", Reason.PROLOGUE) in reasons(notes)
 
 
 def test_fills_that_are_values_are_kernels():

@@ -1,0 +1,136 @@
+"""Attentions as they stand in models: what the lowering and the C++ tests check, name -> (build, tensors, shapes with sizes)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lowering import Build
+from tilewright.ir import ops
+from tilewright.ir.dims import SymbolRange, symbol
+from tilewright.ir.graph import Node
+
+INF = float("inf")
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Build
+    tensors: tuple[torch.Tensor, ...]
+    shapes: tuple[Any, ...] | None = None
+    symbols: dict[str, SymbolRange] | None = None
+
+
+CASES: dict[str, Case] = {}
+
+
+def add(name: str, build: Callable[..., Node], *tensors: torch.Tensor, shapes: Any = None, symbols: Any = None) -> None:
+    CASES[name] = Case(build, tensors, shapes, symbols)
+
+
+def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def kept(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) > 0.3
+
+
+def attention(q: Node, k: Node, v: Node, mask: Node | None = None, causal: bool = False) -> Node:
+    return ops.op("attention")(q, k, v, *([mask] if mask is not None else []), causal=causal, scale=0.3)
+
+
+def causal(q: Node, k: Node, v: Node, mask: Node | None = None) -> Node:
+    return attention(q, k, v, mask, causal=True)
+
+
+def heads(value: Node, count: int) -> Node:
+    """[b, s, h*d] as [b, h, s, d]."""
+    b, s, width = value.shape
+    return ops.permute(ops.reshape(value, shape=(b, s, count, width // count)), dims=(0, 2, 1, 3))
+
+
+def joined(value: Node) -> Node:
+    b, h, s, d = value.shape
+    return ops.reshape(ops.permute(value, dims=(0, 2, 1, 3)), shape=(b, s, h * d))
+
+
+def positions(count: Any) -> tuple[Node, Node]:
+    i = ops.iota(length=count)
+    return ops.reshape(i, shape=(count, 1)), i
+
+
+def merged(qkv: Node) -> Node:
+    """One projection of everything, and a residual afterwards."""
+    q, k, v = (heads(ops.slice(qkv, dim=2, start=32 * n, stop=32 * n + 32), 2) for n in range(3))
+    return ops.add(joined(causal(q, k, v)), ops.slice(qkv, dim=2, start=0, stop=32))
+
+
+def grouped(q: Node, k: Node, v: Node) -> Node:
+    return joined(causal(heads(q, 4), heads(k, 2), heads(v, 2)))
+
+
+def window(q: Node, k: Node, v: Node) -> Node:
+    rows, keys = positions(q.shape[-2])
+    away = ops.sub(rows, keys)
+    return attention(q, k, v, ops.logical_and(ops.ge(away, 0), ops.lt(away, 20)))
+
+
+def alibi(q: Node, k: Node, v: Node, slopes: Node) -> Node:
+    rows, keys = positions(q.shape[-2])
+    away = ops.cast(ops.sub(keys, rows), dtype=torch.float32)
+    bias = ops.where(ops.ge(rows, keys), ops.mul(away, slopes), -INF)
+    return attention(q, k, v, bias)
+
+
+def filled(cache: Node, q: Node, v: Node, length: Node) -> Node:
+    """A step of decoding over a cache of which `length` keys are filled."""
+    keys = cache.shape[-2]
+    return attention(q, cache, v, ops.lt(ops.reshape(ops.iota(length=keys), shape=(1, keys)), length))
+
+
+def padded(q: Node, k: Node, v: Node, keep: Node) -> Node:
+    """A mask of batch and key, as numbers."""
+    b, n = keep.shape
+    wide = ops.reshape(keep, shape=(b, 1, 1, n))
+    return attention(q, k, v, ops.where(wide, 0.0, torch.finfo(torch.float32).min))
+
+
+add("plain", attention, x(2, 3, 37, 16), x(2, 3, 37, 16), x(2, 3, 37, 16))
+add("cross attention, values of another width", attention, x(2, 2, 50, 32), x(2, 2, 131, 32), x(2, 2, 131, 16))
+add("causal", causal, x(1, 2, 200, 16), x(1, 2, 200, 16), x(1, 2, 200, 16))
+add("causal, more keys than queries", causal, x(2, 70, 16), x(2, 90, 16), x(2, 90, 16))
+add("causal, fewer keys than queries", causal, x(2, 90, 16), x(2, 70, 16), x(2, 70, 16))
+add("a single head", attention, x(60, 32), x(70, 32), x(70, 32))
+add("narrow heads", attention, x(2, 3, 9, 4), x(2, 3, 11, 4), x(2, 3, 11, 12))
+add("wide heads", causal, x(1, 1, 20, 256) / 4, x(1, 1, 33, 256), x(1, 1, 33, 200))
+add("merged projection", merged, x(2, 45, 96))
+add("grouped heads", grouped, x(2, 33, 64), x(2, 33, 32), x(2, 33, 32))
+add("one head of keys", attention, x(2, 4, 21, 16), x(2, 1, 30, 16), x(2, 1, 30, 16))
+add("keys without batch", attention, x(3, 2, 20, 16), x(1, 2, 17, 16), x(1, 2, 17, 16))
+add("transposed keys", lambda q, k, v: attention(q, ops.permute(k, dims=(0, 2, 1)), v), x(2, 20, 16), x(2, 16, 40), x(2, 40, 16))
+add("bool mask", attention, x(2, 3, 40, 16), x(2, 3, 50, 16), x(2, 3, 50, 16), kept(40, 50))
+add("additive mask", attention, x(2, 3, 40, 16), x(2, 3, 50, 16), x(2, 3, 50, 16), x(2, 1, 40, 50))
+add("causal and additive mask", causal, x(2, 3, 40, 16), x(2, 3, 40, 16), x(2, 3, 40, 16), x(1, 3, 40, 40))
+add("padding", padded, x(2, 3, 40, 16), x(2, 3, 50, 16), x(2, 3, 50, 16), kept(2, 50))
+add("sliding window", window, x(1, 2, 200, 16), x(1, 2, 200, 16), x(1, 2, 200, 16))
+add("alibi", alibi, x(1, 4, 80, 16), x(1, 4, 80, 16), x(1, 4, 80, 16), x(4, 1, 1).abs())
+add("bfloat16", causal, *(x(1, 2, 70, 64, dtype=torch.bfloat16) for _ in range(3)), x(70, 70, dtype=torch.bfloat16))
+add("float16", attention, *(x(1, 2, 33, 40, dtype=torch.float16) for _ in range(3)))
+add("float64", causal, *(x(1, 2, 70, 16, dtype=torch.float64) for _ in range(3)))
+add("decode", attention, x(2, 3, 1, 64), x(2, 3, 300, 64), x(2, 3, 300, 64))
+add("decode, grouped", attention, x(1, 8, 1, 32), x(1, 2, 77, 32), x(1, 2, 77, 32))
+add("decode, three queries", causal, x(1, 2, 3, 40), x(1, 2, 77, 40), x(1, 2, 77, 40))
+add("decode, many grouped heads", attention, x(1, 16, 1, 32), x(1, 2, 77, 32), x(1, 2, 77, 32))
+add("decode over a cache", filled, x(2, 3, 300, 32), x(2, 3, 1, 32), x(2, 3, 300, 32), torch.tensor(123))
+add("decode of a long cache", attention, x(1, 2, 1, 32), x(1, 2, 3000, 32), x(1, 2, 3000, 32))
+add("sharp scores", attention, 30 * x(1, 2, 40, 16), 30 * x(1, 2, 40, 16), x(1, 2, 40, 16))
+
+_SIZES = {"b": SymbolRange(2, 64), "s": SymbolRange(2, 512), "n": SymbolRange(2, 512)}
+b, s, n = (symbol(name) for name in "bsn")
+_qkv = (x(3, 75, 64), x(3, 90, 32), x(3, 90, 32))
+add("sizes known at run time", grouped, *_qkv, shapes=((b, s, 64), (b, n, 32), (b, n, 32)), symbols=_SIZES)
+add("a cache of run time size", attention, x(1, 4, 1, 64), x(1, 2, 150, 64), x(1, 2, 150, 64),
+    shapes=((1, 4, 1, 64), (1, 2, n, 64), (1, 2, n, 64)), symbols={"n": _SIZES["n"]})  # fmt: skip
