@@ -18,12 +18,17 @@ from ..ir.types import TensorType
 from .base import Notes, Pass, Reason, describe
 from .layout_rules import CONV_DTYPES, Layouts, first_dims, last_dims, read_last, reads_either, turn_rule, turned_operands
 from .weights import value_of
+from .windows import may_be_native
 
 CONVERSION = 3
 """A permute in memory takes as long as so many of the reorders that the library makes around a convolution, byte by byte."""
 
 CALL_BYTES = 32 * 1024
 """Memory traffic that takes as long as the two views that a call with channels last needs."""
+
+
+EPILOGUE = 3
+"""The result of a window that the library computes is reordered, written and read again by what follows."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,13 @@ def _note(convs: list[Node], chosen: set[Node], notes: Notes, symbols: Mapping[s
 
 
 def _reorders(conv: Node, symbols: Mapping[str, SymbolRange]) -> int:
-    """Bytes that the library reorders around a convolution with channels first, less what it reorders of weights with channels last."""
+    """Bytes that the library reorders around a convolution with channels first, less what it reorders of weights with channels last.
+
+    A window of ours has neither, and takes the operation behind it along.
+    """
     x, w, *_ = conv.inputs
+    if may_be_native(conv):
+        return hint(x.tensor.nbytes, symbols) + EPILOGUE * hint(conv.tensor.nbytes, symbols)
     weights = 0 if value_of(w) is not None else hint(w.tensor.nbytes, symbols)
     return hint(x.tensor.nbytes, symbols) + hint(conv.tensor.nbytes, symbols) - weights - CALL_BYTES
 

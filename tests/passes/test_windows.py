@@ -1,0 +1,91 @@
+"""Pooling and depthwise convolutions in fuse-regions and choose-layouts: kernels of ours where their channels lie last."""
+
+import pytest
+import torch
+from pass_checks import assert_same_values, body, run
+from tilewright.ir.graph import order
+from tilewright.passes.base import Reason
+from tilewright.passes.choose_layouts import ChooseLayouts
+from tilewright.passes.fuse_regions import FuseRegions
+
+PLAIN = "stride=[1, 1], padding=[1, 1], dilation=[1, 1]"
+DEPTHWISE = f"conv(x, w, b, {PLAIN}, groups=16, channels_last=true)"
+IMAGE = "x: f32[2, 32, 32, 16], w: f32[16, 1, 3, 3], b: f32[16]"
+POOL = "kernel=[3, 3], stride=[2, 2], padding=[1, 1], channels_last=true"
+
+
+def fused(text):
+    before, after, notes = run(FuseRegions(), text)
+    torch.manual_seed(0)
+    assert_same_values(before, after, [torch.randn(tuple(n.shape)).to(n.dtype) for n in before.inputs], 1e-5)
+    return after, notes
+
+
+def labels(graph):
+    return [n.attrs["label"] for n in order(graph) if n.op.name == "region"]
+
+
+def test_a_depthwise_convolution_takes_its_epilogue():
+    after, _ = fused(body(f"{IMAGE}, r: f32[2, 32, 32, 16]", f"c = {DEPTHWISE}", "h = silu(c)", "y = add(h, r)", "y"))
+    assert len(labels(after)) == 1 and labels(after)[0].startswith("conv")
+
+
+@pytest.mark.parametrize("op", ["max_pool", "avg_pool"])
+def test_a_pool_takes_what_is_cheap_before_and_what_is_after(op):
+    after, _ = fused(body("x: f32[2, 32, 32, 16]", "r = relu(x)", f"p = {op}(r, {POOL})", "y = silu(p)", "y"))
+    assert len(labels(after)) == 1
+
+
+def test_a_dear_value_is_not_computed_for_each_window():
+    after, notes = fused(body("x: f32[2, 32, 32, 16]", "a = tanh(x)", "b = exp(a)", "c = erf(b)", f"y = max_pool(c, {POOL})", "y"))
+    assert len(labels(after)) == 2
+    assert Reason.RECOMPUTE in {d.reason for d in notes.declined}
+
+
+def test_one_kernel_walks_one_window():
+    after, notes = fused(body(IMAGE, f"c = {DEPTHWISE}", "y = " + f"max_pool(c, {POOL})".replace("[1, 1]", "[0, 0]"), "y"))
+    assert len(labels(after)) == 2
+    assert Reason.SECOND_WALK in {d.reason for d in notes.declined}
+
+
+def test_a_window_is_not_computed_anew_for_each_reader():
+    """Upsampling reads each result four times: it stays a kernel of its own."""
+    lines = [
+        f"c = {DEPTHWISE}",
+        "i = iota(length=64)",
+        "j = floor_divide(i, 2)",
+        "k = reshape(j, shape=[64, 1])",
+        "y = index(c, k, j, dims=[1, 2])",
+    ]
+    after, notes = fused(body(IMAGE, *lines, "y"))
+    assert len(labels(after)) == 2
+    assert Reason.RECOMPUTE in {d.reason for d in notes.declined}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"c = conv(x, w, {PLAIN}, groups=16)",
+        f"c = conv(x, v, {PLAIN}, groups=8, channels_last=true)",
+        f"c = conv(x, u, {PLAIN}, groups=16, channels_last=true)",
+        f"c = conv(x, w, {PLAIN}, groups=16, transposed=true, channels_last=true)",
+        "c = max_pool(x, kernel=[3, 3], stride=[2, 2], padding=[1, 1])",
+    ],
+)
+def test_the_library_keeps_the_others(line):
+    """Channels first, grouped, with several results per channel, transposed."""
+    image = "x: f32[2, 16, 32, 16], w: f32[16, 1, 3, 3], v: f32[16, 2, 3, 3], u: f32[32, 1, 3, 3]"
+    after, _ = fused(body(image, line, "y = relu(c)", "y"))
+    assert any(n.op.name in ("conv", "max_pool") for n in order(after))
+
+
+def test_channels_are_turned_for_a_depthwise_convolution():
+    """Between products by pixel, as in MobileNet: none of the three reorders anything."""
+    signature = "x: f32[2, 16, 32, 32], w: f32[64, 16, 1, 1], d: f32[64, 1, 3, 3], v: f32[16, 64, 1, 1]"
+    one = "stride=[1, 1], padding=[0, 0], dilation=[1, 1]"
+    text = body(signature, f"a = conv(x, w, {one})", "r = relu(a)", f"c = conv(r, d, {PLAIN}, groups=64)", "s = relu(c)", f"y = conv(s, v, {one})",
+                "m = mean(y, dims=[2, 3])", "m")  # fmt: skip
+    before, after, _ = run(ChooseLayouts(), text)
+    assert_same_values(before, after, [torch.randn(tuple(n.shape)) for n in before.inputs], 1e-4)
+    assert sum(n.op.name == "permute" for n in order(after)) == 1
+    assert all(n.attrs["channels_last"] for n in order(after) if n.op.name == "conv")
