@@ -35,7 +35,7 @@ def emit_targets(host: Host) -> Given:
         host.values[target] = Value(host.name(f"{value.name}_own"), value.scope, value.contiguous, nbytes=value.nbytes)
     own = [host.values[t] for t in targets]
     names = [f"({''.join(f'{v.name}, ' for v in values)})" for values in (own, given.values(), others)]
-    host.line(f"{names[0]} = {host.bind('own_memory', own_memory)}({names[1]}, {names[2]})", reads=[*given.values(), *others, *own])
+    host.line(f"{names[0]} = {host.bind('own_memory', OwnMemory())}({names[1]}, {names[2]})", reads=[*given.values(), *others, *own])
     return given
 
 
@@ -70,17 +70,40 @@ def emit_finished(host: Host, target: Node, given: Given) -> None:
 # -- at run time
 
 
-def own_memory(written: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """`written`, as copies if any of it lies over another of the tensors."""
+_data_ptr, _nbytes, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.nbytes.__get__, torch.Tensor.is_contiguous  # type: ignore[attr-defined]
+
+
+class OwnMemory:
+    """(written, others) -> `written`, as copies if any of it lies over another of the tensors.
+
+    Calls mostly come with tensors at the same places as the one before, which is found out without looking at each.
+    """
+
+    def __init__(self) -> None:
+        self._apart: object = None  # addresses and sizes of tensors that were found apart
+
+    def __call__(self, written: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        tensors = written + others
+        places = (tuple(map(_data_ptr, tensors)), tuple(map(_nbytes, tensors))) if all(map(_is_contiguous, tensors)) else None
+        if places is not None and places == self._apart:
+            return written
+        if _overlap(written, others):
+            return tuple(t.clone() for t in written)
+        self._apart = places
+        return written
+
+
+def _overlap(written: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
+    """Whether one of `written` shares bytes with another of all the tensors; ranges that interleave count as shared."""
     spans = sorted([(*_span(t), True) for t in written] + [(*_span(t), False) for t in others])
     reached = reached_written = 0
     for start, end, writes in spans:
         if start < (reached if writes else reached_written) and start < end:
-            return tuple(t.clone() for t in written)
+            return True
         reached = max(reached, end)
         if writes:
             reached_written = max(reached_written, end)
-    return written
+    return False
 
 
 def _span(x: torch.Tensor) -> tuple[int, int]:
