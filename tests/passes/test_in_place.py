@@ -7,6 +7,7 @@ import torch
 from tilewright.codegen.program import compile_program
 from tilewright.codegen.updates import OwnMemory
 from tilewright.driver.compile import compile_graph, kept_apart
+from tilewright.driver.receipt import receipts
 from tilewright.ir.analysis.hashing import equal
 from tilewright.ir.errors import VerificationError
 from tilewright.ir.graph import Graph
@@ -294,6 +295,35 @@ def test_a_model_with_a_stacked_cache():
             x, at = torch.randn(3, 1, 4), torch.tensor([step])
             torch.testing.assert_close(run(x, at), eager(x, at))
             torch.testing.assert_close(compiled.cache, eager.cache)
+    assert sum("in place of" in a.what for a in receipts()[-1].applied) == 12
+
+
+class Sliced(torch.nn.Module):
+    """Positions are Python numbers, which become sizes of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(2, 8, 4))
+        self.register_buffer("values", torch.zeros(2, 8, 4))
+
+    def forward(self, x, start: int):
+        self.keys[:, start : start + x.shape[1]] = x.sin()
+        self.values[:, start] = x[:, 0].cos()
+        return torch.softmax(x @ self.keys.transpose(1, 2), -1) @ self.values
+
+
+def test_a_model_with_positions_as_numbers():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    eager, compiled = Sliced(), Sliced()
+    run = torch.compile(compiled, backend="tilewright", options={"verify": True}, dynamic=True)
+    with torch.no_grad():
+        for start, count in ((0, 3), (3, 1), (4, 1), (5, 2)):
+            x = torch.randn(2, count, 4)
+            torch.testing.assert_close(run(x, start), eager(x, start))
+            torch.testing.assert_close(compiled.keys, eager.keys)
+            torch.testing.assert_close(compiled.values, eager.values)
+    assert sum("in place of" in a.what for a in receipts()[-1].applied) == 2
 
 
 def test_slices_stay_out_of_kernels_where_they_are_updates_in_place():
