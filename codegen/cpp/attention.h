@@ -62,6 +62,25 @@ template <int NR, int L, int D, class T, class S> void pack_keys(const Rows<S>& 
   }
 }
 
+// Rows of values side by side: read again by every tile, they would meet in few cache sets where they lie.
+template <int L, int E, class T, class S> void pack_values(const Rows<S>& values, int64_t begin, int64_t end, T* packed) {
+  for (int64_t j = begin; j < end; j++)
+    for (int64_t c = 0; c < E; c += L) store<L>(packed + j * E + c, as<T>(load<L>(values.data + j * values.ld + c)));
+}
+
+// e^x for x <= 0 or NaN; 0 below -87, where subnormal numbers, which are slow, would begin.
+template <class V> INLINE V weight_of(V x) {
+  if constexpr (!is_single<V>) return exp(x);
+  else {
+    const V low = splat<lanes<V>>(-87.0f), none = splat<lanes<V>>(0.0f);
+    const V c = pick(x < low, low, x);
+    const V shifted = c * 1.44269504f + integral;
+    const V n = shifted - integral;
+    const V e = exp_reduced((c - n * ln2_high) - n * ln2_low) * bits<V>((bits<int_of<V>>(shifted) << 23) + 0x3f800000);
+    return pick(x < low, none, e);
+  }
+}
+
 // The running softmax of one row: scores up to now had the maximum `most`, their exponentials (by lanes) the sum `sum`.
 template <class T, int L> struct Soften {
   vec<T, L> sum;
@@ -80,11 +99,11 @@ template <class T, int L> struct Soften {
     const T base = largest == -inf<T> ? T(0) : largest;  // nothing to attend to yet: all exponentials are 0
     vec<T, L> total{};
     for (int64_t c = 0; c < count; c += L) {
-      const vec<T, L> e = exp(vec<T, L>(load<L>(scores + c) - base));
+      const vec<T, L> e = weight_of(vec<T, L>(load<L>(scores + c) - base));
       store<L>(scores + c, e);
       total += e;
     }
-    const T factor = largest == most ? T(1) : exp(T(most - base));
+    const T factor = largest == most ? T(1) : weight_of(T(most - base));
     sum = sum * factor + total;
     most = largest;
     return factor;
@@ -117,9 +136,10 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
             const Limits& bounds, const Score& score, const Finish& finish) {
   constexpr int64_t NR = N * L, KEYS = tile::KEYS<NR>;
   const int64_t size = query_rows(rows, R);
-  Row<T> panels(ceil_div(count, NR) * NR * D);
+  Row<T> panels(ceil_div(count, NR) * NR * D), packed_values(count * E);
   alignas(64) T q[QUERIES * D] = {}, scores[QUERIES * KEYS], out[QUERIES * E];
   Soften<T, L> rows_of[QUERIES];
+  const Rows<T> side_by_side = {(const T*)packed_values, E};
   int64_t packed = 0;
   for (int64_t first = part * size; first < rows; first += parts * size) {
     const int64_t n = least_of(size, rows - first), padded = ceil_div(n, R) * R;
@@ -132,6 +152,7 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
     range = {range.begin < 0 ? 0 : range.begin / NR * NR, least_of(range.end, count)};
     if (const int64_t until = ceil_div(range.end, NR) * NR; packed < until) {
       pack_keys<NR, L, D>(keys, packed, until, count, (T*)panels);
+      pack_values<L, E>(values, packed, least_of(until, count), (T*)packed_values);
       packed = until;
     }
     bool more = false;
@@ -145,7 +166,7 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
         const T factor = rows_of[r].add(scores + r * KEYS, some);
         if (more && factor != 1) scale_row<L>(out + r * E, E, factor);
       }
-      for (int64_t r = 0; r < padded; r += R) weigh<R, N, E / L, L>(scores + r * KEYS, KEYS, values, j, some, out + r * E, more);
+      for (int64_t r = 0; r < padded; r += R) weigh<R, N, E / L, L>(scores + r * KEYS, KEYS, side_by_side, j, some, out + r * E, more);
     }
     for (int64_t r = 0; r < n; r++) {
       if (more) scale_row<L>(out + r * E, E, rows_of[r].scale());

@@ -141,7 +141,7 @@ class AttentionPrinter(PartPrinter):
         stores = (Store(self.tile, column.symbol, value),)
         self.open(f"const auto {name} = [=]({self.kind}* {self.tile}, int64_t {flat})")
         self.bind(rows, flat, stores)
-        self.loop(column, ("0", self.size(column)), stores, (Buffer(self.tile, self.dtype, column.extent),))
+        self.walk(column, ("0", self.size(column)), stores, (Buffer(self.tile, self.dtype, column.extent),))
         self.close("};")
 
     def rows_of(self, name: str, value: Scalar, column: Axis) -> int:
@@ -181,7 +181,7 @@ class AttentionPrinter(PartPrinter):
         self.open(f"const auto {self.callables['score']} = [=]({parameters})")
         self.bind(self.found.rows, self.row, stores)
         some = symbol("some")  # a part of the keys, whose number is known at run time
-        self.loop(replace(key, extent=some), (self.begin, self.end), stores, (Buffer(self.tile, self.dtype, some),))
+        self.walk(replace(key, extent=some), (self.begin, self.end), stores, (Buffer(self.tile, self.dtype, some),))
         self.close("};")
 
     def finish(self) -> None:
@@ -191,7 +191,7 @@ class AttentionPrinter(PartPrinter):
         stores = tuple(rewrite.store(s) for s in self.kernel.stores)
         self.open(f"const auto {self.callables['finish']} = [=](const {self.kind}* {self.tile}, int64_t {self.row})")
         self.bind(self.found.rows, self.row, stores)
-        self.loop(column, ("0", self.size(column)), stores, (Buffer(self.tile, self.dtype, column.extent),))
+        self.walk(column, ("0", self.size(column)), stores, (Buffer(self.tile, self.dtype, column.extent),))
         self.close("};")
 
 

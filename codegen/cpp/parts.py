@@ -16,7 +16,7 @@ from .schedule import CpuTarget, Schedule, default_schedule
 
 
 class PartPrinter(KernelPrinter):
-    """A printer whose `grid` opens lambdas and lets `loop` print what is in them."""
+    """A printer whose `grid` opens lambdas and lets `walk` print what is in them."""
 
     def __init__(self, kernel: Kernel, target: CpuTarget) -> None:
         super().__init__(kernel, Schedule(vector=None, lanes=1))
@@ -40,7 +40,7 @@ class PartPrinter(KernelPrinter):
         if parts:
             self.line(f"const int64_t {', '.join(parts)};")
 
-    def loop(self, axis: Axis, span: tuple[str, str], stores: Sequence[Store], buffers: Sequence[Buffer]) -> None:
+    def walk(self, axis: Axis, span: tuple[str, str], stores: Sequence[Store], buffers: Sequence[Buffer]) -> None:
         """The loop over the axis from span[0] to span[1] that does the stores; `buffers`: what they use beside the kernel's own."""
         own = tuple(b for b in buffers if b.name not in {x.name for x in (*self.kernel.inputs, *self.kernel.outputs)})
         for buffer in own:
