@@ -116,8 +116,8 @@ class ContractionPrinter(KernelPrinter):
         found, plan = self.found, self.plan
         blocks = f"{plan.blocks.vectors}, {plan.blocks.lanes}"
         if plan.load is not None:
-            self.in_place(plan, blocks)
-            return "product"
+            self.plain(plan, blocks)
+            return "product_packed" if plan.kind == "turned" else "product"
         if plan.kind == "from_columns":
             self.whole("column", found.right, found.columns, self.n, found.depth)
         else:
@@ -126,7 +126,8 @@ class ContractionPrinter(KernelPrinter):
         self.line(f"const auto right = {plan.kind}<{blocks}>({sizes}, {plan.kind.removeprefix('from_').removesuffix('s')});")
         return "product_packed"
 
-    def in_place(self, plan: Right, blocks: str) -> None:
+    def plain(self, plan: Right, blocks: str) -> None:
+        """Declares a right operand that is in memory as it is needed."""
         assert plan.load is not None and plan.n is not None and plan.start is not None and plan.ld is not None
         found, buffer = self.found, self.names.buffers[plan.load.buffer]
         storage = STORAGE[self.kernel.buffer(plan.load.buffer).dtype]
@@ -134,10 +135,12 @@ class ContractionPrinter(KernelPrinter):
         at = symbol(self.n) if plan.kind == "panels" else 0
         start = index_text(plan.start.subs(plan.n, at), {})  # type: ignore[arg-type]
         place = buffer if start[0] == "0" else f"{buffer} + {wrap(start, ADD)}"
+        sizes = f"{self.size(*found.columns)}, {self.size(*found.depth)}"
         if plan.kind == "panels":
             self.line(f"const auto right = panels<{blocks}>({ld}, [=](int64_t {self.n}) {{ return {place}; }});")
+        elif plan.kind == "turned":
+            self.line(f"const auto right = turned<{blocks}>({place}, {ld}, {sizes});")
         elif plan.kind == "row_major":
-            sizes = f"{self.size(*found.columns)}, {self.size(*found.depth)}"
             self.line(f"const RowMajor<{storage}, {blocks}> right({place}, {ld}, {sizes});")
         else:
             self.line(f"const Columns<{storage}, {plan.blocks.lanes}> right{{{place}, {ld}, {self.size(*found.columns)}}};")

@@ -25,13 +25,13 @@ struct Nothing {};
 
 // tile[i][j] = sum over k < depth of a[i][k] * b[k][j], or is added to what the tile holds if `more`. The tile has R rows and N vectors of
 // L columns; rows of a, b and tile are lda, ldb and ldt elements apart. a and b may be stored narrower than T: they are widened when loaded.
-// ahead: memory that is needed soon comes nearer meanwhile, a cache line with each term.
+// ahead(k): memory that is needed soon comes nearer meanwhile, a cache line with each term.
 template <int R, int N, int L, class A, class B, class T, class Ahead = Nothing>
 __attribute__((noinline)) static void micro(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t depth, T* tile, int64_t ldt, bool more,
                                             Ahead ahead = {}) {
   vec<T, L> sum[R][N] = {};
   for (int64_t k = 0; k < depth; k++) {
-    if constexpr (!__is_same(Ahead, Nothing)) __builtin_prefetch(ahead + LINE * k, 0, 2);
+    if constexpr (!__is_same(Ahead, Nothing)) __builtin_prefetch(ahead(k), 0, 2);
     vec<T, L> right[N];
     UNROLL for (int j = 0; j < N; j++) right[j] = as<T>(load<L>(b + k * ldb + j * L));
     UNROLL for (int i = 0; i < R; i++) {
@@ -60,6 +60,7 @@ __attribute__((noinline)) static void micro_columns(const A* a, int64_t lda, con
     vec<T, L> left[R];
     UNROLL for (int i = 0; i < R; i++) left[i] = as<T>(load<L>(a + i * lda + k));
     UNROLL for (int j = 0; j < C; j++) {
+      __builtin_prefetch(column[j] + k + C * ldb, 0, 2);
       const auto right = as<T>(load<L>(column[j] + k));
       UNROLL for (int i = 0; i < R; i++) sum[i][j] += left[i] * right;
     }
@@ -87,7 +88,8 @@ template <int N, int L, class At> struct Panels {
   INLINE void add(const T* a, int64_t lda, int64_t group, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
     const auto data = panel(n) + k * ld;
     constexpr int64_t shares = sizeof(*data) * width / LINE + 1;
-    micro<R, N, L>(a, lda, data, ld, depth, tile, width, more, (const char*)(data + depth * ld) + group % shares * depth * LINE);
+    const char* const next = (const char*)(data + depth * ld) + group % shares * depth * LINE;
+    micro<R, N, L>(a, lda, data, ld, depth, tile, width, more, [=](int64_t k) { return next + k * LINE; });
   }
 };
 template <int N, int L, class At> Panels<N, L, At> panels(int64_t ld, At panel) { return {ld, panel}; }
@@ -114,6 +116,18 @@ template <class B, int N, int L> struct RowMajor {
   }
 };
 
+// One panel that was copied and is in the cache: the rows of the next group are fetched.
+template <int N, int L, class T> struct Copied {
+  static constexpr int64_t width = N * L, terms = DEPTH;
+  const T* data;
+  template <int R>
+  INLINE void add(const T* a, int64_t lda, int64_t group, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
+    const T* const next = a + R * lda;
+    constexpr int64_t line = LINE / sizeof(T);
+    micro<R, N, L>(a, lda, data + k * width, width, depth, tile, width, more, [=](int64_t k) { return next + k % R * lda + k / R * line; });
+  }
+};
+
 // Contiguous columns ld apart, for few rows.
 template <class B, int L> struct Columns {
   static constexpr int64_t width = 16, terms = 1 << 12;
@@ -121,7 +135,8 @@ template <class B, int L> struct Columns {
   int64_t ld, columns;
   template <int R, class T>
   INLINE void add(const T* a, int64_t lda, int64_t group, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
-    constexpr int C = R * 8 <= (sizeof(T) * L == 64 ? 16 : 8) ? 8 : 4;
+    constexpr int sums = sizeof(T) * L == 64 ? 24 : 8;  // registers for them
+    constexpr int C = R * 8 <= sums ? 8 : R * 4 <= sums ? 4 : R * 2 <= sums ? 2 : 1;
     for (int64_t j = 0; j < width && n + j < columns; j += C)
       micro_columns<R, C, L>(a, lda, data + (n + j) * ld + k, ld, columns - n - j, depth, tile + j, width, more);
   }
@@ -145,9 +160,9 @@ template <bool Upper, class V> INLINE V zip(V a, V b) {
 }
 
 // Rows of L elements, `from` elements apart, become columns of rows that are `to` elements apart.
-template <int L, class T> INLINE void transpose(const T* in, int64_t from, T* out, int64_t to) {
+template <int L, class B, class T> INLINE void transpose(const B* in, int64_t from, T* out, int64_t to) {
   vec<T, L> rows[L], zipped[L];
-  UNROLL for (int i = 0; i < L; i++) rows[i] = load<L>(in + i * from);
+  UNROLL for (int i = 0; i < L; i++) rows[i] = as<T>(load<L>(in + i * from));
   UNROLL for (int stage = 1; stage < L; stage *= 2) {
     UNROLL for (int i = 0; i < L / 2; i++) {
       zipped[2 * i] = zip<false>(rows[i], rows[i + L / 2]);
@@ -158,7 +173,26 @@ template <int L, class T> INLINE void transpose(const T* in, int64_t from, T* ou
   UNROLL for (int i = 0; i < L; i++) store<L>(out + i * to, rows[i]);
 }
 
-// How panels are made of an operand that cannot be read as it lies. row(to, k, begin, end) writes columns begin .. end of row k.
+// How panels are made of an operand that cannot be read as it lies. Contiguous columns that are ld apart:
+template <int N, int L, class B> struct Turned {
+  static constexpr int vectors = N, lanes = L;
+  const B* data;
+  int64_t ld, columns, depth;
+  template <class T> void pack(T* to, int64_t n) const {
+    for (int64_t j = 0; j < N * L; j += L, to += L) {
+      const B* const from = data + (n + j) * ld;
+      const int64_t there = n + j < columns ? least_of(L, columns - n - j) : 0;
+      int64_t k = 0;
+      if (there == L)
+        for (; k + L <= depth; k += L) transpose<L>(from + k, ld, to + k * N * L, N * L);
+      for (; k < depth; k++)
+        for (int64_t l = 0; l < L; l++) to[k * N * L + l] = l < there ? T(load<1>(from + l * ld + k)) : T(0);
+    }
+  }
+};
+template <int N, int L, class B> Turned<N, L, B> turned(const B* data, int64_t ld, int64_t columns, int64_t depth) { return {data, ld, columns, depth}; }
+
+// row(to, k, begin, end) writes columns begin .. end of row k.
 template <int N, int L, class Write> struct FromRows {
   static constexpr int vectors = N, lanes = L;
   int64_t columns, depth;
@@ -303,15 +337,14 @@ void product_packed(int64_t rows, int64_t columns, int64_t depth, int threads, c
   constexpr int64_t width = From::vectors * From::lanes;
   const int64_t panels_count = ceil_div(columns, width), size = width * depth, padded = ceil_div(rows, R) * R, ld = row_length<T>(depth);
   const int64_t useful = useful_threads(padded * panels_count * width * (depth + 1), threads);
-  const auto read = [](const T* memory, int64_t depth) {
-    return panels<From::vectors, From::lanes>(width, [=](int64_t n) { return memory + n * depth; });
-  };
   if (panels_count * size * int64_t(sizeof(T)) <= BLOCK_BYTES || panels_count < 4 * useful || rows > 2 * columns) {
     Row<T> memory(panels_count * size);
     parallel(panels_count, 1, int(useful), [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; p++) from.pack((T*)memory + p * size, p * width);
     });
-    product<R, T>(rows, columns, depth, threads, left, read(memory, depth), finish);
+    const T* const data = memory;
+    const auto right = panels<From::vectors, From::lanes>(width, [=](int64_t n) { return data + n * depth; });
+    product<R, T>(rows, columns, depth, threads, left, right, finish);
     return;
   }
   Row<T> block(padded * ld);
@@ -321,7 +354,7 @@ void product_packed(int64_t rows, int64_t columns, int64_t depth, int threads, c
   __builtin_memset((T*)block + rows * ld, 0, sizeof(T) * (padded - rows) * ld);
   parallel(panels_count, 1, int(useful), [&](int64_t begin, int64_t end) {
     Row<T> panel(size);
-    const auto right = read(panel, 0);
+    const Copied<From::vectors, From::lanes, T> right{panel};
     for (int64_t n = begin * width; n < least_of(end * width, columns); n += width) {
       from.pack((T*)panel, n);
       for (int64_t m = 0; m < rows; m += BLOCK_ROWS / R * R)

@@ -27,7 +27,8 @@ COMPACT = 128  # rows of a panel no further apart are near each other
 # vectors and rows of the micro-kernel's tile, best first: their sums fill the registers. 32 registers of 64 bytes, else 16.
 WIDE_TILES, TILES = ((3, 8), (4, 6), (2, 12), (1, 14)), ((2, 6), (1, 8))
 PADDING = {3: 1.0, 4: 1.02, 2: 1.08, 1: 1.5}  # cost of a column, by vectors of a tile
-FEW_ROWS = 4  # so few read the right operand once, as it lies
+FEW_ROWS = 8  # so few read the right operand as it lies, though its rows are far apart
+MOST_IN_COLUMNS = 8  # rows up to which sums along contiguous columns are no slower than turning them
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _only_dot(kernel: Kernel) -> Dot:
     if len(found) != 1 or any(isinstance(v, Attend) for v in scalars(kernel.stores)):
         raise NotImplementedError("a kernel with several contractions")
     if found[0].dtype not in (torch.float32, torch.float64):
-        raise NotImplementedError(f"a contraction in {found[0].dtype}")
+        raise NotImplementedError(f"a contraction of elements of {found[0].dtype}")
     return found[0]
 
 
@@ -228,9 +229,10 @@ class Rewrite:
 class Right:
     """How the micro-kernel gets at the right operand.
 
-    kind: "panels" and "row_major" are read in place, row by row of a tile's columns, "columns" by contiguous columns; "from_rows" and
-    "from_columns" are copied into panels, along what is contiguous. start: index of column `n` (a symbol) at depth 0 in the buffer of
-    `load`, ld: how far its rows (of "columns": columns) are apart; in place only.
+    kind: "panels" and "row_major" are read in place, row by row of a tile's columns, "columns" by contiguous columns; "turned" copies
+    contiguous columns into panels, "from_rows" and "from_columns" what is computed, along what is contiguous.
+    start: index of column `n` (a symbol) at depth 0 in the buffer of `load`, ld: how far its rows (columns, if these are contiguous) are
+    apart; of plain loads only.
     """
 
     kind: str
@@ -270,9 +272,12 @@ def _in_place(kernel: Kernel, found: Product, load: Load, rows: Dim, shapes: Seq
             vectors, most = shapes[0]
             vectors = vectors * most // int(rows) if few and rows else vectors  # type: ignore[arg-type]
             return Right("row_major", Blocks(_tile_rows(rows, most), vectors, lanes), load, n, start, down)
-    if few and down == 1 and not {n, k} & across.free_symbols:
-        return Right("columns", Blocks(max(int(rows), 1), 1, lanes), load, n, start, across)  # type: ignore[arg-type]
-    return None
+    if down != 1 or {n, k} & across.free_symbols:
+        return None
+    if isinstance(rows, int) and rows <= MOST_IN_COLUMNS:
+        return Right("columns", Blocks(_tile_rows(rows, 4), 1, lanes), load, n, start, across)
+    vectors, most = _least_padding(product(a.extent for a in found.columns), shapes, lanes)
+    return Right("turned", Blocks(_tile_rows(rows, most), vectors, lanes), load, n, start, across)
 
 
 def _is_compact(ld: sympy.Expr) -> bool:
