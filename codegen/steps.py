@@ -41,7 +41,7 @@ def emit_view(host: Host, node: Node) -> None:
     x = host.values[node.inputs[0]]
     expression, contiguous = _VIEWS[node.op.name](host, node, x)
     copies = node.op.name in ("flip", "layout", "as_strided") or (node.op.name == "reshape" and not x.contiguous)
-    scope = Scope.CALL if copies else x.scope
+    scope = Scope.CALL if copies else max(x.scope, Scope.FRAME) if _mentions_sizes(node) else x.scope
     at = x.at if node.op.name == "reshape" and contiguous else ""
     host.define(node, expression, scope, [x], contiguous, moves=Moves.READER if copies else Moves.NAME, at=at, nbytes=x.nbytes)
 
@@ -109,7 +109,8 @@ def emit_constant(host: Host, node: Node) -> None:
 
 
 def _mentions_sizes(node: Node) -> bool:
-    return any(hasattr(v, "free_symbols") and v.free_symbols for v in node.attrs.values())
+    values = [v for a in node.attrs.values() for v in (a if isinstance(a, tuple) else (a,))]
+    return any(hasattr(v, "free_symbols") and v.free_symbols for v in values)
 
 
 # -- calls

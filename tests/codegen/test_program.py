@@ -182,6 +182,17 @@ def test_dynamic_sizes_compile_once(targets):
 
 
 @BOTH
+def test_views_of_constants_by_sizes(targets):
+    x, table = graph_input("x", t(S, 4)), OPS["constant"](data=Data("table", torch.randn(64, 4)))
+    rows, row = OPS["slice"](table, dim=0, start=0, stop=S), OPS["expand"](OPS["select"](table, dim=0, index=3), shape=(S, 4))
+    check(targets, [x], [OPS["linear"](x, rows), OPS["matmul"](x, OPS["permute"](row, dims=(1, 0)))], *_calls(4), symbols=ANY_S)
+
+
+def _calls(columns):
+    return [[torch.randn(n, columns)] for n in (3, 7, 3)]
+
+
+@BOTH
 def test_sizes_as_inputs_operands_and_outputs(targets):
     n = graph_input("n", ScalarType(torch.int64, S))
     x = graph_input("x", t(S, 2))
