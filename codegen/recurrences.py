@@ -14,7 +14,7 @@ import sympy
 import torch
 
 from ..ir.analysis.points import Obstacle, Refusal
-from ..ir.dims import contiguous_strides, dim, free_symbols, symbol
+from ..ir.dims import Dim, contiguous_strides, dim, free_symbols, symbol
 from ..ir.graph import Graph, Node, order
 from ..ir.op import Category
 from ..ir.ops import op
@@ -133,7 +133,7 @@ def _function(name: str) -> Callable[..., Scalar]:
 _sigmoid, _tanh = _function("sigmoid"), _function("tanh")
 
 
-def _span(node: Node) -> object:
+def _span(node: Node) -> Dim:
     """Elements from the first to the last of an operand in memory."""
     strides = node.attrs["strides"]
     if strides is None:

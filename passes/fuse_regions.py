@@ -18,6 +18,7 @@ from .base import Notes, Pass, Reason
 from .fusion_cost import Price
 from .fusion_regions import Builder, Region, connect, inside_order, loose_sizes, merge, waits
 from .fusion_units import FILLS, Units, find_units
+from .recurrences import recurrence_region
 
 MAX_SIBLINGS = 8
 """Readers of one value that are tried against each other: a value with more is small or shared by whole layers."""
@@ -232,10 +233,12 @@ def _resolve(node: Node, new: dict[Node, Node]) -> Node:
 
 
 def _moved(node: Node, new: dict[Node, Node]) -> Node:
-    """The node on its new operands; a fill that is needed as a value of its own is a kernel."""
+    """The node on its new operands; a fill that is needed as a value of its own is a kernel, and so is a recurrence."""
     if node.op.name in FILLS:
         return _fill(node)
     inputs = tuple(new[i] for i in node.inputs)
+    if node.op.category is Category.RECURRENCE:
+        return recurrence_region(node, inputs, FuseRegions.name)
     return node if inputs == node.inputs else node.with_inputs(inputs)
 
 

@@ -14,9 +14,11 @@ constexpr int VECTOR_REGISTERS = 32;
 #else
 constexpr int VECTOR_REGISTERS = 16;
 #endif
+constexpr int64_t TERMS = 128;                 // of a sum that are added one by one: rounding grows slowly
 constexpr int64_t STEP_WORK = 1 << 16;         // multiplications of one step that are worth a thread, and waiting for it
 constexpr int64_t ROWS_WORK = 1 << 18;         // of all steps, where threads need not wait for each other
 constexpr int64_t WEIGHTS_IN_CACHE = 3 << 19;  // bytes of weights that every core can keep for itself
+constexpr int64_t ROWS_ALONE = 4;              // with fewer rows a thread waits for the weights, even from its cache
 
 // How many of N vectors R rows can sum at a time: a divisor of N.
 template <int N> constexpr int together(int rows) {
@@ -32,7 +34,9 @@ INLINE void products(const T* state, int64_t ld, int64_t rows, const T* weights,
   if constexpr (R > 0) {
     if (rows < R) return products<R - 1, N, L>(state, ld, rows, weights, depth, tile);
     constexpr int n = together<N>(R);
-    for (int j = 0; j < N; j += n) micro<R, n, L>(state, ld, weights + j * L, N * L, depth, tile + j * L, N * L, false);
+    for (int j = 0; j < N; j += n)
+      for (int64_t k = 0; k < depth; k += TERMS)
+        micro<R, n, L>(state + k, ld, weights + k * N * L + j * L, N * L, k + TERMS < depth ? TERMS : depth - k, tile + j * L, N * L, k > 0);
   }
 }
 
@@ -45,8 +49,8 @@ struct Part {
 // other after every step.
 struct Parts {
   int64_t rows, units;
-  Parts(int64_t row_count, int64_t blocks, int64_t steps, int64_t row_work, int64_t weight_bytes, int64_t tile_rows, int threads) {
-    const int64_t useful = steps * row_count * row_work / ROWS_WORK + 1, full = row_count / tile_rows;
+  Parts(int64_t row_count, int64_t blocks, int64_t steps, int64_t row_work, int64_t weight_bytes, int threads) {
+    const int64_t useful = steps * row_count * row_work / ROWS_WORK + 1, full = row_count / ROWS_ALONE;
     const int64_t most = threads < useful ? threads : useful;
     rows = weight_bytes > WEIGHTS_IN_CACHE ? 1 : most < full ? most : full > 0 ? full : 1;
     units = row_count * row_work / STEP_WORK + 1;
@@ -72,7 +76,7 @@ void recurrence(int64_t rows, int64_t units, int64_t steps, bool reverse, int th
   if (rows <= 0) return;
   constexpr int R = tile_rows<N>;
   const int64_t blocks = ceil_div(units, L), ld = blocks * L + 16, size = rows * ld, panel = units * N * L;
-  const Parts parts(rows, blocks, steps, N * units * units, blocks * panel * sizeof(T), R, threads);
+  const Parts parts(rows, blocks, steps, N * units * units, blocks * panel * sizeof(T), threads);
   Row<T> packed(blocks * panel), memory((S + 1) * size);  // the first state twice: the one before and the one after a step
 
   const auto work = [&](int64_t me, int64_t team, auto wait) LANES {
