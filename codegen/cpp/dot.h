@@ -116,15 +116,16 @@ template <class B, int N, int L> struct RowMajor {
   }
 };
 
-// One panel that was copied and is in the cache: the rows of the next group are fetched.
+// One panel that was copied; meanwhile what the next is made of is fetched.
 template <int N, int L, class T> struct Copied {
   static constexpr int64_t width = N * L, terms = DEPTH;
   const T* data;
+  const char* source;
   template <int R>
   INLINE void add(const T* a, int64_t lda, int64_t group, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
-    const T* const next = a + R * lda;
-    constexpr int64_t line = LINE / sizeof(T);
-    micro<R, N, L>(a, lda, data + k * width, width, depth, tile, width, more, [=](int64_t k) { return next + k % R * lda + k / R * line; });
+    constexpr int64_t row = sizeof(T) * width, shares = row / LINE + 1;
+    const char* const next = source + k * row + group % shares * depth * LINE;
+    micro<R, N, L>(a, lda, data + k * width, width, depth, tile, width, more, [=](int64_t k) { return next + k * LINE; });
   }
 };
 
@@ -173,11 +174,12 @@ template <int L, class B, class T> INLINE void transpose(const B* in, int64_t fr
   UNROLL for (int i = 0; i < L; i++) store<L>(out + i * to, rows[i]);
 }
 
-// How panels are made of an operand that cannot be read as it lies. Contiguous columns that are ld apart:
+// How panels are made of an operand that cannot be read as it lies; source: where column n begins, if that is known. Contiguous columns that are ld apart:
 template <int N, int L, class B> struct Turned {
   static constexpr int vectors = N, lanes = L;
   const B* data;
   int64_t ld, columns, depth;
+  const void* source(int64_t n, const void*) const { return data + n * ld; }
   template <class T> void pack(T* to, int64_t n) const {
     for (int64_t j = 0; j < N * L; j += L, to += L) {
       const B* const from = data + (n + j) * ld;
@@ -197,6 +199,7 @@ template <int N, int L, class Write> struct FromRows {
   static constexpr int vectors = N, lanes = L;
   int64_t columns, depth;
   Write row;
+  const void* source(int64_t, const void* other) const { return other; }
   template <class T> void pack(T* to, int64_t n) const {
     const int64_t end = least_of(n + N * L, columns);
     for (int64_t k = 0; k < depth; k++, to += N * L) {
@@ -212,6 +215,7 @@ template <int N, int L, class Write> struct FromColumns {
   static constexpr int vectors = N, lanes = L;
   int64_t columns, depth;
   Write column;
+  const void* source(int64_t, const void* other) const { return other; }
   template <class T> void pack(T* to, int64_t n) const {
     const int64_t ld = ceil_div(depth, L) * L + L;
     Row<T> wide(L * ld);
@@ -344,7 +348,7 @@ void product_packed(int64_t rows, int64_t columns, int64_t depth, int threads, c
     });
     const T* const data = memory;
     const auto right = panels<From::vectors, From::lanes>(width, [=](int64_t n) { return data + n * depth; });
-    product<R, T>(rows, columns, depth, threads, left, right, finish);
+    product_of_blocks<R, T>(rows, columns, depth, useful, left, right, finish);
     return;
   }
   Row<T> block(padded * ld);
@@ -354,9 +358,9 @@ void product_packed(int64_t rows, int64_t columns, int64_t depth, int threads, c
   __builtin_memset((T*)block + rows * ld, 0, sizeof(T) * (padded - rows) * ld);
   parallel(panels_count, 1, int(useful), [&](int64_t begin, int64_t end) {
     Row<T> panel(size);
-    const Copied<From::vectors, From::lanes, T> right{panel};
     for (int64_t n = begin * width; n < least_of(end * width, columns); n += width) {
       from.pack((T*)panel, n);
+      const Copied<From::vectors, From::lanes, T> right{panel, (const char*)from.source(n + width, (T*)panel)};
       for (int64_t m = 0; m < rows; m += BLOCK_ROWS / R * R)
         panel_product<R, T>((const T*)block + m * ld, ld, m, least_of(BLOCK_ROWS / R * R, rows - m), n, least_of(n + width, columns), depth, right, finish);
     }
