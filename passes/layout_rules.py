@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..ir.graph import Node, is_scalar
 from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.types import TensorType
+from .group_norms import group_norm_last
 
 RULE = "choose-layouts"
 
@@ -127,6 +129,12 @@ def _index(node: Node, layouts: Layouts) -> Node:
     return _like(node, layouts.channels_last(x), *(layouts.channels_first(i) for i in indices), dims=_moved_dims(x, node.attrs["dims"]))
 
 
+def _group_norm(node: Node, layouts: Layouts) -> Node:
+    x, *parameters = node.inputs
+    w, b, *_ = (*map(layouts.channels_first, parameters), None, None)
+    return replace(group_norm_last(node, layouts.channels_last(x), w, b, RULE), hint=node.hint)
+
+
 _BY_NAME: dict[str, tuple[Callable[[Node], bool], Turn]] = {
     **dict.fromkeys(("conv", "max_pool", "avg_pool"), (lambda n: _is_window(n), _window)),
     "pad": (lambda n: True, _pad),
@@ -134,6 +142,7 @@ _BY_NAME: dict[str, tuple[Callable[[Node], bool], Turn]] = {
     "expand": (lambda n: n.inputs[0].tensor.rank == n.tensor.rank, _shaped),
     "reshape": (lambda n: _keeps_channels(n), _shaped),
     "flip": (lambda n: True, _along_dims),
+    "group_norm": (lambda n: True, _group_norm),
     **dict.fromkeys(("cat", "slice", "softmax", "log_softmax", "cumsum", "cumprod"), (lambda n: True, _along_dim)),
 }
 """Op name -> whether a node of it can yield channels last, and how."""
@@ -165,7 +174,7 @@ def turn_rule(node: Node) -> Turn | None:
 
 def turned_operands(node: Node) -> tuple[Node, ...]:
     """The operands that such a node reads with their channels last; weights and indices are read as they are."""
-    return node.inputs[:1] if node.op.name in ("conv", "index") else node.inputs
+    return node.inputs[:1] if node.op.name in ("conv", "index", "group_norm") else node.inputs
 
 
 # -- ops that read channels last, and yield what they did

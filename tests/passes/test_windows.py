@@ -3,10 +3,14 @@
 import pytest
 import torch
 from pass_checks import assert_same_values, body, run
-from tilewright.ir.graph import order
+from tilewright.ir.graph import graph_input, make_graph, order
+from tilewright.ir.interpret import interpret
+from tilewright.ir.ops import OPS
+from tilewright.ir.types import TensorType
 from tilewright.passes.base import Reason
 from tilewright.passes.choose_layouts import ChooseLayouts
 from tilewright.passes.fuse_regions import FuseRegions
+from tilewright.passes.group_norms import group_norm_last
 
 PLAIN = "stride=[1, 1], padding=[1, 1], dilation=[1, 1]"
 DEPTHWISE = f"conv(x, w, b, {PLAIN}, groups=16, channels_last=true)"
@@ -83,9 +87,42 @@ def test_channels_are_turned_for_a_depthwise_convolution():
     """Between products by pixel, as in MobileNet: none of the three reorders anything."""
     signature = "x: f32[2, 16, 32, 32], w: f32[64, 16, 1, 1], d: f32[64, 1, 3, 3], v: f32[16, 64, 1, 1]"
     one = "stride=[1, 1], padding=[0, 0], dilation=[1, 1]"
-    text = body(signature, f"a = conv(x, w, {one})", "r = relu(a)", f"c = conv(r, d, {PLAIN}, groups=64)", "s = relu(c)", f"y = conv(s, v, {one})",
-                "m = mean(y, dims=[2, 3])", "m")  # fmt: skip
+    depthwise = f"c = conv(r, d, {PLAIN}, groups=64)"
+    lines = [f"a = conv(x, w, {one})", "r = relu(a)", depthwise, "s = relu(c)", f"y = conv(s, v, {one})", "m = mean(y, dims=[2, 3])"]
+    text = body(signature, *lines, "m")
     before, after, _ = run(ChooseLayouts(), text)
     assert_same_values(before, after, [torch.randn(tuple(n.shape)) for n in before.inputs], 1e-4)
     assert sum(n.op.name == "permute" for n in order(after)) == 1
     assert all(n.attrs["channels_last"] for n in order(after) if n.op.name == "conv")
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 6, 5), (2, 24, 7), (2, 24, 3, 4, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("parameters", [0, 1, 2])
+def test_group_norm_keeps_channels_last(shape, dtype, parameters):
+    """As near to float64 as torch, far from zero too, where a mean of 20 standard deviations is taken away after scaling, as in torch."""
+    torch.manual_seed(0)
+    space = len(shape) - 2
+    x = graph_input("x", TensorType(dtype, shape))
+    weights = [graph_input(name, TensorType(dtype, (24,))) for name in "wb"[:parameters]]
+    norm = OPS["group_norm"](x, *weights, groups=4)
+    last = OPS["permute"](x, dims=(0, *range(2, space + 2), 1))
+    made = group_norm_last(norm, last, *weights, *[None] * (2 - parameters), "rule")  # type: ignore[arg-type]
+    graph = make_graph("g", [x, *weights], [norm, OPS["permute"](made, dims=(0, space + 1, *range(1, space + 1)))])
+    inputs = [torch.randn(shape).add(20).to(dtype), *(torch.randn(24).to(dtype) for _ in weights)]
+    eager, ours = interpret(graph, inputs)
+    exact = interpret(graph, inputs, torch.float64)[0]
+    budget = 2 * (eager.double() - exact).abs().max() + 8 * torch.finfo(dtype).eps * exact.abs().max()
+    budget += 8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 20
+    assert (ours.double() - exact).abs().max() <= budget
+
+
+def test_group_norm_between_convolutions_turns_nothing():
+    signature = ", ".join(["x: f32[2, 64, 32, 32]", "w: f32[64, 64, 3, 3]", "v: f32[64, 64, 3, 3]", "g: f32[64]", "h: f32[64]"])
+    norm = ["n = group_norm(c, g, h, groups=8)", "s = silu(n)"]
+    text = body(signature, f"c = conv(x, w, {PLAIN})", *norm, f"y = conv(s, v, {PLAIN})", "m = mean(y, dims=[2, 3])", "m")
+    before, after, _ = run(ChooseLayouts(), text)
+    assert_same_values(before, after, [torch.randn(tuple(n.shape)) for n in before.inputs], 1e-4)
+    assert sum(n.op.name == "permute" for n in order(after)) == 1
+    fused = [n.attrs["label"] for n in order(FuseRegions().run(after)) if n.op.name == "region"]
+    assert len(fused) == 5, fused  # rows, channels, groups, the norm with its activation, the mean
