@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,10 @@ class Optimized:
             if len(self._known) < KNOWN_CALLS:
                 self._known.add(kind)
         return self.convention.pack(self.program.run(flat + [self.state[name] for name in self.convention.state]))
+
+    def with_own_state(self) -> Optimized:
+        """The same model, whose buffers are copies: what it does to them is not seen here."""
+        return replace(self, state={name: value.clone() for name, value in self.state.items()}) if self.state else self
 
     def save(self, path: str | Path) -> None:
         """Writes the artifact; raises CannotWrite."""

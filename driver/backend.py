@@ -9,17 +9,20 @@ from typing import Any
 import torch
 
 from ..codegen.regions import internal_error
-from ..ir.capture import compile_fx
+from ..ir.capture import compile_fx, trace_recurrences
 from ..ir.capture.aot import TRAINING, CompiledGraph, Held
 from ..ir.errors import CaptureError
 from ..ir.graph import Graph
 from ..passes.base import Notes, Reason
-from .compile import Options, compile_graph
+from .compile import Compiled, Options, compile_graph
 from .errors import BadOption
 from .freeze import declined, freeze
 from .receipt import failed_receipt, record
 
-MODES = ("default",)
+MODES = {"default": {}, "max-autotune": {"max_autotune": True}}
+"""Mode -> the options that it sets."""
+
+trace_recurrences()  # when the backend is loaded: Dynamo decides what it traces before it calls one
 
 
 def tilewright(
@@ -28,21 +31,23 @@ def tilewright(
     """The backend. `options` are the fields of `driver.compile.Options`; raises BadOption for anything else.
 
     options={"freeze": True}: see `driver.freeze`; for inference only, a graph that records gradients keeps its parameters as inputs.
+    mode="max-autotune", or options={"max_autotune": True}: see `driver.tune`; it does not freeze, as torch.compile's own mode does not:
+    whoever wants both says options={"max_autotune": True, "freeze": True}.
 
     Every graph leaves a receipt (`tilewright.receipts()`). One that cannot be captured or compiled runs by eager, and its receipt says why.
     """
     checked = checked_options(mode, options)
 
-    def compiled(graph: Graph, notes: Notes) -> CompiledGraph:
-        made = compile_graph(graph, checked, notes)
+    def compiled(graph: Graph, notes: Notes, held: Held) -> CompiledGraph:
+        made = _tuned(graph, checked, notes, held) if checked.tunes else compile_graph(graph, checked, notes)
         record(made.receipt)
         return made.program.run
 
     def frozen(graph: Graph, held: Held) -> CompiledGraph:
         if not checked.freeze:
-            return compiled(graph, Notes())
+            return compiled(graph, Notes(), held)
         if graph.name.endswith(TRAINING):
-            return compiled(graph, declined(graph, held, Reason.TRAINING))
+            return compiled(graph, declined(graph, held, Reason.TRAINING), held)
         return freeze(graph, held, compiled)
 
     def failed(error: Exception) -> None:
@@ -54,18 +59,26 @@ def tilewright(
 
 def checked_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     """The options in normal form; raises BadOption, one sentence that names what exists."""
-    if mode is not None and mode not in MODES:
+    if (mode or "default") not in MODES:
         raise BadOption(option=f"mode={mode!r}", reason=f"not available yet; modes are {', '.join(MODES)}")
     fields = {f.name: f for f in dataclasses.fields(Options)}
     for name, value in (options or {}).items():
         if name not in fields:
             raise BadOption(option=f"options[{name!r}]", reason=f"there is no such option; options are {', '.join(fields)}")
         kind = type(fields[name].default) if fields[name].default is not None else str
-        if not isinstance(value, kind):
+        if not isinstance(value, (int, float) if kind is float else kind) or (kind is float and isinstance(value, bool)):
             raise BadOption(option=f"options[{name!r}]", reason=f"it must be a {kind.__name__}, not {value!r}")
-    made = Options(**(options or {}))
+    made = Options(**{**MODES[mode or "default"], **(options or {})})
     _passes(made)
     return made
+
+
+def _tuned(graph: Graph, options: Options, notes: Notes, held: Held) -> Compiled:
+    """Measured on inputs made up, but with the parameters themselves."""
+    from ..search.examples import example_inputs
+    from .tune import compile_tuned
+
+    return compile_tuned(graph, options, example_inputs(graph, held), notes)
 
 
 def _passes(options: Options) -> None:

@@ -33,6 +33,7 @@ InputsOption = Annotated[
 ]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="where to write the artifact; default: MODEL.tw")]
 PassesOption = Annotated[str | None, typer.Option(help='passes to run instead of the default list, e.g. "canonicalize,fuse-regions"')]
+TuneOption = Annotated[float, typer.Option("--tune", min=0, help="seconds for measuring which rewrites gain; 0: take them all")]
 TrustOption = Annotated[bool, typer.Option("--trust-pickle", help="read pickled modules; they can run any code")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="also write the receipt as JSON")]
 
@@ -43,6 +44,7 @@ def optimize(
     inputs: InputsOption = [],  # noqa: B006 (typer reads the default)
     output: OutputOption = None,
     passes: PassesOption = None,
+    tune: TuneOption = 30.0,
     trust_pickle: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
@@ -59,7 +61,7 @@ def optimize(
         _check_passes(passes)
         with stage(f"reading {model}"):
             read = load_model(model, parse_inputs(inputs), trust_pickle)
-        optimized = optimize_model(read, passes, stage)
+        optimized = optimize_model(read, passes, stage, tune)
         with stage(f"writing {target}"):
             optimized.save(target)
     if json:

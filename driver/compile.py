@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,13 +26,21 @@ class Options:
     """passes: as on the command line, None for the default list. verify: check the graph after every pass.
 
     dump: a directory that gets the graph after every pass and the generated program, as text. freeze: parameters and buffers that a
-    graph for inference only reads become constants of it (torch.compile; `optimize` always has them so).
+    graph for inference only reads become constants of it (torch.compile; `optimize` always has them so). max_autotune: measure the
+    rewrites, and take back those that do not gain (`driver.tune`); a list of passes of the user's own is not questioned. tuning_seconds:
+    how long that may take for one graph, the compilation of what is compared included.
     """
 
     passes: str | None = None
     verify: bool = False
     freeze: bool = False
+    max_autotune: bool = False
+    tuning_seconds: float = 30.0
     dump: str | None = None
+
+    @property
+    def tunes(self) -> bool:
+        return self.max_autotune and self.passes is None
 
 
 @dataclass(frozen=True)
@@ -44,14 +52,15 @@ class Compiled:
     receipt: Receipt
 
 
-def compile_graph(graph: Graph, options: Options = Options(), notes: Notes | None = None) -> Compiled:
+def compile_graph(graph: Graph, options: Options = Options(), notes: Notes | None = None, passes: Sequence[Pass] | None = None) -> Compiled:
     """Runs the passes and compiles. Raises what a broken pass raises; a region that cannot be compiled is a fallback, never an error.
 
-    notes: what was done to the graph before, for the receipt.
+    notes: what was done to the graph before, for the receipt. passes: instead of those of the options.
     """
     notes, seconds = notes or Notes(), dict[str, float]()
     start = time.perf_counter()
-    fused = kept_apart(graph, run_passes(graph, passes_from(options.passes), notes, _between(options, seconds)))
+    passes = passes_from(options.passes) if passes is None else passes
+    fused = kept_apart(graph, run_passes(graph, passes, notes, _between(options, seconds)))
     program = build_program(fused)
     receipt = make_receipt(program, notes, {**seconds, "total": time.perf_counter() - start})
     if options.dump is not None:

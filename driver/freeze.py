@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..ir.analysis.memory import owners, views
-from ..ir.capture.aot import CompiledGraph
+from ..ir.capture.aot import CompiledGraph, Held
 from ..ir.graph import Data, Graph, Node, is_scalar, order
 from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
@@ -34,22 +34,23 @@ CHANGES = 4
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _version, _address = attrgetter("_version"), methodcaller("data_ptr")
 
-CompileFrozen = Callable[[Graph, Notes], CompiledGraph]
+CompileFrozen = Callable[[Graph, Notes, Held], CompiledGraph]
 
 
-def freeze(graph: Graph, held: Mapping[int, torch.Tensor], compile_graph: CompileFrozen) -> CompiledGraph:
+def freeze(graph: Graph, held: Held, compile_graph: CompileFrozen) -> CompiledGraph:
     """A function of the inputs of `graph` that runs it with those inputs in `held` that it only reads as constants.
 
-    compile_graph gets the graph without those inputs, and the notes that say what was frozen and what was not.
+    compile_graph gets the graph without those inputs, the notes that say what was frozen and what was not, and what is behind the
+    inputs that are left.
     """
     kept = _kept(graph, held)
     places = tuple(i for i in held if i not in kept)
     if not places:
-        return compile_graph(graph, _notes(graph, held, kept))
+        return compile_graph(graph, _notes(graph, held, kept), held)
     return _Freezer(graph, places, compile_graph, kept).first(held)
 
 
-def declined(graph: Graph, held: Mapping[int, torch.Tensor], reason: Reason) -> Notes:
+def declined(graph: Graph, held: Held, reason: Reason) -> Notes:
     """Notes that say that nothing was frozen, and why."""
     notes = Notes()
     if held:
@@ -57,7 +58,7 @@ def declined(graph: Graph, held: Mapping[int, torch.Tensor], reason: Reason) -> 
     return notes
 
 
-def _kept(graph: Graph, held: Mapping[int, torch.Tensor]) -> dict[int, Reason]:
+def _kept(graph: Graph, held: Held) -> dict[int, Reason]:
     """Inputs that stay inputs, and why."""
     written = {target for target, _ in graph.writes}
     owned = owners(order(graph), views)
@@ -140,7 +141,7 @@ class _Freezer:
         rest = tuple(i for i in range(len(graph.inputs)) if i not in places)
         self._constants, self._live = _getter(places), _getter(rest)
 
-    def first(self, held: Mapping[int, torch.Tensor]) -> CompiledGraph:
+    def first(self, held: Held) -> CompiledGraph:
         made = self._made(tuple(held[i] for i in self._places))
         self._frozen.append(made)
         return self._run
@@ -165,7 +166,9 @@ class _Freezer:
             self._changes += len(stale)
             if self._changes > CHANGES or len(self._frozen) >= MODELS:
                 reason = Reason.CHANGES if self._changes > CHANGES else Reason.MEMORY
-                self._open = self._compile(self._graph, declined(self._graph, dict(enumerate(tensors)), reason))
+                self._open = self._compile(
+                    self._graph, declined(self._graph, dict(enumerate(tensors)), reason), dict(zip(self._places, tensors))
+                )
                 self._frozen = [f for f in self._frozen if f not in stale]
                 return None
             made = self._made(tensors)
@@ -175,7 +178,7 @@ class _Freezer:
     def _made(self, tensors: tuple[torch.Tensor, ...]) -> _Frozen:
         seen = contents(tensors)
         graph = with_constants(self._graph, dict(zip(self._places, tensors)))
-        return _Frozen(self._compile(graph, _notes(self._graph, self._places, self._kept)), tensors, seen)
+        return _Frozen(self._compile(graph, _notes(self._graph, self._places, self._kept), {}), tensors, seen)
 
 
 def _getter(places: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -14,17 +14,21 @@ import torch
 from ..ir.capture import CapturedModule, from_exported
 from ..ir.errors import CaptureError
 from ..ir.interpret import interpret
+from ..search.tuner import Verdict, decide, fastest
 from .accuracy import ErrorCheck, check
 from .artifact import Optimized
 from .calling import CallingConvention, convention_of
-from .compile import Options, compile_graph
+from .compile import Compiled, Options, compile_graph
 from .errors import CannotOptimize, ModelFails
 from .inputs import Example, copied
 from .loading import Model, export_module, with_own_buffers
-from .receipt import Speed
+from .receipt import Speed, Trial
+from .tune import compile_tuned
 
 EAGER_TRUST = 1e-2  # eager further than this from float64 means that the reference is not the user's model
 MEASURE_SECONDS = 2.0
+MEASURE_ROUNDS = 1000
+TUNING_SECONDS = Options().tuning_seconds
 
 Stages = Callable[[str], AbstractContextManager[Any]]
 
@@ -36,34 +40,84 @@ def optimize(
     *,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     passes: str | None = None,
+    tuning_seconds: float = TUNING_SECONDS,
 ) -> Optimized:
     """Optimizes a module for inference, exactly, on example arguments.
 
     dynamic: input name -> {dimension: symbol name} for sizes that may vary, e.g. {"x": {0: "batch"}}.
-    passes: as on the command line; None runs the default list.
+    passes: as on the command line; None runs the default list, and takes back what measuring shows not to gain.
+    tuning_seconds: how long that may take (0: nothing is measured), beside compiling and the final checks.
     Raises CannotOptimize where the model cannot be exported or captured.
     """
     example = Example(tuple(args), dict(kwargs or {}), {k: dict(v) for k, v in (dynamic or {}).items()})
-    return optimize_model(export_module(type(model).__name__, model, example), passes)
+    return optimize_model(export_module(type(model).__name__, model, example), passes, tuning_seconds=tuning_seconds)
 
 
-def optimize_model(model: Model, passes: str | None = None, stage: Stages = lambda name: nullcontext()) -> Optimized:
+def optimize_model(
+    model: Model, passes: str | None = None, stage: Stages = lambda name: nullcontext(), tuning_seconds: float = TUNING_SECONDS
+) -> Optimized:
     """Captures, rewrites, generates, builds; then measures error against float64 and speed against eager on the model's example."""
+    options = Options(passes=passes, max_autotune=tuning_seconds > 0, tuning_seconds=tuning_seconds)
     with stage("capturing the graph"):
         captured = _captured(model)
-    with stage("rewriting and building kernels"):
-        compiled = compile_graph(captured.graph, Options(passes=passes))
     convention = replace(convention_of(model.program, captured), names=model.names)
     _require_fitting(model, captured, convention)
-    # measuring runs the model, which may update its buffers: that happens on copies
-    scratch = {name: value.clone() for name, value in captured.state.items()}
-    optimized = Optimized(compiled.graph, convention, compiled.program, compiled.receipt, scratch)
-    model = replace(model, module=with_own_buffers(model.module)) if captured.state else model
-    with stage("checking against float64"):
-        error = _error(model, captured, optimized)
+    with stage("rewriting, building kernels and measuring them" if options.tunes else "rewriting and building kernels"):
+        compiled = _compiled(model, captured, convention, options)
+    optimized = Optimized(compiled.graph, convention, compiled.program, compiled.receipt, captured.state)
     with stage("measuring speed against eager"):
-        speed = _speed(model, optimized)
-    return replace(optimized, receipt=replace(compiled.receipt, error=error, speed=speed), state=captured.state)
+        optimized = _never_slower(_apart(model, captured), captured, optimized, options)
+    with stage("checking against float64"):
+        error = _error(_apart(model, captured), captured, optimized)
+    return replace(optimized, receipt=replace(optimized.receipt, error=error))
+
+
+def _compiled(model: Model, captured: CapturedModule, convention: CallingConvention, options: Options) -> Compiled:
+    if not options.tunes:
+        return compile_graph(captured.graph, options)
+    flat = copied(convention.bind(model.example.args, dict(model.example.kwargs))) + _state(captured)
+    return compile_tuned(captured.graph, options, flat)
+
+
+def _apart(model: Model, captured: CapturedModule) -> Model:
+    """Measuring runs the model, which may update its buffers: that happens on copies."""
+    return replace(model, module=with_own_buffers(model.module)) if captured.state else model
+
+
+def _state(captured: CapturedModule) -> list[torch.Tensor]:
+    return [value.clone() for value in captured.state.values()]
+
+
+def _never_slower(model: Model, captured: CapturedModule, optimized: Optimized, options: Options) -> Optimized:
+    """The model with its speed against eager's on the receipt; op by op as eager does it, where that is faster than our kernels."""
+    verdict = _timed(model, ours=optimized)
+    if not options.tunes or verdict.winner != "eager" or not optimized.program.kernels:
+        return _with_speed(optimized, verdict, "ours")
+    made = compile_graph(captured.graph, options, passes=())
+    plain = replace(optimized, graph=made.graph, program=made.program, receipt=made.receipt)
+    verdict = _timed(model, ours=optimized, plain=plain)
+    timings = dict(verdict.timings)
+    eager = timings.pop("eager")
+    name = decide(timings, "ours")
+    trial = Trial("all rewrites, against eager", name == "ours", timings["ours"].seconds, eager.seconds, eager.noise)
+    chosen = optimized if trial.kept else plain
+    receipt = replace(chosen.receipt, trials=(*optimized.receipt.trials, trial))
+    return _with_speed(replace(chosen, receipt=receipt), verdict, name)
+
+
+def _timed(model: Model, **candidates: Optimized) -> Verdict:
+    """Calls of eager and of the candidates on the example, in turn."""
+    args, kwargs = model.example.args, model.example.kwargs
+    runs: dict[str, Callable[..., Any]] = {name: made.with_own_state() for name, made in candidates.items()}
+    runs["eager"] = model.module
+    with torch.no_grad():
+        calls = {name: functools.partial(run, *args, **kwargs) for name, run in runs.items()}
+        return fastest(calls, "ours", MEASURE_SECONDS, MEASURE_ROUNDS, hopeless=math.inf)
+
+
+def _with_speed(optimized: Optimized, verdict: Verdict, name: str) -> Optimized:
+    speed = Speed(verdict.timings["eager"].seconds, verdict.timings[name].seconds, verdict.rounds)
+    return replace(optimized, receipt=replace(optimized.receipt, speed=speed))
 
 
 def _captured(model: Model) -> CapturedModule:
@@ -90,7 +144,7 @@ def _error(model: Model, captured: CapturedModule, optimized: Optimized) -> Erro
     with torch.no_grad():
         reference = convention.pack(interpret(captured.graph, copied(flat), torch.float64))
         eager = model.module(*copied(args), **copied(kwargs))
-    result = check(optimized(*args, **kwargs), eager, reference)
+    result = check(optimized.with_own_state()(*args, **kwargs), eager, reference)
     if result.eager > EAGER_TRUST:
         reason = f"the captured graph does not compute what the model does (they differ by {result.eager:.1e})"
         raise CannotOptimize(path=model.name, reason=reason)
@@ -98,17 +152,3 @@ def _error(model: Model, captured: CapturedModule, optimized: Optimized) -> Erro
         reason = f"the result would be off by {result.ours:.1e} where {result.allowed:.1e} is allowed; please report this model"
         raise CannotOptimize(path=model.name, reason=reason)
     return result
-
-
-def _speed(model: Model, optimized: Optimized) -> Speed:
-    """Median seconds per call of eager and ours, called alternately on the example."""
-    args, kwargs = model.example.args, model.example.kwargs
-    times: tuple[list[float], list[float]] = ([], [])
-    with torch.no_grad():
-        deadline = time.perf_counter() + MEASURE_SECONDS
-        while len(times[0]) < 5 or (time.perf_counter() < deadline and len(times[0]) < 1000):
-            for run, record in zip((model.module, optimized), times):
-                begin = time.perf_counter()
-                run(*args, **kwargs)
-                record.append(time.perf_counter() - begin)
-    return Speed(eager=statistics.median(times[0]), ours=statistics.median(times[1]), runs=len(times[0]))

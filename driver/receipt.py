@@ -27,6 +27,20 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A group of rewrites that was measured against what it replaces: median seconds of a call `with_it` and `without` it, and the noise
+    of their ratio. Kept, unless it is slower beyond noise. note: why it was not measured, "" if it was.
+    """
+
+    what: str
+    kept: bool
+    with_it: float = 0.0
+    without: float = 0.0
+    noise: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class KernelLine:
     """A generated kernel: what it computes, from which source lines, how many ops one call covers, how many places call it.
 
@@ -85,7 +99,7 @@ class Receipt:
     """See the fields' classes. seconds: per pass, and for "lower" and "compile". arena: bytes of the arena, an expression where sizes vary.
 
     copies: values that are laid out anew when they do not come row-major. failure: why the whole graph runs by eager, "" if it does not.
-    error, speed: where they were measured.
+    error, speed: where they were measured. trials: groups of rewrites that were measured, and taken back if they did not gain.
     """
 
     graph: str
@@ -101,6 +115,7 @@ class Receipt:
     failure: str = ""
     error: ErrorCheck | None = None
     speed: Speed | None = None
+    trials: tuple[Trial, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -110,7 +125,7 @@ class Receipt:
         """The receipt written by `to_json`; raises ValueError or KeyError for anything else."""
         data = json.loads(text)
         for name, kind in _ROWS.items():
-            data[name] = tuple(_row(kind, row) for row in data[name])
+            data[name] = tuple(_row(kind, row) for row in data.get(name, ()))
         data["coverage"] = Coverage(**{k: Share(**v) for k, v in data["coverage"].items()})
         data["copies"] = tuple(data["copies"])
         for name, kind in (("error", ErrorCheck), ("speed", Speed)):
@@ -136,7 +151,8 @@ class Receipt:
         return "; ".join(parts)
 
 
-_ROWS: dict[str, type] = {"kernels": KernelLine, "library": LibraryCall, "fallbacks": Fallback, "applied": Applied, "refused": Refusal}
+_ROWS: dict[str, type] = {"kernels": KernelLine, "library": LibraryCall, "fallbacks": Fallback, "applied": Applied, "refused": Refusal,
+                         "trials": Trial}  # fmt: skip
 
 
 def _row(kind: type, row: dict[str, Any]) -> Any:

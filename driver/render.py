@@ -51,6 +51,8 @@ def _parts(receipt: Receipt, details: bool) -> Iterator[RenderableType]:
         yield from _section("library calls", [Text(", ".join(f"{count} {name}" for name, count in calls.most_common()))])
     if receipt.fallbacks:
         yield from _section("run by eager, one by one", list(_fallbacks(receipt)))
+    if receipt.trials:
+        yield from _section("measured", [_trials(receipt)])
     if receipt.refused:
         yield from _section("declined", list(_refused(receipt, details)))
     if details:
@@ -98,6 +100,18 @@ def _fallbacks(receipt: Receipt) -> Iterator[RenderableType]:
     first = {(f.node, f.reason): f.source for f in reversed(receipt.fallbacks)}
     for (node, reason), count in counts.most_common():
         yield _entry(f"{_times(count)}{node}", reason, first[node, reason])
+
+
+def _trials(receipt: Receipt) -> Table:
+    """What each group of rewrites gains on the whole graph, and which were taken back."""
+    table = _grid(("name", "left"), ("with", "right"), ("without", "right"), ("", "left"))
+    for t in receipt.trials:
+        if t.note:
+            _row(table, t.what, "", "", t.note)
+            continue
+        change = f"{t.without / t.with_it:.3g}x faster" if t.with_it <= t.without else f"{t.with_it / t.without:.3g}x slower"
+        _row(table, t.what, _time(t.with_it), _time(t.without), f"{change}, {'kept' if t.kept else 'rolled back'}")
+    return table
 
 
 def _refused(receipt: Receipt, details: bool) -> Iterator[RenderableType]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sqlite3
 import statistics
@@ -24,19 +25,20 @@ CERTAINTY = 2.5
 LEAST_GAIN = 0.01
 """A smaller gain is none: clocks, alignment and placement of memory differ by as much from process to process."""
 HOPELESS = 1.3
-"""What is slower by so much, for certain, is timed no more."""
 
 Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """winner: the candidate to take. timings: of all that ran. failed: those that did not, and why."""
+    """winner: the candidate to take. timings: of all that ran. failed: those that did not, and why. rounds: calls of the default that
+    were timed, 0 where the verdict was remembered."""
 
     winner: str
     default: str
     timings: Mapping[str, Timing]
     failed: Mapping[str, str] = field(default_factory=dict)
+    rounds: int = 0
 
     @property
     def gain(self) -> float:
@@ -49,17 +51,23 @@ class Verdict:
 
 
 def fastest(
-    candidates: Mapping[str, Run], default: str, seconds: float = SECONDS, clock: Callable[[], float] = time.perf_counter
+    candidates: Mapping[str, Run],
+    default: str,
+    seconds: float = SECONDS,
+    rounds: int = ROUNDS,
+    hopeless: float = HOPELESS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Verdict:
-    """Times the candidates, called in turn (A B, B A, ...), for about so many seconds.
+    """Times the candidates, called in turn (A B, B A, ...), for about so many seconds and at most so many rounds.
 
-    The winner is the default unless another one gains beyond noise. A candidate that raises is out; the default must not raise.
+    The winner is the default unless another one gains beyond noise. A candidate that raises is out; the default must not raise. One that
+    takes `hopeless` times as long as the default, for certain, is called no more.
     """
     running, failed = _started(candidates, default)
     batch = _batches(running, clock)
     times: dict[str, list[float]] = {name: [] for name in running}
     deadline = clock() + seconds
-    for turn in range(ROUNDS):
+    for turn in range(rounds):
         if turn >= LEAST_ROUNDS and clock() > deadline:
             break
         for name in list(running)[:: 1 if turn % 2 else -1]:
@@ -68,17 +76,18 @@ def fastest(
                 running[name]()
             times[name].append((clock() - start) / batch)
         if turn + 1 >= LEAST_ROUNDS:
-            running = {n: r for n, r in running.items() if n == default or not _hopeless(times[n], times[default])}
+            running = {n: r for n, r in running.items() if n == default or not _hopeless(times[n], times[default], hopeless)}
         if len(running) == 1:
             break
     timings = {name: _timing(values, times[default]) for name, values in times.items()}
-    return Verdict(decide(timings, default), default, timings, failed)
+    return Verdict(decide(timings, default), default, timings, failed, batch * len(times[default]))
 
 
 def decide(timings: Mapping[str, Timing], default: str) -> str:
     """The fastest of those that gain beyond noise over the default, or the default."""
     base = timings[default].seconds
-    gaining = [n for n, t in timings.items() if 1 - t.seconds / base > max(LEAST_GAIN, CERTAINTY * t.noise)]
+    ratios = {n: t.seconds / base for n, t in timings.items()}
+    gaining = [n for n, ratio in ratios.items() if 1 - ratio > max(LEAST_GAIN, CERTAINTY * timings[n].noise * ratio)]
     return min(gaining, key=lambda n: timings[n].seconds, default=default)
 
 
@@ -94,8 +103,13 @@ def remembered(
     try:
         database.put(key, verdict.timings)
     except sqlite3.Error as error:
-        warnings.warn(f"{database.path} cannot be written ({error}): the next process measures again", stacklevel=2)
+        _warn_once(f"{database.path} cannot be written ({error}): the next process measures again")
     return verdict
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 def _known(key: Key, database: Database) -> dict[str, Timing]:
@@ -144,6 +158,6 @@ def _error(values: list[float], middle: float) -> float:
     return 1.2533 * 1.4826 * deviation / math.sqrt(len(values)) / middle if middle else 0.0
 
 
-def _hopeless(times: list[float], base: list[float]) -> bool:
+def _hopeless(times: list[float], base: list[float], factor: float) -> bool:
     timing = _timing(times, base)
-    return timing.seconds * (1 - CERTAINTY * timing.noise) > HOPELESS * statistics.median(base)
+    return timing.seconds * (1 - CERTAINTY * timing.noise) > factor * statistics.median(base)

@@ -23,7 +23,7 @@ def quick(monkeypatch, tmp_path):
 
 def test_it_is_measured_once(quick, monkeypatch) -> None:
     first = this_device()
-    assert first.read > 1e8 and first.copy > 1e8 and first.gemm["float32"] > 1e8
+    assert min(first.read, first.copy, *first.gemm.values()) > 0
     assert first.cores >= 1 and first.threads == torch.get_num_threads() and identity() == first.name
     module._device.cache_clear()
     monkeypatch.setattr(module, "measure", lambda: pytest.fail("measured again"))

@@ -1,0 +1,162 @@
+"""Never slower: each group of rewrites is measured against what it replaces, and taken back where it does not gain.
+
+    passes as they are            3.1 ms
+      without native contractions 3.9 ms    kept
+      without channel layouts     2.8 ms    rolled back: channel layouts cost 0.3 ms
+    op by op, by the library      4.0 ms    kept: what is left of the rewrites gains
+
+The two are called in turn, and a difference within noise changes nothing. What was measured is kept in the tuning database, so that the
+next process compiles what won.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..codegen.regions import internal_error
+from ..ir.graph import Graph, Node
+from ..passes.base import Notes, Pass
+from ..passes.pack_weights import PackWeights
+from ..search.database import Database, Key
+from ..search.providers import VENDOR, Provided, providers
+from ..search.tuner import Run, Verdict, remembered
+from .compile import Compiled, Options, compile_graph
+from .pipeline import passes_from
+from .receipt import Receipt, Trial
+
+WITH, WITHOUT = "with", "without"
+TRIAL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rewrites that stand or fall together. passes: those that are left out. rules: whose notes tell that there is anything to measure."""
+
+    name: str
+    passes: frozenset[str]
+    rules: frozenset[str]
+
+    def applied(self, receipt: Receipt) -> bool:
+        return any(a.rule in self.rules for a in receipt.applied)
+
+
+GROUPS = (
+    Group("native contractions", frozenset({"pack-weights"}), frozenset({"pack-weights"})),
+    Group("channel layouts", frozenset({"choose-layouts"}), frozenset({"choose-layouts"})),
+    Group("merged linears", frozenset({"merge-linears"}), frozenset({"merge-linears"})),
+    Group("fusion", frozenset({"pack-weights", "split-bias", "fuse-regions", "plan-memory"}), frozenset({"fuse-regions"})),
+)
+
+
+def compile_tuned(graph: Graph, options: Options, inputs: Sequence[Any], notes: Notes | None = None) -> Compiled:
+    """As `compile_graph`, of the passes whose results are the fastest on these inputs, which the graph may overwrite.
+
+    The receipt's `trials` say what was measured. Takes about `options.tuning_seconds` at most, beside compiling what is returned.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        return _Tuner(graph, options, inputs, notes or Notes()).run()
+
+
+class _Tuner:
+    def __init__(self, graph: Graph, options: Options, inputs: Sequence[Any], notes: Notes) -> None:
+        self.graph, self.options, self.inputs, self.notes = graph, options, inputs, notes
+        self.database = Database()
+        self.trials: list[Trial] = []
+        self.passes = tuple(passes_from(options.passes))
+        self.current = self.compiled(self.passes)
+        self.start = time.perf_counter()
+        self.deadline = self.start + options.tuning_seconds
+
+    def run(self) -> Compiled:
+        self.try_vendor()
+        for group in GROUPS:
+            if group.applied(self.current.receipt):
+                self.try_passes(group.name, tuple(p for p in self.passes if p.name not in group.passes))
+        self.try_passes("all rewrites", ())
+        if self.options.dump is not None:  # what was compiled last is not what was chosen
+            self.current = compile_graph(self.graph, self.options, self.copied_notes(), self.passes)
+        receipt = self.current.receipt
+        seconds = {**receipt.seconds, "tune": time.perf_counter() - self.start}
+        return replace(self.current, receipt=replace(receipt, trials=tuple(self.trials), seconds=seconds))
+
+    def copied_notes(self) -> Notes:
+        return Notes(list(self.notes.applied), list(self.notes.declined))
+
+    def compiled(self, passes: Sequence[Pass]) -> Compiled:
+        return compile_graph(self.graph, replace(self.options, dump=None), self.copied_notes(), passes)
+
+    # -- what is tried
+
+    def try_vendor(self) -> None:
+        """Contractions that, each for itself, are faster by the library go there, if that gains on the whole."""
+        if not any(isinstance(p, PackWeights) for p in self.passes):
+            return
+        found = providers(self.current.graph, self.database, self.deadline)
+        names = _vendor_weights(found)
+        if names:
+            packed = PackWeights(vendor=tuple(names))
+            passes = tuple(packed if isinstance(p, PackWeights) else p for p in self.passes)
+            self.try_passes(f"native: {', '.join(_labels(found))}", passes)
+
+    def try_passes(self, what: str, passes: tuple[Pass, ...]) -> None:
+        """Goes over to these passes if they are faster than the current ones, beyond noise."""
+        if time.perf_counter() > self.deadline:
+            self.trials.append(Trial(what, True, note=f"not measured: the {self.options.tuning_seconds:g} s for tuning were used up"))
+            return
+        other = functools.cache(lambda: self.compiled(passes))  # not called where the database knows that it is slower
+        try:
+            verdict = self.verdict(what, other)
+            if verdict.winner == WITHOUT:
+                self.current, self.passes = other(), passes
+        except Exception as error:  # a fault of what we do not need
+            self.trials.append(Trial(what, True, note=internal_error(f"without {what}", error)))
+        else:
+            self.trials.append(_trial(what, verdict))
+
+    def verdict(self, what: str, other: Callable[[], Compiled]) -> Verdict:
+        def candidates() -> dict[str, Run]:
+            return {WITH: _run(self.current, self.inputs), WITHOUT: _run(other(), self.inputs)}
+
+        text = f"{what}\0{self.current.program.source}"
+        key = Key.here(hashlib.sha256(text.encode()).hexdigest(), ", ".join(map(_shape, self.graph.inputs, self.inputs)))
+        seconds = min(TRIAL_SECONDS, max(0.0, self.deadline - time.perf_counter()))
+        return remembered(key, self.database, candidates, WITH, (WITH, WITHOUT), seconds)
+
+
+def _shape(node: Node, value: Any) -> str:
+    return f"{node.type}={tuple(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
+
+
+def _run(compiled: Compiled, inputs: Sequence[Any]) -> Run:
+    run = compiled.program.run
+    if not any(isinstance(v, torch.Tensor) and v.is_cuda for v in inputs):
+        return lambda: run(list(inputs))
+
+    def synchronised() -> None:
+        run(list(inputs))
+        torch.cuda.synchronize()
+
+    return synchronised
+
+
+def _trial(what: str, verdict: Verdict) -> Trial:
+    if WITHOUT in verdict.failed:
+        return Trial(what, True, note=f"nothing to compare with: {verdict.failed[WITHOUT]}")
+    timings = verdict.timings
+    return Trial(what, verdict.winner == WITH, timings[WITH].seconds, timings[WITHOUT].seconds, timings[WITHOUT].noise)
+
+
+def _vendor_weights(found: Sequence[Provided]) -> list[str]:
+    """Names of the weights, before they were packed, whose contractions are faster by the library."""
+    return [name.rpartition(".panels")[0] for p in found if p.verdict.winner == VENDOR for name in p.weights]
+
+
+def _labels(found: Sequence[Provided]) -> list[str]:
+    return [f"{p.label} x{len(p.weights)}" if len(p.weights) > 1 else p.label for p in found if p.verdict.winner == VENDOR]
