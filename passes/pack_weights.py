@@ -15,6 +15,7 @@ from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason, describe
 from .contractions import PANELS, PRODUCTS, has_few_rows
 from .weights import ConstantMaker, value_of
+from .windows import is_native_window
 
 MIN_COLUMNS = 8
 """Fewer columns than this leave most of a register empty."""
@@ -34,7 +35,7 @@ class PackWeights(Pass):
     The rows of a register block read stand together for each k: a kernel reads memory in order, once per block of rows. Panels are
     padded with zeros to a whole number of 48 (64, 32, 16) columns, whichever wastes least. Refused: weights that are no constants or
     that something else reads too (both layouts would be kept), other dtypes than float32, other devices than the CPU, transposed
-    and grouped convolutions, channels first, and sizes that fill no register.
+    and grouped convolutions (but depthwise ones, whose weights become [*window, 1, n]), channels first, and sizes that fill no register.
 
     vendor: names of weights that stay with the vendor's library.
     """
@@ -117,6 +118,8 @@ def _product_refusal(node: Node) -> tuple[Reason, str] | None:
 
 def _conv_refusal(node: Node) -> tuple[Reason, str] | None:
     a, weight = node.attrs, node.inputs[1]
+    if is_native_window(node):
+        return None
     if a["transposed"] or a["groups"] != 1:
         return Reason.SHAPE_MISMATCH, "transposed" if a["transposed"] else f"{a['groups']} groups"
     if not a["channels_last"]:
@@ -152,7 +155,11 @@ def _matmul(weight: Node, maker: ConstantMaker, node: Node) -> Node:
 
 
 def _conv(weight: Node, maker: ConstantMaker, node: Node) -> Node:
-    """Channels innermost, as they lie in memory: [n / 48, *window, channels, 48]."""
+    """Channels innermost, as they lie in memory: [n / 48, *window, channels, 48]; of a depthwise convolution [*window, 1, n]."""
+    if is_native_window(node):
+        taps = maker.derived([weight], "taps", lambda w: w.movedim((0, 1), (-1, -2)), node.prov)
+        rank = taps.tensor.rank
+        return OPS["permute"](taps, dims=(rank - 1, rank - 2, *range(rank - 2)), prov=node.prov)
     packed = maker.derived([weight], "panels", lambda w: panels(w.movedim(1, -1)), node.prov)
     rank = packed.tensor.rank
     ordered = OPS["permute"](packed, dims=(0, rank - 1, rank - 2, *range(1, rank - 2)), prov=node.prov)

@@ -45,6 +45,15 @@ def test_convolution_with_channels_last() -> None:
     assert_same_values(old, new, [torch.randn(2, 6, 5, 8)], 1e-5)
 
 
+def test_depthwise_weights_have_their_channels_together() -> None:
+    values = {"d": torch.randn(20, 1, 3, 2)}
+    text = body("x: f32[b, 6, 5, 20]", 'd = constant "d"', f"y = conv(x, d, {CONV}, groups=20, channels_last=True)", "y")
+    old, new, _ = run(PackWeights(), text, values)
+    (taps,) = constants(new).values()
+    assert taps.value is not None and taps.value.shape == (3, 2, 1, 20)
+    assert_same_values(old, new, [torch.randn(2, 6, 5, 20)], 1e-5)
+
+
 def test_one_weight_of_two_products_is_packed_once() -> None:
     text = body("x: f32[b, 24], z: f32[b, 24]", *NAMED, "y = linear(x, w)", "v = linear(z, w, c)", "y, v")
     old, new, _ = run(PackWeights(), text, W)
