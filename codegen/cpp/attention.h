@@ -1,8 +1,8 @@
 // Attention of generated kernels (included by vec.h): softmax(q k^T) v in tiles, with a running maximum and sum: no matrix of scores exists.
 //
-// A kernel describes one head of keys and values by lambdas: `query(to, row)` writes the query of a row; `bounds(row)` are the keys it may
-// attend to; `score(tile, row, begin, end)` turns the products of a row with keys begin .. end, which are tile[0], tile[1], ..., into scores
-// (scale, masks); `finish(tile, row)` stores the result of a row. Rows are all queries that meet these keys: those of grouped heads too.
+// A kernel describes one head of keys and values by lambdas: `query(to, row)` writes the query of a row; `bounds(row)` are the keys it
+// attends to; `score(tile, row, begin, end)` turns the products of a row with keys begin .. end, which are tile[0], tile[1], ..., into
+// scores (scale, masks); `finish(tile, row)` stores the result of a row. Rows are all queries that meet these keys: of grouped heads too.
 #pragma once
 
 namespace tile {
@@ -68,44 +68,56 @@ template <int L, int E, class T, class S> void pack_values(const Rows<S>& values
     for (int64_t c = 0; c < E; c += L) store<L>(packed + j * E + c, as<T>(load<L>(values.data + j * values.ld + c)));
 }
 
-// e^x for x <= 0 or NaN; 0 below -87, where subnormal numbers, which are slow, would begin.
+// 2^x for x <= 0 or NaN; 0 below -126, where subnormal numbers, which are slow, would begin.
 template <class V> INLINE V weight_of(V x) {
-  if constexpr (!is_single<V>) return exp(x);
+  if constexpr (!is_single<V>) return exp2(x);
   else {
-    const V low = splat<lanes<V>>(-87.0f), none = splat<lanes<V>>(0.0f);
+    const V low = splat<lanes<V>>(-126.0f), none = splat<lanes<V>>(0.0f);
     const V c = pick(x < low, low, x);
-    const V shifted = c * 1.44269504f + integral;
-    const V n = shifted - integral;
-    const V e = exp_reduced((c - n * ln2_high) - n * ln2_low) * bits<V>((bits<int_of<V>>(shifted) << 23) + 0x3f800000);
-    return pick(x < low, none, e);
+    const V shifted = c + integral;
+    const V r = c - (shifted - integral);
+    const V p = horner(r, 1.0000001192092896f, 0.6931469440460205f, 0.24022120237350464f, 0.05550713092088699f, 0.009675540961325169f,
+                       0.001327647129073739f);
+    return pick(x < low, none, V(p * bits<V>((bits<int_of<V>>(shifted) << 23) + 0x3f800000)));
   }
 }
 
-// The running softmax of one row: scores up to now had the maximum `most`, their exponentials (by lanes) the sum `sum`.
+// Scores of a kernel whose products are scores already, to the base 2: `bounds` is all the mask there is.
+struct Plain {};
+
+// The running softmax of one row. Weights are 2^(score - most); those up to now have (by lanes) the sum `sum`.
 template <class T, int L> struct Soften {
   vec<T, L> sum;
   T most;
-  INLINE void begin() { sum = vec<T, L>{}, most = -inf<T>; }
+  Bounds own;
+  INLINE void begin(Bounds bounds) { sum = vec<T, L>{}, most = -inf<T>, own = bounds; }
 
-  // Scores become exponentials; returns by what earlier results are to be multiplied.
-  INLINE T add(T* scores, int64_t count) {
-    for (int64_t c = count; c % L != 0; c++) scores[c] = -inf<T>;
-    auto top = splat<L>(most);
-    for (int64_t c = 0; c < count; c += L) {
+  // Scores of keys j .. j + count become weights; returns by what earlier results are to be multiplied.
+  template <class Score> INLINE T add(T* scores, int64_t row, int64_t j, int64_t count, const Score& score) {
+    constexpr bool plain = __is_same(Score, Plain);
+    constexpr T unit = plain ? T(1) : T(1.4426950408889634);
+    const int64_t end = own.end - j < count ? (own.end < j ? 0 : own.end - j) : count, padded = (end + L - 1) / L * L;
+    if constexpr (!plain) score(scores, row, j, j + end);
+    for (int64_t c = end; c < padded; c++) scores[c] = -inf<T>;
+    for (int64_t c = 0; c < least_of(own.begin - j, end); c++) scores[c] = -inf<T>;
+    for (int64_t c = padded; c < count; c++) scores[c] = T(0);
+    auto top = splat<L>(-inf<T>);
+    for (int64_t c = 0; c < end; c += L) {
       const vec<T, L> s = load<L>(scores + c);
       top = s > top ? s : top;
     }
-    const T largest = fold([](auto a, auto b) { return select(mask(a > b), a, b); }, top);
-    const T base = largest == -inf<T> ? T(0) : largest;  // nothing to attend to yet: all exponentials are 0
+    const T largest = unit * fold([](auto a, auto b) { return select(mask(a > b), a, b); }, top);
+    const T before = most;
+    if (largest > most) most = largest;
+    const T base = most == -inf<T> ? T(0) : most;  // nothing to attend to yet: all weights are 0
     vec<T, L> total{};
-    for (int64_t c = 0; c < count; c += L) {
-      const vec<T, L> e = weight_of(vec<T, L>(load<L>(scores + c) - base));
+    for (int64_t c = 0; c < end; c += L) {
+      const vec<T, L> e = weight_of(vec<T, L>(load<L>(scores + c) * unit - base));
       store<L>(scores + c, e);
       total += e;
     }
-    const T factor = largest == most ? T(1) : weight_of(T(most - base));
+    const T factor = before == most ? T(1) : weight_of(T(before - base));
     sum = sum * factor + total;
-    most = largest;
     return factor;
   }
 
@@ -146,8 +158,8 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
     Bounds range = {count, 0};
     for (int64_t r = 0; r < n; r++) {
       query(q + r * D, first + r);
-      rows_of[r].begin();
-      range.include(bounds(first + r));
+      rows_of[r].begin(bounds(first + r));
+      range.include(rows_of[r].own);
     }
     range = {range.begin < 0 ? 0 : range.begin / NR * NR, least_of(range.end, count)};
     if (const int64_t until = ceil_div(range.end, NR) * NR; packed < until) {
@@ -162,8 +174,7 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
         for (int64_t r = 0; r < padded; r += R)
           micro<R, N, L>(q + r * D, D, (const T*)panels + (j + c) * D, NR, D, scores + r * KEYS + c, KEYS, false);
       for (int64_t r = 0; r < n; r++) {
-        score(scores + r * KEYS, first + r, j, j + some);
-        const T factor = rows_of[r].add(scores + r * KEYS, some);
+        const T factor = rows_of[r].add(scores + r * KEYS, first + r, j, some, score);
         if (more && factor != 1) scale_row<L>(out + r * E, E, factor);
       }
       for (int64_t r = 0; r < padded; r += R) weigh<R, N, E / L, L>(scores + r * KEYS, KEYS, side_by_side, j, some, out + r * E, more);
@@ -186,8 +197,8 @@ void attend_few(int64_t count, const KeyRows& keys, const ValueRows& values, con
   Bounds range = {count, 0};
   for (int64_t r = 0; r < R; r++) {
     query(q + r * D, r);
-    rows_of[r].begin();
-    range.include(bounds(r));
+    rows_of[r].begin(bounds(r));
+    range.include(rows_of[r].own);
   }
   range = {range.begin < 0 ? 0 : range.begin / L * L, least_of(range.end, count)};
   bool more = false;
@@ -203,8 +214,7 @@ void attend_few(int64_t count, const KeyRows& keys, const ValueRows& values, con
       UNROLL for (int r = 0; r < R; r++) scores[r * KEYS + c] = fold([](auto a, auto b) { return a + b; }, sum[r]);
     }
     for (int64_t r = 0; r < R; r++) {
-      score(scores + r * KEYS, r, j, j + some);
-      const T factor = rows_of[r].add(scores + r * KEYS, some);
+      const T factor = rows_of[r].add(scores + r * KEYS, r, j, some, score);
       if (more && factor != 1) scale_row<L>(out + r * E, E, factor);
     }
     weigh<R, N, E / L, L>(scores, KEYS, values, j, some, out, more);

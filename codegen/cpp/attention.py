@@ -33,6 +33,7 @@ from .schedule import CpuTarget
 FEW_ROWS = 4  # so few queries read every key once: packing would not pay
 MOST_COLUMNS = 256
 ROWS = 6  # of a register tile
+LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class AttentionPrinter(PartPrinter):
     def __init__(self, kernel: Kernel, target: CpuTarget) -> None:
         super().__init__(kernel, target)
         self.found = find_attention(kernel)
+        self.bounds = _bounds(kernel, self.found)
+        self.factor = _factor(self.bounds.score, self.found.dot)
         self.dtype = self.found.attend.dtype
         self.kind = STORAGE[self.dtype]
         self.lanes = target.vector_bytes // self.dtype.itemsize
@@ -121,9 +124,9 @@ class AttentionPrinter(PartPrinter):
         work = self.size(*found.rows, found.key, found.column, found.depth)
         self.open(f"tile::heads({self.size(*found.batch)}, {rows}, {work}, threads, [=](int64_t {head}, int64_t {part}, int64_t {parts})")
         self.bind(found.batch, head, self.kernel.stores)
-        self.writer("query", found.dot.left, self.row, found.rows, found.depth)
+        self.writer(self.callables["query"], self.query(), self.row, found.rows, found.depth)
         widths = self.rows_of("keys", found.dot.right, found.depth), self.rows_of("values", found.attend.value, found.column)
-        self.bounds()
+        self.limits()
         self.score()
         self.finish()
         few = product(a.extent for a in found.rows)
@@ -135,6 +138,11 @@ class AttentionPrinter(PartPrinter):
         self.close("});")
 
     # ---- operands
+
+    def query(self) -> Scalar:
+        """The left operand, so that products are scores to the base 2 where nothing else happens to them."""
+        left = self.found.dot.left
+        return left if self.factor is None else Apply(self.dtype, "mul", (left, Const(self.dtype, self.factor * LOG2_E)))
 
     def writer(self, name: str, value: Scalar, flat: str, rows: Sequence[Axis], column: Axis) -> None:
         """A lambda (tile, row) that writes the value for all columns."""
@@ -164,19 +172,22 @@ class AttentionPrinter(PartPrinter):
 
     # ---- scores and results
 
-    def bounds(self) -> None:
-        """The lambda that says which keys a row may attend to, as far as conditions on positions tell."""
-        limits = _bounds(self.kernel, self.found)
+    def limits(self) -> None:
+        """The lambda that says which keys a row attends to."""
+        limits = (self.bounds.begin, self.bounds.end)
         self.open(f"const auto {self.callables['bounds']} = [=](int64_t {self.row})")
         self.bind(self.found.rows, self.row, (), limits)
         self.line(f"return tile::Bounds{{{', '.join(index_text(e, {})[0] for e in limits)}}};")
         self.close("};")
 
     def score(self) -> None:
-        """The lambda that turns products of one row with keys begin .. end into scores, in place."""
+        """The lambda that turns products of one row with keys begin .. end into scores, in place; none for scores that are products."""
+        if self.factor is not None:
+            self.line(f"const tile::Plain {self.callables['score']};")
+            return
         key, dot = self.found.key, self.found.dot
         at = key.symbol - symbol(self.begin)
-        stores = (Store(self.tile, at, Rewrite({dot: Load(dot.dtype, self.tile, at)}, {})(self.found.attend.score)),)
+        stores = (Store(self.tile, at, Rewrite({dot: Load(dot.dtype, self.tile, at)}, {})(self.bounds.score)),)
         parameters = f"{self.kind}* {self.tile}, int64_t {self.row}, int64_t {self.begin}, int64_t {self.end}"
         self.open(f"const auto {self.callables['score']} = [=]({parameters})")
         self.bind(self.found.rows, self.row, stores)
@@ -207,33 +218,58 @@ def _in_place(value: Scalar, key: Axis, column: Axis) -> tuple[Load, sympy.Expr,
     return value, start, ld
 
 
-def _bounds(kernel: Kernel, found: Attention) -> tuple[sympy.Expr, sympy.Expr]:
-    """(first key, one after the last) beyond which the score is -inf, by comparisons of positions."""
+@dataclass(frozen=True)
+class Bounds:
+    """The keys begin .. end that a row attends to, and its score there."""
+
+    begin: sympy.Expr
+    end: sympy.Expr
+    score: Scalar
+
+
+def _bounds(kernel: Kernel, found: Attention) -> Bounds:
+    """Takes conditions on positions out of the score: where they do not hold, it is -inf."""
     analysis = LaneAnalysis(kernel, found.key.name, 1)
-    begin: sympy.Expr = sympy.Integer(0)
-    end: sympy.Expr = sympy.sympify(found.key.extent)
-    for condition in _required(found.attend.score):
-        if not isinstance(condition, Apply) or condition.op not in ("lt", "le", "gt", "ge"):
-            continue
-        difference = analysis.difference(condition)
-        if difference is None:
-            continue
-        step = sympy.expand(difference.subs(found.key.symbol, found.key.symbol + 1) - difference)
-        if step not in (1, -1):
-            continue
-        limit = sympy.expand(found.key.symbol - difference * step)  # key op limit, op turned if step < 0
-        if found.key.symbol in limit.free_symbols:
-            continue
-        below = (condition.op in ("lt", "le")) == (step == 1)
-        if below:
-            end = sympy.Min(end, limit + int(condition.op in ("le", "ge")))
-        else:
-            begin = sympy.Max(begin, limit + int(condition.op in ("lt", "gt")))
-    return begin, end
+    known = Bounds(sympy.Integer(0), sympy.sympify(found.key.extent), found.attend.score)
+    kept: dict[Scalar, Scalar] = {}
+    for masked in _masked(found.attend.score):
+        assert isinstance(masked, Apply)
+        limits = [_limit(analysis, c, found.key.symbol) for c in _all_of(masked.args[0])]
+        for below, at in filter(None, limits):
+            known = replace(known, end=sympy.Min(known.end, at)) if below else replace(known, begin=sympy.Max(known.begin, at))
+        if all(limits):
+            kept[masked] = masked.args[1]
+    return replace(known, score=Rewrite(_chained(kept), {})(known.score))
 
 
-def _required(score: Scalar) -> list[Scalar]:
-    """Conditions without which the score is -inf."""
+def _chained(kept: dict[Scalar, Scalar]) -> dict[Scalar, Scalar]:
+    """What each value stands for in the end."""
+    found: dict[Scalar, Scalar] = {}
+    for value, inside in kept.items():
+        while inside in kept:
+            inside = kept[inside]
+        found[value] = inside
+    return found
+
+
+def _limit(analysis: LaneAnalysis, condition: Scalar, key: sympy.Symbol) -> tuple[bool, sympy.Expr] | None:
+    """(True, end) for `key < end`, (False, begin) for `key >= begin`; None for other conditions."""
+    if not isinstance(condition, Apply) or condition.op not in ("lt", "le", "gt", "ge"):
+        return None
+    difference = analysis.difference(condition)
+    if difference is None:
+        return None
+    step = sympy.expand(difference.subs(key, key + 1) - difference)
+    at = sympy.expand(key - difference * step)  # key compares with it, the other way round if step < 0
+    if step not in (1, -1) or key in at.free_symbols:
+        return None
+    below = (condition.op in ("lt", "le")) == (step == 1)
+    inclusive = condition.op in ("le", "ge")
+    return below, at + int(inclusive == below)
+
+
+def _masked(score: Scalar) -> list[Scalar]:
+    """The selections under a score that make it -inf where their condition does not hold."""
     found: list[Scalar] = []
     stack = [score]
     while stack:
@@ -243,12 +279,22 @@ def _required(score: Scalar) -> list[Scalar]:
         if value.op == "add" and value.dtype.is_floating_point:
             stack.extend(value.args)
         elif value.op == "where" and isinstance(value.args[2], Const) and value.args[2].value == float("-inf"):
-            conditions = [value.args[0]]
-            while conditions:
-                c = conditions.pop()
-                if isinstance(c, Apply) and c.op == "and":
-                    conditions.extend(c.args)
-                else:
-                    found.append(c)
+            found.append(value)
             stack.append(value.args[1])
     return found
+
+
+def _all_of(condition: Scalar) -> list[Scalar]:
+    if isinstance(condition, Apply) and condition.op == "and":
+        return [c for a in condition.args for c in _all_of(a)]
+    return [condition]
+
+
+def _factor(score: Scalar, dot: Dot) -> float | None:
+    """What the score multiplies the product by, None where it does something else."""
+    if score is dot:
+        return 1.0
+    if isinstance(score, Apply) and score.op == "mul" and dot in score.args:
+        other = score.args[score.args[0] is dot]
+        return float(other.value) if isinstance(other, Const) else None
+    return None
