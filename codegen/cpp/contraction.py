@@ -117,7 +117,8 @@ class ContractionPrinter(KernelPrinter):
         blocks = f"{plan.blocks.vectors}, {plan.blocks.lanes}"
         if plan.load is not None:
             self.plain(plan, blocks)
-            return "product_packed" if plan.kind == "turned" else "product"
+            known = isinstance(product(a.extent for a in found.rows), int)
+            return "product" if plan.kind != "turned" else "product_packed" if known else "product_turned"
         if plan.kind == "from_columns":
             self.whole("column", found.right, found.columns, self.n, found.depth)
         else:

@@ -13,6 +13,7 @@ constexpr int64_t DEPTH = 384;             // terms of one run of the micro-kern
 constexpr int64_t BLOCK_ROWS = 128;        // rows of the left operand that meet it there
 constexpr int64_t BLOCK_BYTES = 1 << 20;   // what operands that are read again and again may take of the second-level cache
 constexpr int64_t THREAD_WORK = 1 << 18;   // multiplications that are worth a thread
+constexpr int64_t FEW_ROWS = 8;            // rows up to which sums along contiguous columns are no slower than turning them
 constexpr int64_t LINE = 64;               // bytes of a cache line
 constexpr int64_t FEW_TILES = 8, PARTS = 16;  // a product of so few tiles is divided along its depth
 
@@ -29,8 +30,9 @@ struct Nothing {};
 template <int R, int N, int L, class A, class B, class T, class Ahead = Nothing>
 __attribute__((noinline)) static void micro(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t depth, T* tile, int64_t ldt, bool more,
                                             Ahead ahead = {}) {
-  vec<T, L> sum[R][N] = {};
-  for (int64_t k = 0; k < depth; k++) {
+  constexpr int U = R * N * 4 <= 16 ? 4 : R * N * 2 <= 16 ? 2 : 1;  // few sums: several terms at once, which rounds less too
+  vec<T, L> sums[U][R][N] = {};
+  const auto term = [&](int64_t k, auto& sum) LANES {
     if constexpr (!__is_same(Ahead, Nothing)) __builtin_prefetch(ahead(k), 0, 2);
     vec<T, L> right[N];
     UNROLL for (int j = 0; j < N; j++) right[j] = as<T>(load<L>(b + k * ldb + j * L));
@@ -38,7 +40,15 @@ __attribute__((noinline)) static void micro(const A* a, int64_t lda, const B* b,
       const auto left = splat<L>(T(load<1>(a + i * lda + k)));
       UNROLL for (int j = 0; j < N; j++) sum[i][j] += left * right[j];
     }
-  }
+  };
+  int64_t k = 0;
+  for (; k + U <= depth; k += U)
+    UNROLL for (int u = 0; u < U; u++) term(k + u, sums[u]);
+  for (; U > 1 && k < depth; k++) term(k, sums[0]);
+  auto& sum = sums[0];
+  UNROLL for (int u = 1; u < U; u++)
+    UNROLL for (int i = 0; i < R; i++)
+      UNROLL for (int j = 0; j < N; j++) sum[i][j] += sums[u][i][j];
   UNROLL for (int i = 0; i < R; i++)
     UNROLL for (int j = 0; j < N; j++) {
       T* at = tile + i * ldt + j * L;
@@ -176,6 +186,7 @@ template <int L, class B, class T> INLINE void transpose(const B* in, int64_t fr
 
 // How panels are made of an operand that cannot be read as it lies; source: where column n begins, if that is known. Contiguous columns that are ld apart:
 template <int N, int L, class B> struct Turned {
+  typedef B element;
   static constexpr int vectors = N, lanes = L;
   const B* data;
   int64_t ld, columns, depth;
@@ -239,11 +250,14 @@ template <int N, int L, class Write> FromColumns<N, L, Write> from_columns(int64
 // Rows of the left operand, `ld` apart: they do not meet in the same sets of a cache.
 template <class T> INLINE int64_t row_length(int64_t depth) { return ceil_div(depth, 16) * 16 + 16; }
 
+// Rows of a block: a multiple of R, their sums in one panel stay near.
+template <int R, class Right> constexpr int64_t tile_rows = (8192 / Right::width < BLOCK_ROWS ? 8192 / Right::width : BLOCK_ROWS) / R * R;
+
 // Rows 0 .. rows of a block (m + 0 .. m + rows of the product) times the panel at column n, then finish.
 template <int R, class T, class Right, class Finish>
 INLINE void panel_product(const T* block, int64_t ld, int64_t m, int64_t rows, int64_t n, int64_t end, int64_t depth, const Right& right,
                           const Finish& finish) {
-  alignas(64) T tile[BLOCK_ROWS * Right::width];
+  alignas(64) T tile[tile_rows<R, Right> * Right::width];
   int64_t k = 0;
   do {
     const int64_t terms = least_of(Right::terms, depth - k);
@@ -285,7 +299,7 @@ void product_of_blocks(int64_t rows, int64_t columns, int64_t depth, int64_t thr
   const int64_t groups = ceil_div(rows, R), panels = ceil_div(columns, width), ld = row_length<T>(depth);
   const Shares shares = share_tiles(groups, panels, threads);
   const int64_t fitting = BLOCK_BYTES / (sizeof(T) * ld) / R * R;
-  const int64_t block_rows = fitting < R ? R : least_of(fitting, BLOCK_ROWS / R * R);
+  const int64_t block_rows = fitting < R ? R : least_of(fitting, tile_rows<R, Right>);
   parallel(shares.down * shares.across, 1, int(threads), [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; s++) {
       const int64_t i = s / shares.across, j = s % shares.across;
@@ -360,11 +374,22 @@ void product_packed(int64_t rows, int64_t columns, int64_t depth, int threads, c
     Row<T> panel(size);
     for (int64_t n = begin * width; n < least_of(end * width, columns); n += width) {
       from.pack((T*)panel, n);
-      const Copied<From::vectors, From::lanes, T> right{panel, (const char*)from.source(n + width, (T*)panel)};
-      for (int64_t m = 0; m < rows; m += BLOCK_ROWS / R * R)
-        panel_product<R, T>((const T*)block + m * ld, ld, m, least_of(BLOCK_ROWS / R * R, rows - m), n, least_of(n + width, columns), depth, right, finish);
+      using Right = Copied<From::vectors, From::lanes, T>;
+      const Right right{panel, (const char*)from.source(n + width, (T*)panel)};
+      for (int64_t m = 0; m < rows; m += tile_rows<R, Right>) {
+        const int64_t count = least_of(tile_rows<R, Right>, rows - m);
+        panel_product<R, T>((const T*)block + m * ld, ld, m, count, n, least_of(n + width, columns), depth, right, finish);
+      }
     }
   });
+}
+
+// The same, of contiguous columns and a number of rows that may be small.
+template <int R, class T, class Left, class From, class Finish>
+void product_turned(int64_t rows, int64_t columns, int64_t depth, int threads, const Left& left, const From& from, const Finish& finish) {
+  if (rows > FEW_ROWS) return product_packed<R, T>(rows, columns, depth, threads, left, from, finish);
+  using Right = Columns<typename From::element, From::lanes>;
+  product<4, T>(rows, columns, depth, threads, left, Right{from.data, from.ld, columns}, finish);
 }
 
 // f(batch, threads) for each of `count` products of about `work` multiplications: threads share the products, or each in turn.

@@ -12,10 +12,10 @@ from support import NATIVE
 from tilewright.codegen import reference
 from tilewright.codegen.cpp.schedule import CpuTarget, detect_target
 from tilewright.codegen.cpp.toolchain import compile_kernels
-from tilewright.codegen.kernel import Axis, Buffer, Dot, Kernel, Load, Position, Reduce, Store
+from tilewright.codegen.kernel import Axis, Buffer, Dot, Kernel, Load, Position, Reduce, Store, inside
 from tilewright.codegen.target import Compiled, Failed
 from tilewright.ir.dims import FloorDiv, Mod, evaluate, symbol
-from tilewright.ir.scalar import Scalar, apply, cast, where
+from tilewright.ir.scalar import Const, Scalar, apply, cast, where
 
 pytestmark = NATIVE
 
@@ -390,6 +390,21 @@ def test_large_products_are_as_exact_as_the_library(right: str) -> None:
         ours = out.view(rows, columns).double() - exact
         assert ours.abs().max() <= 2 * theirs.abs().max()
         assert ours.square().mean() <= 4 * theirs.square().mean()
+
+
+def test_a_position_out_of_range_is_reported() -> None:
+    at = inside(load("ids", i, I64), Const(I64, 30), 1)
+    d = dot(load("table", 40 * symbol("row") + r, indirect=(("row", at),)), load("w", 50 * r + j))
+    inputs = {"ids": (I64, 21), "table": (F32, 1200), "w": (F32, 2000)}
+    gather = kernel({"i": 21, "j": 50}, {"r": 40}, inputs, {"out": (50 * i + j, d, 1050)}, faults=("embedding",))
+    (function,) = compile_kernels([gather])
+    assert isinstance(function, Compiled), function.reason
+    ids, table, w, out = torch.full((21,), 29), torch.ones(1200), torch.ones(2000), torch.zeros(1050)
+    addresses = [v.data_ptr() for v in (ids, table, w, out)]
+    assert function.launch(*addresses, 2) == 0
+    assert (out == 40).all()
+    ids[20] = 30
+    assert function.launch(*addresses, 2) == 1
 
 
 @pytest.mark.parametrize("make", [lambda: integers(), lambda: two_products(), lambda: over_operand()])
