@@ -53,8 +53,11 @@ class LoweringError(TilewrightError):
         return self.fields["reason"]
 
 
-def lower(body: Graph, name: str, label: str = "", sources: tuple[str, ...] = ()) -> Kernel:
-    """The kernel that computes `body`: inputs and outputs in the order of the body's. Raises LoweringError."""
+def lower(body: Graph, name: str, label: str = "", sources: tuple[str, ...] = (), inplace: Sequence[tuple[int, int]] = ()) -> Kernel:
+    """The kernel that computes `body`: inputs and outputs in the order of the body's. Raises LoweringError.
+
+    inplace: (output, input) by number that may be the same memory (`ir.analysis.overwrite` says which).
+    """
     body = expanded(body)
     try:
         recurrence = recurrence_of(body)
@@ -62,10 +65,20 @@ def lower(body: Graph, name: str, label: str = "", sources: tuple[str, ...] = ()
             names = _buffer_names(body, set(body.symbols))
             return lower_recurrence(body, recurrence, names, name, label, sources or tuple(_sources(body)))
         placement = place(body)
-        return _Lowering(body, placement).kernel(name, label, sources or tuple(_sources(body)))
+        kernel = _Lowering(body, placement).kernel(name, label, sources or tuple(_sources(body)))
+        return in_place(kernel, inplace) if inplace else kernel
     except Refusal as refusal:
         source = refusal.node.prov.source if refusal.node else ""
         raise LoweringError(source, name=name, detail=str(refusal), reason=refusal.reason) from refusal
+
+
+def in_place(kernel: Kernel, pairs: Sequence[tuple[int, int]]) -> Kernel:
+    """The kernel for outputs that lie over inputs, given as numbers."""
+    for k, i in pairs:
+        store = next(s for s in kernel.stores if s.buffer == kernel.outputs[k].name)
+        loads = [v for v in scalars(kernel.stores) if isinstance(v, Load) and v.buffer == kernel.inputs[i].name]
+        assert all(v.index == store.index and not v.indirect for v in loads), f"{kernel.inputs[i].name} is read after it is overwritten"
+    return replace(kernel, inplace=tuple((kernel.outputs[k].name, kernel.inputs[i].name) for k, i in pairs))
 
 
 def position_readers(body: Graph) -> list[Node]:

@@ -61,12 +61,9 @@ class Built:
 
 def build_regions(graph: Graph, targets: Mapping[str, Target]) -> Built:
     """Lowers and compiles the regions of the graph. Nothing here raises for a region's sake: it gets a reason instead."""
-    regions = [n for n in order(graph) if n.op.name == "region"]
-    places: dict[Any, list[Node]] = {}
-    for node in regions:
-        places.setdefault(region_key(node.attrs["body"]), []).append(node)
     start = time.perf_counter()
-    lowered = [_lower(i, nodes, targets) for i, nodes in enumerate(places.values())]
+    places = _distinct(graph)
+    lowered = [_lower(i, nodes, targets, pairs) for i, ((_, pairs), nodes) in enumerate(places.items())]
     middle = time.perf_counter()
     units = _compile(list(zip(lowered, places.values())), targets)
     built = Built(seconds={"lower": middle - start, "compile": time.perf_counter() - middle})
@@ -75,6 +72,32 @@ def build_regions(graph: Graph, targets: Mapping[str, Target]) -> Built:
         if unit.compiled is not None:
             built.kernels.append(_info(graph, unit.compiled, nodes))
     return built
+
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+def _distinct(graph: Graph) -> dict[tuple[Any, Pairs], list[Node]]:
+    """The regions that are one kernel: those that compute the same, and write over the same operands or over none."""
+    steps = order(graph)
+    results: dict[Node, list[Node | None]] = {}
+    for node in steps:
+        if node.op.name == "item" and node.inputs[0].op.name == "region":
+            source = node.inputs[0]
+            results.setdefault(source, [None] * len(source.attrs["body"].outputs))[node.attrs["index"]] = node
+    regions = [(n, region_key(n.attrs["body"]), _in_place(graph, n, results.get(n, [n]))) for n in steps if n.op.name == "region"]
+    usual = {key: pairs for _, key, pairs in reversed(regions) if pairs}
+    places: dict[tuple[Any, Pairs], list[Node]] = {}
+    for node, key, pairs in regions:  # a kernel that may write over an operand need not
+        places.setdefault((key, pairs or usual.get(key, ())), []).append(node)
+    return places
+
+
+def _in_place(graph: Graph, region: Node, results: Sequence[Node | None]) -> Pairs:
+    """(output, tensor operand), by number: those to which plan-memory gave the same memory."""
+    operands = [n for n in region.inputs if isinstance(n.type, TensorType)]
+    slots = [(k, graph.arena[n]) for k, n in enumerate(results) if n is not None and n in graph.arena]
+    return tuple((k, i) for k, slot in slots for i, n in enumerate(operands) if n in graph.arena and graph.arena[n].offset == slot.offset)
 
 
 def region_key(body: Graph) -> Any:
@@ -87,7 +110,7 @@ def region_key(body: Graph) -> Any:
     return rows, tuple(number[n] for n in body.outputs)
 
 
-def _lower(index: int, nodes: Sequence[Node], targets: Mapping[str, Target]) -> Kernel | str:
+def _lower(index: int, nodes: Sequence[Node], targets: Mapping[str, Target], pairs: Pairs) -> Kernel | str:
     """The kernel of a region, or the reason why there is none."""
     device = device_type(nodes[0])
     if _empty(nodes[0]):
@@ -99,7 +122,7 @@ def _lower(index: int, nodes: Sequence[Node], targets: Mapping[str, Target]) -> 
     label = nodes[0].attrs["label"]
     words = re.sub(r"\W+", "_", label).strip("_")[:48].rstrip("_")
     try:
-        return lower(nodes[0].attrs["body"], f"k{index}_{words}" if words else f"k{index}", label, _sources(nodes))
+        return lower(nodes[0].attrs["body"], f"k{index}_{words}" if words else f"k{index}", label, _sources(nodes), pairs)
     except LoweringError as error:
         return str(error)
     except Exception as error:  # a fault of ours costs this region its kernel, not the user the model

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from ..ir.analysis.inplace import in_place
 from ..ir.analysis.memory import Lifetime, Owner, lifetimes, owner_type, owners, takes_memory
+from ..ir.analysis.overwrite import overwritable
 from ..ir.dims import Dim, dim, floordiv
 from ..ir.graph import Graph, Node, Slot, Stage, order
 from .base import Notes, Pass, Reason, describe
@@ -25,6 +26,9 @@ class PlanMemory(Pass):
         c = region(b)                      c @ [0, 4096)        a is dead
         return region(c)                   outputs have memory of their own
 
+        b = region(a)                      b where a is, if a dies here and the kernel reads each element of a just before it writes
+                                           that of b
+
         c = index_put(cache, kv, i)  -->   c into cache
         write cache = c
 
@@ -38,12 +42,15 @@ class PlanMemory(Pass):
     def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
         steps = order(graph)
         planned = plannable(graph, steps)
-        static = [(life, size) for life, size in planned.values() if isinstance(size, int)]
-        symbolic = [(life, size) for life, size in planned.values() if not isinstance(size, int)]
+        over = _overwritten(steps, planned)
+        merged = _merged(planned, over)
+        static = [(life, size) for life, size in merged if isinstance(size, int)]
+        symbolic = [(life, size) for life, size in merged if not isinstance(size, int)]
         fixed, static_peak = place(static)
         varying, peak = _place_symbolic(symbolic, static_peak)
         offsets: dict[Owner, Dim] = {**fixed, **varying}
-        arena = {node: Slot(offsets[life.owner], size) for node, (life, size) in planned.items()}
+        first = {node: planned[over.get(node, node)][0].owner for node in planned}
+        arena = {node: Slot(offsets[first[node]], size) for node, (_, size) in planned.items()}
         if notes is not None and arena:
             apart = dim(sum((size for _, size in planned.values()), start=0))
             notes.apply(self.name, f"{len(arena)} values in {_bytes(peak)}, {_bytes(apart)} if each had its own")
@@ -87,6 +94,39 @@ def plannable(graph: Graph, steps: Sequence[Node]) -> dict[Node, tuple[Lifetime,
         if size != 0:
             found[node] = (lives[owner], size)
     return found
+
+
+def _overwritten(steps: Sequence[Node], planned: dict[Node, tuple[Lifetime, Dim]]) -> dict[Node, Node]:
+    """Value -> the value in whose memory it is written; where that itself was written over another, the first of them."""
+    owned = owners(steps)
+    results: dict[Node, list[tuple[int, Node]]] = {}
+    for node in planned:
+        source, index = (node.inputs[0], node.attrs["index"]) if node.op.name == "item" else (node, 0)
+        results.setdefault(source, []).append((index, node))
+    found: dict[Node, Node] = {}
+    for step, node in enumerate(steps):
+        if node.op.name != "region" or node not in results:
+            continue
+        read = [owner for n in node.inputs for owner in owned[n]]
+        dying = [(i, n) for i, n in enumerate(node.inputs) if n in planned and planned[n][0].end == step]
+        dying = [(i, n) for i, n in dying if read.count(planned[n][0].owner) == 1]
+        alike = [(k, i) for k, made in results[node] for i, n in dying if n.type == made.type]
+        allowed = overwritable(node.attrs["body"]) if alike else frozenset()
+        for k, made in results[node]:
+            place = next((i for i, n in dying if (k, i) in allowed and n.type == made.type), None)
+            if place is not None:
+                taken = node.inputs[place]
+                found[made] = found.get(taken, taken)
+                dying = [(i, n) for i, n in dying if i != place]
+    return found
+
+
+def _merged(planned: dict[Node, tuple[Lifetime, Dim]], over: dict[Node, Node]) -> list[tuple[Lifetime, Dim]]:
+    """The memory to place: each with the lifetime of all values written in it, one after the other."""
+    lives = {node: life for node, (life, _) in planned.items() if node not in over}
+    for node, first in over.items():
+        lives[first] = replace(lives[first], end=max(lives[first].end, planned[node][0].end))
+    return [(life, planned[node][1]) for node, life in lives.items()]
 
 
 def _own(node: Node) -> Owner | None:

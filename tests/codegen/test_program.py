@@ -397,3 +397,30 @@ def test_a_run_ends_where_large_operands_can_be_freed():
     outputs = [OPS["amax"](n, dims=(i % 2,)) for i, n in enumerate(inputs)]
     program = check(TARGETS, inputs, outputs, [torch.randn(1024, 1024) for _ in inputs])
     assert program.source.count("run(calls_") == 2
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [4, S], ids=["static", "dynamic"])
+def test_kernels_write_over_operands_that_die(targets, rows):
+    x, w, b = graph_input("x", t(rows, 33)), graph_input("w", t(33, 33)), graph_input("b", t(33))
+    h = OPS["add"](OPS["linear"](x, w), b)
+    total, product = OPS["add"](h, x), OPS["mul"](h, x)  # two results, one of them over h
+    again = OPS["linear"](OPS["gelu"](OPS["linear"](OPS["gelu"](OPS["linear"](total, w)), w)), w)
+    graph = fused([x, w, b], [OPS["linear"](OPS["exp"](OPS["linear"](product, w)), w), again], **({"symbols": ANY_S} if rows is S else {}))
+    program = compile_program(graph, targets)
+    offsets = [str(slot.offset) for slot in graph.arena.values()]
+    assert len(set(offsets)) < len(offsets)
+    for n in (4,) if rows == 4 else (4, 1, 0, 9):
+        assert_same(program, graph, [torch.randn(n, 33), torch.randn(33, 33) / 6, torch.randn(33)], rtol=1e-4, atol=1e-5)
+    assert not program.fallbacks or not targets
+
+
+@NATIVE
+def test_regions_that_compute_the_same_are_one_kernel_in_place_or_not():
+    x, w = graph_input("x", t(8, 8)), graph_input("w", t(8, 8))
+    first = OPS["gelu"](OPS["linear"](x, w))
+    second = OPS["gelu"](OPS["linear"](first, w))
+    graph = fused([x, w], [OPS["linear"](second, w), first])  # `first` is a result: it has memory of its own
+    program = compile_program(graph)
+    assert_same(program, graph, [torch.randn(8, 8), torch.randn(8, 8)])
+    assert [k.uses for k in program.kernels] == [2]
