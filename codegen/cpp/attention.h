@@ -128,6 +128,14 @@ template <class T, int L> struct Soften {
   }
 };
 
+// Queries times the first `vectors` vectors, at most N, of a panel of keys whose rows are `width` apart.
+template <int R, int N, int L, int D, class T>
+INLINE void multiply(const T* q, int64_t rows, const T* panel, int64_t width, int64_t vectors, T* scores, int64_t ld) {
+  if constexpr (N > 1)
+    if (vectors < N) return multiply<R, N - 1, L, D>(q, rows, panel, width, vectors, scores, ld);
+  for (int64_t r = 0; r < rows; r += R) micro<R, N, L>(q + r * D, D, panel, width, D, scores + r * ld, ld, false);
+}
+
 // R rows of weights times `count` rows of values of V vectors.
 template <int R, int N, int V, int L, class T, class S>
 INLINE void weigh(const T* weights, int64_t ld, const Rows<S>& values, int64_t j, int64_t count, T* out, bool more) {
@@ -171,8 +179,7 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
     for (int64_t j = range.begin; j < range.end; j += KEYS, more = true) {
       const int64_t some = least_of(KEYS, range.end - j);
       for (int64_t c = 0; c < some; c += NR)
-        for (int64_t r = 0; r < padded; r += R)
-          micro<R, N, L>(q + r * D, D, (const T*)panels + (j + c) * D, NR, D, scores + r * KEYS + c, KEYS, false);
+        multiply<R, N, L, D>(q, padded, (const T*)panels + (j + c) * D, NR, ceil_div(some - c, L), scores + c, KEYS);
       for (int64_t r = 0; r < n; r++) {
         const T factor = rows_of[r].add(scores + r * KEYS, first + r, j, some, score);
         if (more && factor != 1) scale_row<L>(out + r * E, E, factor);
@@ -206,6 +213,7 @@ void attend_few(int64_t count, const KeyRows& keys, const ValueRows& values, con
     const int64_t some = least_of(KEYS, range.end - j);
     for (int64_t c = 0; c < some; c++) {
       const auto* key = keys.data + (j + c) * keys.ld;
+      for (int64_t d = 0; d < E; d += 64 / sizeof(*values.data)) __builtin_prefetch(values.data + (j + c) * values.ld + d);  // soon read
       vec<T, L> sum[R] = {};
       UNROLL for (int64_t d = 0; d < D; d += L) {
         const vec<T, L> k = as<T>(load<L>(key + d));
