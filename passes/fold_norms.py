@@ -112,7 +112,7 @@ class _IntoProduct:
         new_weight = weight if scale is None else _scaled(node, weight, scale).to(weight.dtype)
         offset = _offset(base, scale, shift)
         new_bias = None if offset is None else offset.to(weight.dtype)
-        if not _finite_as_before(weight, new_weight) or new_bias is not None and not bool(torch.isfinite(new_bias).all()):
+        if not _finite_as_before(weight, new_weight) or new_bias is not None and not _finite(new_bias):
             return Refusal(Reason.NOT_FINITE, w.hint or "weight")
         made_w = w if scale is None else self.maker.derived([w], "scaled", lambda _: new_weight, node.prov)
         made_b = [self.maker.derived([bias[0] if bias else w], "shifted", lambda _: new_bias, node.prov)] if new_bias is not None else []
@@ -136,7 +136,12 @@ def _weight_shared(weight: Node, site: Site) -> bool:
 
 
 def _finite_as_before(old: torch.Tensor, new: torch.Tensor) -> bool:
-    return old is new or bool(torch.isfinite(new).all()) or not bool(torch.isfinite(old).all())
+    return old is new or _finite(new) or not _finite(old)
+
+
+def _finite(x: torch.Tensor) -> bool:
+    """No infinity and no NaN: either would be left in the sum, which is exact enough in float64 not to overflow by itself."""
+    return bool(torch.isfinite(x.sum(dtype=torch.float64)))
 
 
 def _per_channel(node: Node, product: Node, other: Node) -> torch.Tensor | None:
