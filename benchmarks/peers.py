@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +15,16 @@ from torch import nn
 
 Inputs = tuple[torch.Tensor, ...]
 Call = Callable[[], torch.Tensor]
-Notes = list[str]
-"""What a reader of the result must know of how a peer was run."""
+
+
+@dataclass
+class Notes:
+    """lines: what a reader of the result must know of how a peer was run. wasted, wasted_cpu: seconds of attempts that came to nothing,
+    which do not count as its first call: who uses the peer knows which way works."""
+
+    lines: list[str] = field(default_factory=list)
+    wasted: float = 0.0
+    wasted_cpu: float = 0.0
 
 
 def eager(model: nn.Module, inputs: Inputs, notes: Notes) -> Call:
@@ -34,7 +44,7 @@ def tilewright_max(model: nn.Module, inputs: Inputs, notes: Notes) -> Call:
     try:
         checked_options(**wanted)
     except BadOption as error:
-        notes.append(f"default options: {error}")
+        notes.lines.append(f"default options: {error}")
         wanted = {}
     return _compiled(model, inputs, backend=functools.partial(tilewright, **wanted))
 
@@ -116,13 +126,16 @@ def _converted(model: nn.Module, inputs: Inputs, notes: Notes) -> Any:
     }
     errors: list[str] = []
     for way, convert in ways.items():
+        begin, cpu = time.perf_counter(), time.process_time()
         try:
             converted = convert()
         except Exception as error:  # whatever a front end raises, the next may take it
-            errors.append(f"{way}: {type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}")
+            errors.append(f"{way}: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
+            notes.wasted += time.perf_counter() - begin
+            notes.wasted_cpu += time.process_time() - cpu
             continue
         if errors:
-            notes.append(f"converted by way of {way}")
+            notes.lines.append(f"converted by way of {way}")
         return converted
     raise RuntimeError("; ".join(errors))
 
