@@ -26,7 +26,7 @@ from .lanes import LaneAnalysis, stride_along
 from .plan import Phase
 from .printer import KernelPrinter, print_kernel
 from .schedule import CpuTarget, Schedule, default_schedule
-from .sliding import IDENTITY, Window, find_window
+from .sliding import IDENTITY, MAX_TAPS, Window, find_window
 
 STRIPS = (8, 7, 6, 5, 4)
 """Points of a strip, best first where the extent is a multiple of them."""
@@ -169,8 +169,7 @@ class WindowPrinter(KernelPrinter):
         self.line(f"UNROLL for (auto& s : {self.sum}) s = splat<L>({literal(IDENTITY[w.reduce.op], w.reduce.dtype)[0]});")
         inside = scope
         for axis in w.outer:
-            begin, end = bounds[axis.name]
-            self.open(f"for (int64_t {axis.name} = {begin}; {axis.name} < {end}; {axis.name}++)")
+            self.rows(axis, bounds[axis.name], unrolled=axis is w.outer[-1] and int(axis.extent) <= MAX_TAPS)
             inside = inside.inner([axis.name])
         self.slide(inside)
         for _ in w.outer:
@@ -181,6 +180,15 @@ class WindowPrinter(KernelPrinter):
         done.texts[w.reduce] = (f"{self.sum}[{p}]", PRIMARY)
         self.statements(Phase(stores=stores), done)
         self.close()
+
+    def rows(self, axis: Axis, bounds: tuple[str, str], unrolled: bool) -> None:
+        """Opens the loop over an outer axis: unrolled, so that the addresses of all rows are computed once."""
+        name, (begin, end) = axis.name, bounds
+        if not unrolled:
+            self.open(f"for (int64_t {name} = {begin}; {name} < {end}; {name}++)")
+            return
+        check = "" if begin == "0" else f" if ({name} >= {begin} && {name} < {end})"
+        self.open(f"UNROLL for (int64_t {name} = 0; {name} < {axis.extent}; {name}++){check}")
 
     def slide(self, scope: Scope) -> None:
         w = self.window
@@ -213,10 +221,10 @@ class WindowPrinter(KernelPrinter):
 
 
 def _points(window: Window, target: CpuTarget) -> int:
-    """Points of a strip: their sums, the taps and a column are in registers."""
+    """Points of a strip: their sums, the taps and a column are in registers. Points that share little gain little."""
     registers = 32 if target.vector_bytes == 64 else 16
     most = max(4, registers - 2 - (window.size if window.tap is not None else 0))
-    sizes = [s for s in STRIPS if s <= most]
+    sizes = [s for s in STRIPS if s <= min(most, max(4, STRIPS[0] // window.stride))]
     extent = window.strip.extent
     if not isinstance(extent, int):
         return 4
