@@ -26,7 +26,8 @@ template <int N> constexpr int together(int rows) {
     if (N % n == 0 && rows * n + n + 1 <= VECTOR_REGISTERS) return n;
   return 1;
 }
-template <int N> constexpr int tile_rows = VECTOR_REGISTERS == 32 ? 8 : N % 2 ? 4 : 6;
+// As many rows as keep the loads of a step behind its multiplications: all N vectors of six rows, or fewer vectors of eight.
+template <int N> constexpr int tile_rows = VECTOR_REGISTERS == 32 ? (N % 4 ? 8 : 6) : N % 2 ? 4 : 6;
 
 // tile[i][n * L + l] = sum over k < depth of state[i][k] * weights[k][n * L + l] for `rows` <= R rows.
 template <int R, int N, int L, class T>
