@@ -8,11 +8,13 @@
 namespace tile {
 
 #define UNROLL _Pragma("GCC unroll 32")
+#define ONCE static __attribute__((noinline))  // one copy serves all kernels of a unit
 
 constexpr int64_t DEPTH = 384;             // terms of one run of the micro-kernel: such a part of a panel stays near the core
 constexpr int64_t BLOCK_ROWS = 128;        // rows of the left operand that meet it there
 constexpr int64_t BLOCK_BYTES = 1 << 20;   // what operands that are read again and again may take of the second-level cache
 constexpr int64_t THREAD_WORK = 1 << 18;   // multiplications that are worth a thread
+constexpr int64_t NEAR = 16;               // rows of a panel between what few rows read and what they fetch
 constexpr int64_t FEW_ROWS = 8;            // rows up to which sums along contiguous columns are no slower than turning them
 constexpr int64_t LINE = 64;               // bytes of a cache line
 constexpr int64_t FEW_TILES = 8, PARTS = 16;  // a product of so few tiles is divided along its depth
@@ -22,18 +24,20 @@ INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- micro-kernels
 
-struct Nothing {};
+struct Nothing {
+  INLINE void operator()(int64_t) const {}
+};
+INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // tile[i][j] = sum over k < depth of a[i][k] * b[k][j], or is added to what the tile holds if `more`. The tile has R rows and N vectors of
-// L columns; rows of a, b and tile are lda, ldb and ldt elements apart. a and b may be stored narrower than T: they are widened when loaded.
-// ahead(k): memory that is needed soon comes nearer meanwhile, a cache line with each term.
+// L columns; rows of a, b and tile are lda, ldb and ldt elements apart. a and b may be stored narrower than T: loading widens them.
+// ahead(k) is called with each term, to fetch what is needed soon.
 template <int R, int N, int L, class A, class B, class T, class Ahead = Nothing>
-__attribute__((noinline)) static void micro(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t depth, T* tile, int64_t ldt, bool more,
-                                            Ahead ahead = {}) {
+ONCE void micro(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t depth, T* tile, int64_t ldt, bool more, Ahead ahead = {}) {
   constexpr int U = R * N * 4 <= 16 ? 4 : R * N * 2 <= 16 ? 2 : 1;  // few sums: several terms at once, which rounds less too
   vec<T, L> sums[U][R][N] = {};
   const auto term = [&](int64_t k, auto& sum) LANES {
-    if constexpr (!__is_same(Ahead, Nothing)) __builtin_prefetch(ahead(k), 0, 2);
+    ahead(k);
     vec<T, L> right[N];
     UNROLL for (int j = 0; j < N; j++) right[j] = as<T>(load<L>(b + k * ldb + j * L));
     UNROLL for (int i = 0; i < R; i++) {
@@ -59,8 +63,8 @@ __attribute__((noinline)) static void micro(const A* a, int64_t lda, const B* b,
 // The same for a right operand whose columns are contiguous and ldb apart: C columns, as sums of L lanes each. Columns from `columns` on
 // do not exist.
 template <int R, int C, int L, class A, class B, class T>
-__attribute__((noinline)) static void micro_columns(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t columns, int64_t depth, T* tile,
-                                                    int64_t ldt, bool more) {
+ONCE void micro_columns(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t columns, int64_t depth, T* tile, int64_t ldt,
+                        bool more) {
   vec<T, L> sum[R][C] = {};
   T rest[R][C] = {};
   const B* column[C];
@@ -97,9 +101,16 @@ template <int N, int L, class At> struct Panels {
   template <int R, class T>
   INLINE void add(const T* a, int64_t lda, int64_t group, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
     const auto data = panel(n) + k * ld;
-    constexpr int64_t shares = sizeof(*data) * width / LINE + 1;
-    const char* const next = (const char*)(data + depth * ld) + group % shares * depth * LINE;
-    micro<R, N, L>(a, lda, data, ld, depth, tile, width, more, [=](int64_t k) { return next + k * LINE; });
+    constexpr int64_t lines = sizeof(*data) * width / LINE, shares = lines + 1;
+    if constexpr (R == 3 || R == 4) {  // one group, and memory sets the time
+      micro<R, N, L>(a, lda, data, ld, depth, tile, width, more, [=](int64_t k) LANES {
+        const char* const next = (const char*)(data + (k + NEAR) * ld);
+        UNROLL for (int64_t i = 0; i < lines; i++) fetch(next + i * LINE);
+      });
+    } else {
+      const char* const next = (const char*)(data + depth * ld) + group % shares * depth * LINE;
+      micro<R, N, L>(a, lda, data, ld, depth, tile, width, more, [=](int64_t k) LANES { fetch(next + k * LINE); });
+    }
   }
 };
 template <int N, int L, class At> Panels<N, L, At> panels(int64_t ld, At panel) { return {ld, panel}; }
@@ -135,7 +146,7 @@ template <int N, int L, class T> struct Copied {
   INLINE void add(const T* a, int64_t lda, int64_t group, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
     constexpr int64_t row = sizeof(T) * width, shares = row / LINE + 1;
     const char* const next = source + k * row + group % shares * depth * LINE;
-    micro<R, N, L>(a, lda, data + k * width, width, depth, tile, width, more, [=](int64_t k) { return next + k * LINE; });
+    micro<R, N, L>(a, lda, data + k * width, width, depth, tile, width, more, [=](int64_t k) LANES { fetch(next + k * LINE); });
   }
 };
 
@@ -184,7 +195,9 @@ template <int L, class B, class T> INLINE void transpose(const B* in, int64_t fr
   UNROLL for (int i = 0; i < L; i++) store<L>(out + i * to, rows[i]);
 }
 
-// How panels are made of an operand that cannot be read as it lies; source: where column n begins, if that is known. Contiguous columns that are ld apart:
+// How panels are made of an operand that cannot be read as it lies; source: where column n begins, if that is known.
+
+// Contiguous columns that are ld apart.
 template <int N, int L, class B> struct Turned {
   typedef B element;
   static constexpr int vectors = N, lanes = L;
@@ -203,7 +216,9 @@ template <int N, int L, class B> struct Turned {
     }
   }
 };
-template <int N, int L, class B> Turned<N, L, B> turned(const B* data, int64_t ld, int64_t columns, int64_t depth) { return {data, ld, columns, depth}; }
+template <int N, int L, class B> Turned<N, L, B> turned(const B* data, int64_t ld, int64_t columns, int64_t depth) {
+  return {data, ld, columns, depth};
+}
 
 // row(to, k, begin, end) writes columns begin .. end of row k.
 template <int N, int L, class Write> struct FromRows {
@@ -219,7 +234,9 @@ template <int N, int L, class Write> struct FromRows {
     }
   }
 };
-template <int N, int L, class Write> FromRows<N, L, Write> from_rows(int64_t columns, int64_t depth, Write row) { return {columns, depth, row}; }
+template <int N, int L, class Write> FromRows<N, L, Write> from_rows(int64_t columns, int64_t depth, Write row) {
+  return {columns, depth, row};
+}
 
 // column(to, n) writes column n.
 template <int N, int L, class Write> struct FromColumns {
@@ -243,7 +260,9 @@ template <int N, int L, class Write> struct FromColumns {
     }
   }
 };
-template <int N, int L, class Write> FromColumns<N, L, Write> from_columns(int64_t columns, int64_t depth, Write column) { return {columns, depth, column}; }
+template <int N, int L, class Write> FromColumns<N, L, Write> from_columns(int64_t columns, int64_t depth, Write column) {
+  return {columns, depth, column};
+}
 
 // ---- products
 
@@ -294,7 +313,8 @@ INLINE Shares share_tiles(int64_t groups, int64_t panels, int64_t threads) {
 
 // Blocks of rows stay near the core while all panels pass.
 template <int R, class T, class Left, class Right, class Finish>
-void product_of_blocks(int64_t rows, int64_t columns, int64_t depth, int64_t threads, const Left& left, const Right& right, const Finish& finish) {
+void product_of_blocks(int64_t rows, int64_t columns, int64_t depth, int64_t threads, const Left& left, const Right& right,
+                       const Finish& finish) {
   constexpr int64_t width = Right::width;
   const int64_t groups = ceil_div(rows, R), panels = ceil_div(columns, width), ld = row_length<T>(depth);
   const Shares shares = share_tiles(groups, panels, threads);
@@ -318,9 +338,11 @@ void product_of_blocks(int64_t rows, int64_t columns, int64_t depth, int64_t thr
 
 // Few tiles and a long depth: threads share the depth, in parts that do not depend on their number.
 template <int R, class T, class Left, class Right, class Finish>
-void product_of_parts(int64_t rows, int64_t columns, int64_t depth, int64_t threads, const Left& left, const Right& right, const Finish& finish) {
+void product_of_parts(int64_t rows, int64_t columns, int64_t depth, int64_t threads, const Left& left, const Right& right,
+                      const Finish& finish) {
   constexpr int64_t width = Right::width;
-  const int64_t padded = ceil_div(rows, R) * R, panels = ceil_div(columns, width), ld = row_length<T>(depth), size = padded * panels * width;
+  const int64_t padded = ceil_div(rows, R) * R, panels = ceil_div(columns, width), ld = row_length<T>(depth);
+  const int64_t size = padded * panels * width;
   Row<T> block(padded * ld), sums(PARTS * size);
   fill_block<R, T>(block, ld, 0, rows, left);
   parallel(PARTS, 1, int(threads), [&](int64_t begin, int64_t end) {
@@ -328,13 +350,15 @@ void product_of_parts(int64_t rows, int64_t columns, int64_t depth, int64_t thre
       const int64_t first = share(depth, part, PARTS, 16), last = share(depth, part + 1, PARTS, 16);
       for (int64_t p = 0; p < panels; p++)
         for (int64_t i = 0; i < padded; i += R)
-          right.template add<R>((const T*)block + i * ld + first, ld, i / R, p * width, first, last - first, (T*)sums + part * size + (p * padded + i) * width, false);
+          right.template add<R>((const T*)block + i * ld + first, ld, i / R, p * width, first, last - first,
+                                (T*)sums + part * size + (p * padded + i) * width, false);
     }
   });
   for (int64_t part = 1; part < PARTS; part++)
     for (int64_t i = 0; i < size; i++) sums[i] += sums[part * size + i];
   for (int64_t m = 0; m < rows; m++)
-    for (int64_t p = 0; p < panels; p++) finish((const T*)sums + (p * padded + m) * width, m, p * width, least_of((p + 1) * width, columns));
+    for (int64_t p = 0; p < panels; p++)
+      finish((const T*)sums + (p * padded + m) * width, m, p * width, least_of((p + 1) * width, columns));
 }
 
 INLINE int64_t useful_threads(int64_t work, int threads) { return work < 2 * THREAD_WORK ? 1 : least_of(work / THREAD_WORK, threads); }

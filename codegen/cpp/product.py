@@ -148,12 +148,12 @@ def _preference(kernel: Kernel, found: Product, target: CpuTarget) -> tuple[bool
 # ---- flat positions
 
 
-def flatten(axes: Sequence[Axis], flat: sympy.Expr) -> dict[str, sympy.Expr]:
+def flatten(axes: Sequence[Axis], flat: Any) -> dict[str, sympy.Expr]:
     """Each axis as an expression of the row-major position over all of them."""
     found: dict[str, sympy.Expr] = {}
     for axis in reversed(axes[1:]):
         extent = sympy.sympify(axis.extent)
-        found[axis.name] = Mod(flat, extent)
+        found[axis.name] = _expr(Mod(flat, extent))
         flat = FloorDiv(flat, extent)
     return found | {a.name: flat for a in axes[:1]}
 
@@ -260,7 +260,7 @@ def plan_right(kernel: Kernel, found: Product, target: CpuTarget) -> Right:
 def _in_place(kernel: Kernel, found: Product, load: Load, rows: Dim, shapes: Sequence[tuple[int, int]], lanes: int) -> Right | None:
     n, k = sympy.Dummy("n", integer=True, nonnegative=True), sympy.Dummy("k", integer=True, nonnegative=True)
     index = substitute(load.index, flatten(found.columns, n) | flatten(found.depth, k))
-    down, across = (sympy.expand(index.subs(x, x + 1) - index) for x in (k, n))
+    down, across = (_expr(sympy.expand(index.subs(x, x + 1) - index)) for x in (k, n))
     few = isinstance(rows, int) and rows <= FEW_ROWS
     start = index.subs(k, 0)
     if not {n, k} & down.free_symbols:
@@ -278,6 +278,10 @@ def _in_place(kernel: Kernel, found: Product, load: Load, rows: Dim, shapes: Seq
         return Right("columns", Blocks(_tile_rows(rows, 4), 1, lanes), load, n, start, across)
     vectors, most = _least_padding(product(a.extent for a in found.columns), shapes, lanes)
     return Right("turned", Blocks(_tile_rows(rows, most), vectors, lanes), load, n, start, across)
+
+
+def _expr(value: Any) -> sympy.Expr:
+    return sympy.sympify(value)
 
 
 def _is_compact(ld: sympy.Expr) -> bool:
