@@ -16,7 +16,7 @@ def markdown(results: Results) -> str:
     peers = list(dict.fromkeys(p for row in results["rows"].values() for p in row if p != "price"))
     others = [p for p in peers if p != "eager"]
     caching = [p for p in peers if any("first_call_warm" in row.get(p, {}) for row in results["rows"].values())]
-    return "\n\n".join((
+    tables = (
         _limits(results["machine"]),
         _speed(results, others),
         _simple(results, "fraction of the roofline", peers, "roofline", ".2f"),
@@ -27,7 +27,8 @@ def markdown(results: Results) -> str:
         _simple(results, "peak memory, MB", peers, "peak_mb", ".0f"),
         _simple(results, "error against float64", peers, "error", ".1e"),
         _failures(results),
-    )).rstrip()  # fmt: skip
+    )  # fmt: skip
+    return "\n\n".join(t for t in tables if t)
 
 
 def _limits(machine: Results) -> str:
@@ -62,6 +63,8 @@ def _geomean(results: Results, peer: str) -> str:
 
 
 def _simple(results: Results, head: str, peers: Sequence[str], field: str, form: str, scale: float = 1.0) -> str:
+    if not peers:
+        return ""
     return _table([head, *peers], [[name, *(_cell(row, p, field, form, scale) for p in peers)] for name, row in results["rows"].items()])
 
 
