@@ -26,13 +26,15 @@ from ..passes.base import Notes, Pass
 from ..passes.pack_weights import PackWeights
 from ..search.database import Database, Key
 from ..search.providers import VENDOR, Provided, providers
-from ..search.tuner import Run, Verdict, remembered
+from ..search.tuner import LEAST_ROUNDS, Run, Verdict, remembered
 from .compile import Compiled, Options, compile_graph
 from .pipeline import passes_from
 from .receipt import Receipt, Trial
 
 WITH, WITHOUT = "with", "without"
 TRIAL_SECONDS = 1.0
+TRIAL_CALLS = 2 * (LEAST_ROUNDS + 2)
+"""The shortest trial: rounds of two candidates, and the calls that warm them up."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ GROUPS = (
 def compile_tuned(graph: Graph, options: Options, inputs: Sequence[Any], notes: Notes | None = None) -> Compiled:
     """As `compile_graph`, of the passes whose results are the fastest on these inputs, which the graph may overwrite.
 
-    The receipt's `trials` say what was measured. Takes about `options.tuning_seconds` at most, beside compiling what is returned.
+    The receipt's `trials` say what was measured. Takes `options.tuning_seconds`, beside compiling what is returned, and at most one trial
+    longer: that of all rewrites together against running op by op, which is always made.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         return _Tuner(graph, options, inputs, notes or Notes()).run()
@@ -73,13 +76,14 @@ class _Tuner:
         self.current = self.compiled(self.passes)
         self.start = time.perf_counter()
         self.deadline = self.start + options.tuning_seconds
+        self.call_seconds = 0.0
 
     def run(self) -> Compiled:
         self.try_vendor()
         for group in GROUPS:
             if group.applied(self.current.receipt):
                 self.try_passes(group.name, tuple(p for p in self.passes if p.name not in group.passes))
-        self.try_passes("all rewrites", ())
+        self.try_passes("all rewrites", (), always=True)
         if self.options.dump is not None:  # what was compiled last is not what was chosen
             self.current = compile_graph(self.graph, self.options, self.copied_notes(), self.passes)
         receipt = self.current.receipt
@@ -105,14 +109,15 @@ class _Tuner:
             passes = tuple(packed if isinstance(p, PackWeights) else p for p in self.passes)
             self.try_passes(f"native: {', '.join(_labels(found))}", passes)
 
-    def try_passes(self, what: str, passes: tuple[Pass, ...]) -> None:
-        """Goes over to these passes if they are faster than the current ones, beyond noise."""
-        if time.perf_counter() > self.deadline:
+    def try_passes(self, what: str, passes: tuple[Pass, ...], always: bool = False) -> None:
+        """Goes over to these passes if they are faster than the current ones, beyond noise. always: however little time is left."""
+        if not always and time.perf_counter() + TRIAL_CALLS * self.call_seconds > self.deadline:
             self.trials.append(Trial(what, True, note=f"not measured: the {self.options.tuning_seconds:g} s for tuning were used up"))
             return
         other = functools.cache(lambda: self.compiled(passes))  # not called where the database knows that it is slower
         try:
             verdict = self.verdict(what, other)
+            self.call_seconds = verdict.timings[WITH].seconds
             if verdict.winner == WITHOUT:
                 self.current, self.passes = other(), passes
         except Exception as error:  # a fault of what we do not need
