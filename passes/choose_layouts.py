@@ -42,9 +42,11 @@ class ChooseLayouts(Pass):
                                           y = permute(q, [0, 3, 1, 2])
 
     With channels first the library reorders what each convolution reads and writes. Which values are turned is a minimum cut: each
-    convolution left as it is costs these reorders, each value needed in both orders costs a permute. Batch norms become primitives
-    on the way. Refused: other devices, convolutions in one and three dimensions, which gain nothing, dtypes that the library does not
-    convolve, and whatever does not pay. After the layout propagation of Liu et al., "Optimizing CNN Model Inference on CPUs" (2019).
+    convolution left as it is costs these reorders, each value needed in both orders costs a permute. Pooling and depthwise
+    convolutions become kernels of ours where their channels lie last. Batch norms become primitives on the way, group norms primitives
+    that keep channels last. Refused: other devices, convolutions in one and three dimensions, which gain nothing, dtypes that the
+    library does not convolve, and whatever does not pay. After the layout propagation of Liu et al., "Optimizing CNN Model Inference
+    on CPUs" (2019).
     """
 
     name: ClassVar[str] = "choose-layouts"

@@ -73,12 +73,14 @@ def test_a_window_is_not_computed_anew_for_each_reader():
         f"c = conv(x, v, {PLAIN}, groups=8, channels_last=true)",
         f"c = conv(x, u, {PLAIN}, groups=16, channels_last=true)",
         f"c = conv(x, w, {PLAIN}, groups=16, transposed=true, channels_last=true)",
+        f"c = conv(x, l, {PLAIN}, groups=16, channels_last=true)",
+        "c = conv(x, l, stride=[32, 32], padding=[0, 0], dilation=[1, 1], groups=16, channels_last=true)",
         "c = max_pool(x, kernel=[3, 3], stride=[2, 2], padding=[1, 1])",
     ],
 )
 def test_the_library_keeps_the_others(line):
-    """Channels first, grouped, with several results per channel, transposed."""
-    image = "x: f32[2, 16, 32, 16], w: f32[16, 1, 3, 3], v: f32[16, 2, 3, 3], u: f32[32, 1, 3, 3]"
+    """Channels first, grouped, with several results per channel, transposed, with long sides."""
+    image = "x: f32[2, 16, 32, 16], w: f32[16, 1, 3, 3], v: f32[16, 2, 3, 3], u: f32[32, 1, 3, 3], l: f32[16, 1, 13, 13]"
     after, _ = fused(body(image, line, "y = relu(c)", "y"))
     assert any(n.op.name in ("conv", "max_pool") for n in order(after))
 
