@@ -46,7 +46,7 @@ def padded(puller: Puller, node: Node, index: Index, at: Index, space: Sequence[
     x = node.inputs[0]
     conditions = tuple(c for i, d in zip(at, space) if (c := puller.inside(i, d)) is not None)
     value = puller.at(x, index, conditions)
-    if not conditions or value.kind is Kind.LOAD and fill == 0:  # a masked load is 0 where nothing is read
+    if not conditions or value.kind is Kind.LOAD and value.masked and fill == 0:  # a masked load is 0 where nothing is read
         return value
     return puller.add(Point(Kind.SELECT, x, (puller.all_of(conditions), value, puller.number(fill, x.dtype)), dtype=x.dtype))
 

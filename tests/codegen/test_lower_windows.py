@@ -117,6 +117,18 @@ def test_a_pad_other_than_zero_is_read_by_the_load():
     assert largest.value.other == float("-inf")  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_padding_around_an_upsampled_image(groups):
+    """Computed positions are always inside, so the load that reads there asks for no mask: the padding still counts as zero."""
+    attrs = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": groups, "channels_last": True}
+    rows = torch.arange(8) // 2
+
+    def build(a, w, i):
+        return OPS["conv"](ops.index(a, ops.reshape(i, shape=(8, 1)), i, dims=(1, 2)), w, **attrs)
+
+    check(build, x(1, 4, 4, 4), x(4, 4 // groups, 3, 3), rows)
+
+
 def test_refused():
     attrs = {"kernel": (3, 3), "stride": (1, 1), "padding": (0, 0)}
     twice = graph_of(lambda a: OPS["max_pool"](OPS["avg_pool"](a, **attrs), **attrs), [x(1, 3, 8, 8)])
