@@ -66,8 +66,7 @@ def compile_graph(graph: Graph, options: Options = Options(), notes: Notes | Non
     start = time.perf_counter()
     passes = passes_from(options.passes) if passes is None else passes
     fused = kept_apart(graph, run_passes(graph, passes, notes, _between(options, seconds)))
-    if sum(int(d.value.nbytes) for d in constants(fused).values() if d.value is not None) > LARGE_BYTES:
-        return_free_memory()
+    return_free_memory(fused)
     program = build_program(fused)
     receipt = make_receipt(program, notes, {**seconds, "total": time.perf_counter() - start})
     if options.dump is not None:
@@ -76,8 +75,10 @@ def compile_graph(graph: Graph, options: Options = Options(), notes: Notes | Non
     return Compiled(fused, program, receipt)
 
 
-def return_free_memory() -> None:
+def return_free_memory(graph: Graph) -> None:
     """Gives the system back what passes left free: a weight that was scaled, then packed, leaves a hole that glibc's heap keeps."""
+    if sum(int(d.value.nbytes) for d in constants(graph).values() if d.value is not None) <= LARGE_BYTES:
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

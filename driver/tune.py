@@ -27,7 +27,7 @@ from ..passes.pack_weights import PackWeights
 from ..search.database import Database, Key
 from ..search.providers import VENDOR, Provided, providers
 from ..search.tuner import LEAST_ROUNDS, Run, Verdict, remembered
-from .compile import Compiled, Options, compile_graph
+from .compile import Compiled, Options, compile_graph, return_free_memory
 from .pipeline import passes_from
 from .receipt import Receipt, Trial
 
@@ -64,7 +64,9 @@ def compile_tuned(graph: Graph, options: Options, inputs: Sequence[Any], notes: 
     longer: that of all rewrites together against running op by op, which is always made.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=()):
-        return _Tuner(graph, options, inputs, notes or Notes()).run()
+        made = _Tuner(graph, options, inputs, notes or Notes()).run()
+    return_free_memory(made.graph)
+    return made
 
 
 class _Tuner:
