@@ -60,31 +60,34 @@ ONCE void micro(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t depth,
     }
 }
 
-// The same for a right operand whose columns are contiguous and ldb apart: C columns, as sums of L lanes each. Columns from `columns` on
+// The same for a right operand whose columns are contiguous and ldb apart: C columns, each as U sums of L lanes. Columns from `columns` on
 // do not exist.
-template <int R, int C, int L, class A, class B, class T>
+template <int R, int C, int U, int L, class A, class B, class T>
 ONCE void micro_columns(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t columns, int64_t depth, T* tile, int64_t ldt,
                         bool more) {
-  vec<T, L> sum[R][C] = {};
+  vec<T, L> sum[R][C][U] = {};
   T rest[R][C] = {};
   const B* column[C];
   UNROLL for (int j = 0; j < C; j++) column[j] = b + least_of(j, columns - 1) * ldb;
-  int64_t k = 0;
-  for (; k + L <= depth; k += L) {
+  const auto add = [&](int64_t k, int u) LANES {
     vec<T, L> left[R];
     UNROLL for (int i = 0; i < R; i++) left[i] = as<T>(load<L>(a + i * lda + k));
     UNROLL for (int j = 0; j < C; j++) {
-      __builtin_prefetch(column[j] + k + C * ldb, 0, 2);
       const auto right = as<T>(load<L>(column[j] + k));
-      UNROLL for (int i = 0; i < R; i++) sum[i][j] += left[i] * right;
+      UNROLL for (int i = 0; i < R; i++) sum[i][j][u] += left[i] * right;
     }
-  }
+  };
+  int64_t k = 0;
+  for (; k + U * L <= depth; k += U * L)
+    UNROLL for (int u = 0; u < U; u++) add(k + u * L, u);
+  for (; k + L <= depth; k += L) add(k, 0);
   for (; k < depth; k++)
     UNROLL for (int j = 0; j < C; j++)
       UNROLL for (int i = 0; i < R; i++) rest[i][j] += T(load<1>(a + i * lda + k)) * T(load<1>(column[j] + k));
   UNROLL for (int i = 0; i < R; i++)
     UNROLL for (int j = 0; j < C; j++) {
-      const T total = fold([](auto x, auto y) { return x + y; }, sum[i][j]) + rest[i][j];
+      UNROLL for (int u = 1; u < U; u++) sum[i][j][0] += sum[i][j][u];
+      const T total = fold([](auto x, auto y) { return x + y; }, sum[i][j][0]) + rest[i][j];
       tile[i * ldt + j] = more ? tile[i * ldt + j] + total : total;
     }
 }
@@ -157,10 +160,10 @@ template <class B, int L> struct Columns {
   int64_t ld, columns;
   template <int R, class T>
   INLINE void add(const T* a, int64_t lda, int64_t group, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
-    constexpr int sums = sizeof(T) * L == 64 ? 24 : 8;  // registers for them
-    constexpr int C = R * 8 <= sums ? 8 : R * 4 <= sums ? 4 : R * 2 <= sums ? 2 : 1;
+    constexpr int sums = sizeof(T) * L == 64 ? 16 : 8;  // registers for them
+    constexpr int C = R * 4 <= sums ? 4 : R * 2 <= sums ? 2 : 1, U = R * C * 4 <= sums ? 4 : R * C * 2 <= sums ? 2 : 1;
     for (int64_t j = 0; j < width && n + j < columns; j += C)
-      micro_columns<R, C, L>(a, lda, data + (n + j) * ld + k, ld, columns - n - j, depth, tile + j, width, more);
+      micro_columns<R, C, U, L>(a, lda, data + (n + j) * ld + k, ld, columns - n - j, depth, tile + j, width, more);
   }
 };
 
