@@ -73,3 +73,37 @@ def test_training():
     for (name, p), q in zip(model.named_parameters(), reference.parameters()):
         assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-3 * float(q.grad.abs().max())), name
         assert p.grad.stride() == q.grad.stride()
+
+
+class Inverted(nn.Module):
+    """A depthwise block as in MobileNetV2, with a squeeze-excitation and a group norm."""
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(width, 4 * width, 1, bias=False), nn.Conv2d(4 * width, width, 1)
+        self.depthwise = nn.Conv2d(4 * width, 4 * width, 3, stride, 1, groups=4 * width, bias=False)
+        self.norm_a, self.norm_b, self.norm_c = nn.BatchNorm2d(4 * width), nn.BatchNorm2d(4 * width), nn.GroupNorm(4, width)
+        squeeze, excite = nn.Conv2d(4 * width, width, 1), nn.Conv2d(width, 4 * width, 1)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), squeeze, nn.SiLU(), excite, nn.Sigmoid())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.relu6(self.norm_a(self.wide(x)))
+        h = nn.functional.hardswish(self.norm_b(self.depthwise(h)))
+        return nn.functional.silu(self.norm_c(self.narrow(h * self.gate(h))))
+
+
+def depthwise_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    head = nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.MaxPool2d(3, 2, 1), Inverted(16, 1), Inverted(16, 2), head, nn.AdaptiveAvgPool2d(1))
+
+
+def test_windows_are_kernels_of_ours():
+    assert_as_eager(settled(depthwise_net()), torch.randn(4, 3, 96, 96))
+    receipt = tilewright.receipts()[-1]
+    assert not receipt.failure and not receipt.fallbacks
+    assert not [entry for entry in receipt.library if "pool" in str(entry)]
+
+
+def test_windows_of_any_size():
+    assert_as_eager(settled(depthwise_net()), *(torch.randn(n, 3, h, h + 8) for n, h in ((4, 96), (2, 64), (3, 70))), dynamic=True)
