@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from ...ir.dims import product, symbol
+from ...ir.dims import free_symbols, product, symbol
 from ...ir.scalar import Apply, Const, Scalar
-from ..kernel import Attend, Axis, Buffer, Dot, Kernel, Load, Reduce, Scan, Store, cone, free_axes, scalars
+from ..kernel import Attend, Axis, Buffer, Dot, Kernel, Load, Position, Reduce, Scan, Store, cone, free_axes, scalars
 from .expressions import ADD, MULTIPLY, STORAGE, index_text, wrap
 from .lanes import LaneAnalysis
 from .parts import PartPrinter
@@ -128,7 +128,8 @@ class AttentionPrinter(PartPrinter):
         self.writer(self.callables["query"], self.query(), self.row, found.rows, found.depth)
         widths = self.rows_of("keys", found.dot.right, found.depth), self.rows_of("values", found.attend.value, found.column)
         self.limits()
-        self.score()
+        terms = self.key_terms()
+        self.score(terms)
         self.finish()
         few = product(a.extent for a in found.rows)
         direct = isinstance(few, int) and few <= FEW_ROWS
@@ -181,19 +182,40 @@ class AttentionPrinter(PartPrinter):
         self.line(f"return tile::Bounds{{{', '.join(index_text(e, {})[0] for e in limits)}}};")
         self.close("};")
 
-    def score(self) -> None:
+    def key_terms(self) -> dict[Scalar, Load]:
+        """Computes what the score takes from the key alone, padding masks for instance, once for all rows of a head."""
+        key, rows, terms = self.found.key, {a.name for a in self.found.rows}, {}
+        stack = [self.bounds.score]
+        while stack:
+            value = stack.pop()
+            if not isinstance(value, Apply) or value in terms:
+                continue
+            below = cone([value])
+            used = {s.name for s in free_symbols([v.index for v in below if isinstance(v, (Load, Position))])}
+            if value.dtype != self.dtype or used & rows or key.name not in used or self.found.dot in below:
+                stack.extend(value.args)
+                continue
+            name, memory = self.names.fresh("term"), self.names.fresh("term_memory")
+            self.line(f"tile::Row<{self.kind}> {memory}({self.size(key)});")
+            self.line(f"{self.kind}* const {name} = {memory};")
+            self.walk(key, ("0", self.size(key)), (Store(name, key.symbol, value),), (Buffer(name, self.dtype, key.extent),))
+            terms[value] = Load(self.dtype, name, key.symbol)
+        return terms
+
+    def score(self, terms: dict[Scalar, Load]) -> None:
         """The lambda that turns products of one row with keys begin .. end into scores, in place; none for scores that are products."""
         if self.factor is not None:
             self.line(f"const tile::Plain {self.callables['score']};")
             return
         key, dot = self.found.key, self.found.dot
         at = key.symbol - symbol(self.begin)
-        stores = (Store(self.tile, at, Rewrite({dot: Load(dot.dtype, self.tile, at)}, {})(self.bounds.score)),)
+        stores = (Store(self.tile, at, Rewrite({dot: Load(dot.dtype, self.tile, at), **terms}, {})(self.bounds.score)),)
         parameters = f"{self.kind}* {self.tile}, int64_t {self.row}, int64_t {self.begin}, int64_t {self.end}"
         self.open(f"const auto {self.callables['score']} = [=]({parameters})")
         self.bind(self.found.rows, self.row, stores)
         some = symbol("some")  # a part of the keys, whose number is known at run time
-        self.walk(replace(key, extent=some), (self.begin, self.end), stores, (Buffer(self.tile, self.dtype, some),))
+        buffers = (Buffer(name, self.dtype, some) for name in (self.tile, *(t.buffer for t in terms.values())))
+        self.walk(replace(key, extent=some), (self.begin, self.end), stores, tuple(buffers))
         self.close("};")
 
     def finish(self) -> None:
