@@ -32,8 +32,9 @@ class FuseRegions(Pass):
         a = add(h, r)            -->      y = region(h, r) { add, layer_norm }
         y = layer_norm(a)
 
-    Composites other than `attention` become primitives first. Contractions, attention, externs and scatters stay library calls; views
-    stay outside, unless read by a region, where they vanish into its indices.
+    Composites other than `attention` become primitives first. Externs, scatters, and those contractions, windows and attentions that are
+    not ours stay library calls; views stay outside, unless read by a region, where they vanish into its indices. The reshape that joins
+    the heads of an attention is in its kernel.
     max_values, max_buffers: limits on one kernel's scalars and tensors.
     """
 
