@@ -33,7 +33,7 @@ class PackWeights(Pass):
                                            y = linear(x, w)
 
     The rows of a register block read stand together for each k: a kernel reads memory in order, once per block of rows. Panels are
-    padded with zeros to a whole number of 48 (64, 32, 16) columns, whichever wastes least. Refused: weights that are no constants or
+    padded with zeros to a whole number of 48 (32, 16) columns, whichever wastes least. Refused: weights that are no constants or
     that something else reads too (both layouts would be kept), other dtypes than float32, other devices than the CPU, transposed
     and grouped convolutions (but depthwise ones, whose weights become [*window, 1, n]), channels first, and sizes that fill no register.
 
@@ -132,8 +132,7 @@ def _conv_refusal(node: Node) -> tuple[Reason, str] | None:
 
 def panel_of(columns: int) -> int:
     """The panel that wastes least: padding, and registers that narrower blocks leave unused."""
-    waste = {48: 1.0, 64: 1.02, 32: 1.08, 16: 1.5}
-    return min(PANELS, key=lambda width: -(-columns // width) * width * waste[width])
+    return min(PANELS, key=lambda width: -(-columns // width) * width * PANELS[width])
 
 
 def panels(weight: torch.Tensor) -> torch.Tensor:
