@@ -211,10 +211,10 @@ _STANDARD = ("sum", "max", "min", "cumsum", "cumprod")
 @contextlib.contextmanager
 def _interpreting() -> Iterator[None]:
     """Lets the interpreter call those functions of `tl` that are themselves kernels and check assertions; leaves both as they were."""
-    options = interpreter_builder.options
-    interpreter_builder.options = replace(options, debug=True, sanitize_overflow=False)
-    namespaces = (tl, tl.core, tl.math, tl.tensor)
+    namespaces = (tl, tl.core, tl.math, tl.tensor, interpreter_builder)
     before = [dict(vars(n)) for n in namespaces]
+    interpreter_builder.options = replace(interpreter_builder.options, debug=True, sanitize_overflow=False)
+    interpreter_builder.create_splat = _splat
     for name in _STANDARD:
         function = getattr(tl, name)
         if isinstance(function, JITFunction):
@@ -223,9 +223,15 @@ def _interpreting() -> Iterator[None]:
         with np.errstate(all="ignore"):
             yield
     finally:
-        interpreter_builder.options = options
         for namespace, names in zip(namespaces, before):
             _restore(namespace, names)
+
+
+def _splat(ret_ty: Any, arg: TensorHandle) -> TensorHandle:
+    """One element as a block. What a comparison gives is labelled with the type of its operands: spread out, it must stay a bool."""
+    if arg.data.dtype == np.bool_:
+        arg = TensorHandle(arg.data, tl.int1)
+    return type(interpreter_builder).create_splat(interpreter_builder, ret_ty, arg)
 
 
 def _restore(namespace: Any, names: Mapping[str, Any]) -> None:

@@ -112,6 +112,15 @@ def _pointwise() -> list[Case]:
         {"out": (BOOL, 77), "number": (I32, 77)},
         lambda a, x: ((a & (x > 0.25)) ^ ~a, torch.where(a, (x > 0.25).int() + 1, -5)),
     )
+    few = (load("n", 0 * i, I64) < 5) & (load("x", i) > 0.25)  # one number decides about a block
+    decided = case(
+        "decided_by_one",
+        "i:77",
+        [Store("out", i, where(few, load("x", i, mask=few), 1.0))],
+        {"n": torch.tensor([3]), "x": randn(77)},
+        {"out": (F32, 77)},
+        lambda n, x: (torch.where((n < 5) & (x > 0.25), x, 1.0),),
+    )
     double = case(
         "double",
         "i:50",
@@ -151,7 +160,7 @@ def _pointwise() -> list[Case]:
         lambda x: (x * 0.5,),
         inplace=(("out", "x"),),
     )
-    return [add, broadcast, transposed, half, logic, double, scalar, empty, constant, byte, update]
+    return [add, broadcast, transposed, half, logic, decided, double, scalar, empty, constant, byte, update]
 
 
 def _memory() -> list[Case]:
