@@ -26,7 +26,7 @@ COMPACT = 128  # rows of a panel no further apart are near each other
 
 # vectors and rows of the micro-kernel's tile, best first: their sums fill the registers. 32 registers of 64 bytes, else 16.
 WIDE_TILES, TILES = ((3, 8), (4, 6), (2, 12), (1, 14)), ((2, 6), (1, 8))
-PADDING = {3: 1.0, 4: 1.02, 2: 1.08, 1: 1.5}  # cost of a column, by vectors of a tile
+PADDING = {3: 1.0, 4: 1.27, 2: 1.04, 1: 1.35}  # time for one column, by vectors of a tile; wider ones wait for the second-level cache
 FEW_ROWS = 8  # so few read the right operand as it lies, though its rows are far apart
 MOST_IN_COLUMNS = 8  # rows up to which sums along contiguous columns are no slower than turning them
 
