@@ -13,7 +13,7 @@ from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason, describe
-from .contractions import PANELS, PRODUCTS, has_few_rows
+from .contractions import PANELS, PRODUCTS, WINDOW_PANELS, has_few_rows
 from .weights import ConstantMaker, value_of
 from .windows import is_native_window
 
@@ -33,7 +33,7 @@ class PackWeights(Pass):
                                            y = linear(x, w)
 
     The rows of a register block read stand together for each k: a kernel reads memory in order, once per block of rows. Panels are
-    padded with zeros to a whole number of 48 (32, 16) columns, whichever wastes least. Refused: weights that are no constants or
+    padded with zeros to a whole number of 48 (64, 32, 16) columns, whichever wastes least. Refused: weights that are no constants or
     that something else reads too (both layouts would be kept), other dtypes than float32, other devices than the CPU, transposed
     and grouped convolutions (but depthwise ones, whose weights become [*window, 1, n]), channels first, and sizes that fill no register.
 
@@ -130,14 +130,14 @@ def _conv_refusal(node: Node) -> tuple[Reason, str] | None:
     return None
 
 
-def panel_of(columns: int) -> int:
+def panel_of(columns: int, times: Mapping[int, float] = PANELS) -> int:
     """The panel that wastes least: padding, and registers that narrower blocks leave unused."""
-    return min(PANELS, key=lambda width: -(-columns // width) * width * PANELS[width])
+    return min(times, key=lambda width: -(-columns // width) * width * times[width])
 
 
-def panels(weight: torch.Tensor) -> torch.Tensor:
+def panels(weight: torch.Tensor, times: Mapping[int, float] = PANELS) -> torch.Tensor:
     """[n, ...] as [panels, ..., width], zeros behind the n-th row."""
-    width = panel_of(weight.shape[0])
+    width = panel_of(weight.shape[0], times)
     padded = torch.nn.functional.pad(weight.reshape(weight.shape[0], -1), (0, 0, 0, -weight.shape[0] % width))
     return padded.view(-1, width, *weight.shape[1:]).movedim(1, -1)
 
@@ -159,7 +159,7 @@ def _conv(weight: Node, maker: ConstantMaker, node: Node) -> Node:
         taps = maker.derived([weight], "taps", lambda w: w.movedim((0, 1), (-1, -2)), node.prov)
         rank = taps.tensor.rank
         return OPS["permute"](taps, dims=(rank - 1, rank - 2, *range(rank - 2)), prov=node.prov)
-    packed = maker.derived([weight], "panels", lambda w: panels(w.movedim(1, -1)), node.prov)
+    packed = maker.derived([weight], "panels", lambda w: panels(w.movedim(1, -1), WINDOW_PANELS), node.prov)
     rank = packed.tensor.rank
     ordered = OPS["permute"](packed, dims=(0, rank - 1, rank - 2, *range(1, rank - 2)), prov=node.prov)
     return _rows(ordered, weight.shape[0], node)

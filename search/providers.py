@@ -19,7 +19,7 @@ from ..ir.ops import OPS
 from ..ir.rewrite import inline, rewrite
 from ..ir.types import ScalarType
 from ..passes.base import Notes, Pass
-from ..passes.contractions import PANELS, PRODUCTS, is_packed
+from ..passes.contractions import PRODUCTS, WINDOW_PANELS, is_packed
 from ..passes.fuse_regions import FuseRegions
 from ..passes.manager import run_passes
 from ..passes.plan_memory import PlanMemory
@@ -67,7 +67,7 @@ def _packed(region: Node) -> Iterator[Node]:
         if node.op.name in PRODUCTS:
             inner = _viewed(node.inputs[1])
             constant = _viewed(outside.get(inner, inner))
-            if constant.op.name == "constant" and constant.tensor.rank > 2 and constant.shape[-1] in PANELS:
+            if constant.op.name == "constant" and constant.tensor.rank > 2 and constant.shape[-1] in WINDOW_PANELS:
                 yield constant
 
 

@@ -29,7 +29,7 @@ RESERVED = frozenset(
     Sum Prod Max Min Any All ArgMax ArgMin auto bool break case char class const continue default delete do double else enum
     export extern false float for goto if inline int long mutable namespace new operator private protected public register return
     short signed sizeof static struct switch template this throw true try typedef typename union unsigned using virtual void
-    left right finish row column turned to sums outer last at batch product product_packed product_turned panels from_rows
+    left right finish row column turned to sums outer last at batch product product_packed product_turned product_of_runs panels from_rows
     from_columns segments batches RowMajor Columns P Checked Span span strips slide plain within met fault inside shl shr volatile
     while xor or and not index remove main asm y0 y1 yn j0 j1 jn""",
     )

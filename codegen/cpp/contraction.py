@@ -24,6 +24,7 @@ from .lanes import stride_along
 from .plan import Phase, plan_block
 from .printer import KernelPrinter, print_kernel
 from .product import Rewrite, Right, dots, find_product, flatten, merge, plan_right, without_matrix
+from .runs import Runs, find_runs
 from .schedule import CpuTarget, Schedule, default_schedule
 from .windows import print_reduction
 
@@ -48,6 +49,7 @@ class ContractionPrinter(KernelPrinter):
         self.target = target
         self.found = find_product(kernel, target)
         self.plan = plan_right(kernel, self.found, target)
+        self.left_runs = find_runs(kernel, self.found, self.plan)
         self.kind = STORAGE[self.found.dot.dtype]
         self.m, self.n, self.k = (self.names.fresh(name) for name in "mnk")
         self.names.buffers |= {name: name for name in ("to", "sums")}  # of the lambdas
@@ -66,12 +68,20 @@ class ContractionPrinter(KernelPrinter):
         self.close("});")
 
     def product(self) -> None:
-        found = self.found
-        self.left()
+        found, runs = self.found, self.left_runs
+        if runs is None:
+            self.left()
+        else:
+            self.runs(runs)
         call = self.right()
         self.finish()
-        sizes = ", ".join(self.size(*axes) for axes in (found.rows, found.columns, found.depth))
-        self.line(f"{call}<{self.plan.blocks.rows}, {self.kind}>({sizes}, threads, left, right, finish);")
+        rows, sizes = self.plan.blocks.rows, [self.size(*axes) for axes in (found.rows, found.columns, found.depth)]
+        if runs is None:
+            self.line(f"{call}<{rows}, {self.kind}>({', '.join(sizes)}, threads, left, right, finish);")
+            return
+        pieces, sizes[2:] = self.size(*((runs.step,) if runs.step else ())), [self.size(*runs.taps), str(runs.size)]
+        data = self.names.buffers[runs.load.buffer]
+        self.line(f"product_of_runs<{rows}, {pieces}>({', '.join(sizes)}, threads, {data}, left, right, finish);")
 
     # ---- positions
 
@@ -94,13 +104,19 @@ class ContractionPrinter(KernelPrinter):
             self.line(f"const int64_t {', '.join(parts)};")
 
     def part(
-        self, axes: Sequence[Axis], stores: Sequence[Store], inputs: Sequence[Buffer] = (), outputs: Sequence[Buffer] = ()
+        self,
+        axes: Sequence[Axis],
+        stores: Sequence[Store],
+        inputs: Sequence[Buffer] = (),
+        outputs: Sequence[Buffer] = (),
+        lanes: int | None = None,
     ) -> KernelPrinter:
-        """A printer of stores over some axes, all others being bound, whose lines go here."""
+        """A printer of stores over some axes, all others being bound, whose lines go here. lanes: 1 for scalar code."""
         axes = tuple(replace(a, inner=True) for a in axes)
         kernel = replace(self.kernel, axes=axes, stores=tuple(stores), inputs=(*self.kernel.inputs, *inputs))
         kernel = replace(kernel, outputs=tuple(outputs), inplace=()) if outputs else kernel
-        printer = KernelPrinter(kernel, replace(default_schedule(kernel, self.target), split=False))
+        schedule = Schedule(vector=None, lanes=1) if lanes == 1 else replace(default_schedule(kernel, self.target), split=False)
+        printer = KernelPrinter(kernel, schedule)
         printer.lines, printer.depth = self.lines, self.depth
         printer.names = printer.body.names = self.names
         return printer
@@ -110,6 +126,29 @@ class ContractionPrinter(KernelPrinter):
     def left(self) -> None:
         found = self.found
         self.whole("left", found.left, found.rows, self.m, found.depth)
+
+    def runs(self, runs: Runs) -> None:
+        """A lambda (row, m) that says where the runs of row m begin and what of them is inside."""
+        rows, mask = self.found.rows, runs.load.mask
+        at = self.flat_name(rows, self.m)
+        step = (runs.step,) if runs.step else ()
+        self.open(f"const auto left = [=](auto& row, int64_t {at}) LANES")
+        self.bind(rows, at, [runs.load])
+        printer = self.part((*runs.taps, *step), [Store("to", row_index([]), runs.load)], outputs=[self.written(())], lanes=1)
+        scope = Scope(frozenset())
+        for axis in runs.taps:
+            printer.hoist([mask] if mask else [], scope)
+            printer.open(f"for (int64_t {axis.name} = 0; {axis.name} < {index_text(axis.extent, {})[0]}; {axis.name}++)")
+            scope = scope.inner([axis.name])
+        printer.hoist([mask] if mask else [], scope)
+        printer.open(f"row.run({index_text(runs.start, {})[0]}, [=](int64_t{''.join(f' {a.name}' for a in step)}) LANES")
+        scope = scope.inner([a.name for a in step])
+        printer.body.emit([mask] if mask else [], scope)
+        printer.line(f"return {scope.texts[mask][0] if mask else 'true'};")
+        printer.close("});")
+        for _ in runs.taps:
+            printer.close()
+        self.close("};")
 
     def right(self) -> str:
         """Declares the right operand; returns the function that multiplies by it."""

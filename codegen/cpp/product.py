@@ -305,10 +305,10 @@ def _least_padding(columns: Dim, shapes: Sequence[tuple[int, int]], lanes: int) 
 
 
 def _tile_rows(rows: Dim, most: int) -> int:
-    """At most so many, and as few rows of padding as can be."""
+    """At most so many; fewer where that leaves less padding, though reading a panel then serves fewer."""
     if not isinstance(rows, int):
         return most
-    return min(range(most, most // 2, -1), key=lambda r: -(-rows // r) * r) if rows > most else max(rows, 1)
+    return min(range(most, most // 2, -1), key=lambda r: -(-rows // r) * (r + most / 6)) if rows > most else max(rows, 1)
 
 
 def _contiguous(found: Product, axes: Sequence[Axis]) -> int:

@@ -408,6 +408,7 @@ template <class T> struct Row {
 #include "reduce.h"
 #include "dot.h"
 #include "windows.h"
+#include "runs.h"
 #include "recurrence.h"
 #include "attention.h"
 #include "call.h"

@@ -7,7 +7,7 @@ import torch
 from pass_checks import assert_becomes, assert_same_values, body, refusals, run
 from tilewright.ir.graph import constants
 from tilewright.passes.base import Reason
-from tilewright.passes.contractions import is_native
+from tilewright.passes.contractions import WINDOW_PANELS, is_native
 from tilewright.passes.fuse_regions import FuseRegions
 from tilewright.passes.pack_weights import PackWeights, panel_of
 
@@ -72,6 +72,11 @@ def test_the_epilogue_joins_the_contraction() -> None:
 @pytest.mark.parametrize(("columns", "width"), [(384, 48), (768, 48), (512, 48), (64, 32), (32, 32), (16, 16), (10, 16), (96, 48)])
 def test_panels_that_waste_least(columns: int, width: int) -> None:
     assert panel_of(columns) == width
+
+
+@pytest.mark.parametrize(("columns", "width"), [(384, 48), (512, 64), (64, 64), (32, 32), (24, 32), (96, 48)])
+def test_panels_of_convolutions(columns: int, width: int) -> None:
+    assert panel_of(columns, WINDOW_PANELS) == width
 
 
 @pytest.mark.parametrize(
