@@ -65,6 +65,9 @@ def find_window(kernel: Kernel, vector: str | None) -> Window | None:
     (reduce,) = reduces
     if set(reduce.axes) != {a.name for a in kernel.inner} or not all(isinstance(a.extent, int) for a in kernel.inner):
         return None
+    free = free_axes(kernel)
+    if any((free[s.value] | _names(s.index)) & set(reduce.axes) for s in kernel.stores):
+        return None  # it also stores something for each element of a window
     for taps in reversed(kernel.inner):
         for strip in reversed(kernel.grid):
             if strip.name != vector and 1 < int(taps.extent) <= MAX_TAPS:

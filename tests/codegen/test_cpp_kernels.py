@@ -339,6 +339,14 @@ def kinds_of_column_reductions() -> Kernel:
 
 
 @case()
+def smallest_and_elements() -> Kernel:
+    """Not a window: its elements are stored too."""
+    x = load("x", 34 * i + j + 17 * r)
+    outputs = {"out": (17 * i + j, total("min", x, "r"), 289), "less": (34 * i + j + 17 * r, 1.0 - x, 578)}
+    return kernel([grid("i", 17), grid("j", 17), inner("r", 2)], {"x": (F32, 578)}, outputs)
+
+
+@case()
 def argmax_two_axes() -> Kernel:
     x = load("x", 60 * i + 20 * r + s)
     return kernel([grid("i", 5), inner("r", 3), inner("s", 20)], {"x": (F32, 300)}, {"out": (i, total("argmax", x, "r", "s"), 5)})
