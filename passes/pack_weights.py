@@ -20,8 +20,8 @@ from .windows import is_native_window
 MIN_COLUMNS = 8
 """Fewer columns than this leave most of a register empty."""
 
-MIN_CHANNELS = 8
-"""Fewer channels than this are read one by one where a convolution gathers its windows."""
+MIN_CHANNELS, MANY_COLUMNS = 8, 32
+"""A window of fewer channels takes as long to find as to multiply, unless it is multiplied by so many columns."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _conv_refusal(node: Node) -> tuple[Reason, str] | None:
     if not a["channels_last"]:
         return Reason.LAYOUT, "channels first"
     out, channels = weight.shape[:2]
-    if not isinstance(out, int) or out < MIN_COLUMNS or not isinstance(channels, int) or channels < MIN_CHANNELS:
+    if not isinstance(out, int) or not isinstance(channels, int) or out < (MIN_COLUMNS if channels >= MIN_CHANNELS else MANY_COLUMNS):
         return Reason.NO_GAIN, str(weight.type)
     return None
 

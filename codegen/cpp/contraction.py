@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...ir.dims import Dim, free_symbols, product, symbol
+from ...ir.dims import Dim, FloorDiv, Mod, free_symbols, product, symbol
 from ...ir.scalar import Scalar
 from ..kernel import Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store, cone
 from .body import Scope, row_index
@@ -233,7 +233,7 @@ class ContractionPrinter(KernelPrinter):
         sums = Load(found.dot.dtype, "sums", symbol(n) - symbol("begin"))
         places = flatten(found.columns, symbol(n)) if len(found.columns) > 1 else {}
         rewrite = Rewrite({found.dot: sums}, places)
-        stores = [rewrite.store(s) for s in self.kernel.stores]
+        stores = self.along_rows([rewrite.store(s) for s in self.kernel.stores])
         self.open(f"const auto finish = [=](const {self.kind}* sums, int64_t {m}, int64_t begin, int64_t end)")
         self.bind(found.rows, m, [s.value for s in stores], [s.index for s in stores])
         lanes = self.target.vector_bytes // 4
@@ -244,6 +244,17 @@ class ContractionPrinter(KernelPrinter):
         else:
             self.finish_segments()
         self.close("};")
+
+    def along_rows(self, stores: list[Store]) -> list[Store]:
+        """The stores by the flat position over the rows, where that saves dividing it."""
+        if len(self.found.rows) < 2:
+            return stores
+        flat = symbol(self.m)
+        rewrite = Rewrite({}, flatten(self.found.rows, flat))
+        merged = [rewrite.store(s) for s in stores]
+        values = cone([s.value for s in merged])
+        indices = [*(s.index for s in merged), *(v.index for v in values if isinstance(v, (Load, Position)))]
+        return stores if any(flat in a.free_symbols for i in indices for a in i.atoms(FloorDiv, Mod)) else merged
 
     def finish_segments(self) -> None:
         """The same where the columns lie in several pieces: a loop over each."""

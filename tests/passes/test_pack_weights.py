@@ -11,7 +11,13 @@ from tilewright.passes.contractions import WINDOW_PANELS, is_native
 from tilewright.passes.fuse_regions import FuseRegions
 from tilewright.passes.pack_weights import PackWeights, panel_of
 
-W = {"w": torch.randn(50, 24), "c": torch.randn(50), "k": torch.randn(40, 8, 3, 3), "few": torch.randn(5, 24)}
+W = {
+    "w": torch.randn(50, 24),
+    "c": torch.randn(50),
+    "k": torch.randn(40, 8, 3, 3),
+    "few": torch.randn(5, 24),
+    "thin": torch.randn(16, 3, 3, 3),
+}
 NAMED = [f'{n} = constant "{n}"' for n in W]
 CONV = "stride=[1, 1], padding=[1, 1], dilation=[1, 1]"
 
@@ -90,6 +96,7 @@ def test_panels_of_convolutions(columns: int, width: int) -> None:
         ("x: f32[24]", ["y = linear(x, w)", "y"], Reason.SHAPE_MISMATCH),
         ("x: f32[b, 8, 6, 5]", [f"y = conv(x, k, {CONV})", "y"], Reason.LAYOUT),
         ("x: f32[b, 6, 5, 40]", [f"y = conv(x, k, {CONV}, transposed=True, channels_last=True)", "y"], Reason.SHAPE_MISMATCH),
+        ("x: f32[b, 6, 5, 3]", [f"y = conv(x, thin, {CONV}, channels_last=True)", "y"], Reason.NO_GAIN),
         ("x: f32[b, 6, 5, 16]", [f"y = conv(x, k, {CONV}, groups=2, channels_last=True)", "y"], Reason.SHAPE_MISMATCH),
     ],
 )
