@@ -135,3 +135,18 @@ def test_what_lies_outside_of_the_image_is_not_read() -> None:
     function.launch(*(v.data_ptr() for v in (middle, *inputs[1:], out)), 2)
     assert out.isfinite().all()
     torch.testing.assert_close(out, reference.run(made, inputs, {})[0], rtol=1e-4, atol=1e-4)
+
+
+def test_long_sums_are_as_exact_as_the_library() -> None:
+    """More terms than are summed up at once."""
+    channels, out = 512, 64
+    made = replace(convolution(channels, out, (6, 6), images=1, width=64), name="k_long")
+    (function,) = compile_kernels([made])
+    assert isinstance(function, Compiled), function.reason
+    image, weight, *_ = inputs_of(Case(made, {}, {}), 0)
+    zeros = [torch.zeros(x.size) for x in made.inputs[2:]]  # type: ignore[arg-type]
+    ours = launch(function, Case(made, {}, {}), [image, weight, *zeros])[0].view(6, 6, out).double()
+    operands = image.view(1, 6, 6, channels).permute(0, 3, 1, 2), weight.view(3, 3, channels, out).permute(3, 2, 0, 1)
+    exact, theirs = (torch.conv2d(*(v.to(d) for v in operands), padding=1).relu()[0].permute(1, 2, 0).double() for d in (F64, F32))
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+    assert (ours - exact).square().mean() <= 4 * (theirs - exact).square().mean()
