@@ -466,13 +466,16 @@ def launch(compiled: Compiled, case: Case, inputs: list[torch.Tensor], threads: 
     return [memory[b.name] for b in kernel.outputs]
 
 
-@pytest.fixture(scope="module", params=["native", "x86-64-v3"])
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+LEVELS = {"native": 64, "x86-64-v3": 32, "x86-64-v2": 16}
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def compiled(request: pytest.FixtureRequest) -> dict[str, object]:
     target = detect_target()
     if request.param != "native":
-        if target.vector_bytes < 64:
+        if target.vector_bytes <= LEVELS[request.param]:
             pytest.skip("native is no wider")
-        target = CpuTarget(32, level=request.param)
+        target = CpuTarget(LEVELS[request.param], level=request.param)
     names = [n for n in CASES if request.param == "native" or not n.startswith("operations")]  # one level shows what compiles
     return dict(zip(names, compile_kernels([CASES[n][0].kernel for n in names], target)))
 
