@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -25,6 +26,7 @@ CONTRACTIONS = (
     "heads_epilogue", "gathered_rows", "convolution_channels_last", "convolution_channels_first", "batched", "thin_bfloat16_packed",
 )  # fmt: skip
 ATTENTIONS = ("causal, fewer keys than queries", "narrow heads", "padding", "decode, grouped", "bfloat16", "sizes known at run time")
+CONVOLUTIONS = ("stem", "border_only", "longer_than_registers")
 WINDOWS = ("tails", "stride_dilation", "wide_padding", "symbolic", "max_ceil", "avg_ceil_uncounted")
 
 
@@ -55,6 +57,7 @@ def sample() -> None:
     """Calls operator tests on some of their cases, all of which are compiled together."""
     import test_cpp_attention as attention
     import test_cpp_contractions as contractions
+    import test_cpp_convolutions as convolutions
     import test_cpp_kernels as kernels
     import test_cpp_windows as windows
     import test_recurrence_kernels as recurrences
@@ -64,6 +67,7 @@ def sample() -> None:
 
     made = {("kernel", name): kernels.CASES[name][0].kernel for name in KERNELS}
     made |= {("contraction", name): contractions.CASES[name][0].kernel for name in CONTRACTIONS}
+    made |= {("convolution", name): replace(convolutions.CASES[name][0], name=f"k_convolution_{name}") for name in CONVOLUTIONS}
     made |= {("attention", name): lower(attention.graph(attention.CASES[name]), f"k_attention_{n}") for n, name in enumerate(ATTENTIONS)}
     made |= {("windows", name): lower(windows.CASES[name].graph(), f"k_windows_{name}") for name in WINDOWS}
     compiled = dict(zip(made, compile_kernels(list(made.values()))))
@@ -72,6 +76,8 @@ def sample() -> None:
             kernels.test_kernel_computes_what_the_reference_does(name, {name: function})
         elif family == "contraction":
             contractions.test_kernel_computes_what_the_reference_does(name, {name: function})
+        elif family == "convolution":
+            convolutions.test_convolution_computes_what_the_reference_does(name, {name: function})
         elif family == "attention":
             attention.test_against_the_meaning(name, {name: function})
         else:
