@@ -33,7 +33,7 @@ class PackWeights(Pass):
                                            y = linear(x, w)
 
     The rows of a register block read stand together for each k: a kernel reads memory in order, once per block of rows. Panels are
-    padded with zeros to a whole number of 48 (64, 32, 16) columns, whichever wastes least. Refused: weights that are no constants or
+    padded with zeros to a whole number of 48 (32, 16; of convolutions 64) columns, whichever wastes least. Refused: weights that are no constants or
     that something else reads too (both layouts would be kept), other dtypes than float32, other devices than the CPU, transposed
     and grouped convolutions (but depthwise ones, whose weights become [*window, 1, n]), channels first, and sizes that fill no register.
 
@@ -109,11 +109,14 @@ def _other_reader(weight: Node, readers: Mapping[Node, list[Node]], roots: Seque
 def _product_refusal(node: Node) -> tuple[Reason, str] | None:
     weight = node.inputs[1]
     columns = weight.shape[0 if node.op.name == "linear" else -1]
-    if weight.tensor.rank != 2 or node.inputs[0].tensor.rank < 2:
+    if weight.tensor.rank not in _RANKS[node.op.name] or node.inputs[0].tensor.rank < 2:
         return Reason.SHAPE_MISMATCH, str(weight.type)
     if not isinstance(columns, int) or columns < MIN_COLUMNS or weight.tensor.numel == 0:
         return Reason.NO_GAIN, str(weight.type)
     return None
+
+
+_RANKS = {"linear": (2,), "matmul": (2, 3)}  # of weights; with three, the first counts matrices, as of experts
 
 
 def _conv_refusal(node: Node) -> tuple[Reason, str] | None:
@@ -148,9 +151,23 @@ def _linear(weight: Node, maker: ConstantMaker, node: Node) -> Node:
 
 
 def _matmul(weight: Node, maker: ConstantMaker, node: Node) -> Node:
+    if weight.tensor.rank == 3:
+        return _stack(weight, maker, node)
     packed = maker.derived([weight], "panels", lambda w: panels(w.t()), node.prov)
     rows = _rows(OPS["permute"](packed, dims=(0, 2, 1), prov=node.prov), weight.shape[1], node)
     return OPS["permute"](rows, dims=(1, 0), prov=node.prov)
+
+
+def _stack(weight: Node, maker: ConstantMaker, node: Node) -> Node:
+    """Matrices [e, k, n] as [e, n / 32, k, 32], without padding where that is possible: the columns of all are then one row of panels."""
+    count, depth, columns = weight.shape
+    whole = {width: time for width, time in PANELS.items() if int(columns) % width == 0} or PANELS
+    packed = maker.derived([weight], "panels", lambda w: torch.stack([panels(m.t(), whole) for m in w]), node.prov)
+    turned = OPS["permute"](packed, dims=(0, 1, 3, 2), prov=node.prov)
+    rows = OPS["reshape"](turned, shape=(count, int(turned.shape[1]) * int(turned.shape[2]), depth), prov=node.prov)
+    if rows.shape[1] != columns:
+        rows = OPS["slice"](rows, dim=1, start=0, stop=columns, step=1, prov=node.prov)
+    return OPS["permute"](rows, dims=(0, 2, 1), prov=node.prov)
 
 
 def _conv(weight: Node, maker: ConstantMaker, node: Node) -> Node:

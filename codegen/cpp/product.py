@@ -292,9 +292,12 @@ def _overrun(kernel: Kernel, found: Product, load: Load, index: Any, n: Any, k: 
     """May the last panel be read to its end?"""
     columns, depth = (product(a.extent for a in axes) for axes in (found.columns, found.depth))
     size = kernel.buffer(load.buffer).size
-    if not all(isinstance(d, int) for d in (columns, depth, size)):
+    if isinstance(columns, int) and columns % width == 0:
+        return True
+    batch = {a.symbol: a.extent - 1 for a in found.batch}
+    if not all(isinstance(d, int) for d in (columns, depth, size, *batch.values())):
         return False
-    last = index.subs({n: max(-(-int(columns) // width) * width - 1, 0), k: max(int(depth) - 1, 0)})  # type: ignore[arg-type]
+    last = index.subs(batch | {n: max(-(-int(columns) // width) * width - 1, 0), k: max(int(depth) - 1, 0)})  # type: ignore[arg-type]
     return bool(last.is_Integer) and int(last) < int(size)  # type: ignore[arg-type]
 
 

@@ -44,6 +44,14 @@ def test_matmul_by_a_constant() -> None:
     assert_same_values(old, new, [torch.randn(3, 24)], 1e-5)
 
 
+@pytest.mark.parametrize("x", ["1, b, 24", "3, b, 24", "b, 24"])
+def test_matmul_by_a_stack_of_constants(x: str) -> None:
+    text = body(f"x: f32[{x}]", 'e = constant "e"', "y = matmul(x, e)", "y")
+    old, new, _ = run(PackWeights(), text, {"e": torch.randn(3, 24, 50)})
+    assert is_native(new.outputs[0])
+    assert_same_values(old, new, [torch.randn([int(d) if d != "b" else 5 for d in x.split(", ")])], 1e-5)
+
+
 def test_convolution_with_channels_last() -> None:
     old, new, _ = run(PackWeights(), body("x: f32[b, 6, 5, 8]", *NAMED, f"y = conv(x, k, {CONV}, channels_last=True)", "y"), W)
     (panels,) = constants(new).values()
