@@ -33,9 +33,10 @@ class PackWeights(Pass):
                                            y = linear(x, w)
 
     The rows of a register block read stand together for each k: a kernel reads memory in order, once per block of rows. Panels are
-    padded with zeros to a whole number of 48 (32, 16; of convolutions 64) columns, whichever wastes least. Refused: weights that are no constants or
-    that something else reads too (both layouts would be kept), other dtypes than float32, other devices than the CPU, transposed
-    and grouped convolutions (but depthwise ones, whose weights become [*window, 1, n]), channels first, and sizes that fill no register.
+    padded with zeros to a whole number of 48 (32, 16; of convolutions 64) columns, whichever wastes least. Refused: weights that are no
+    constants or that something else reads too (both layouts would be kept), other dtypes than float32, other devices than the CPU,
+    transposed and grouped convolutions (but depthwise ones, whose weights become [*window, 1, n]), channels first, and sizes that fill
+    no register.
 
     vendor: names of weights that stay with the vendor's library.
     """
