@@ -44,6 +44,10 @@ class Names:
         self.buffers = {b.name: self.fresh(b.name) for b in (*kernel.inputs, *kernel.outputs)}
         self._stored = {s.value: s.buffer for s in kernel.stores}
 
+    def reserve(self, *names: str) -> None:
+        """Names that text of another's making uses already."""
+        self._used.update(names)
+
     def fresh(self, base: str) -> str:
         base = re.sub(r"\W", "_", base).lstrip("0123456789") or "v"
         name, number = base, 1

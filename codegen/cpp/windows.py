@@ -45,6 +45,7 @@ class WindowPrinter(KernelPrinter):
         self.window = window
         self.channels = self.axes[self.schedule.vector or ""]
         self.points = _points(window, target)
+        self.names.reserve(window.first, window.q)
         self.sum, self.row = (self.names.fresh(n) for n in ("sum", "taps"))
         self.tap = self._staged() if self._scattered() else window.tap
         part = self._part()

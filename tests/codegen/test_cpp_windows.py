@@ -121,6 +121,7 @@ CASES = {
     "max_bf16": Case(**pool("max_pool", 40), space=(2, 7, 8), dtype=BF16, special=True),
     "max_f64": Case(**pool("max_pool", 12), space=(2, 7, 8), dtype=F64, special=True),
     "max_of_relu": Case(**pool("max_pool", 32, before=ops.relu), space=(2, 8, 8), special=True),
+    "max_of_ratios": Case(**pool("max_pool", 20, before=lambda x: ops.square(ops.silu(x))), space=(1, 6, 9)),
     "max_symbolic": Case(**pool("max_pool", 32, after=ops.silu), space=IMAGES[0], sizes=IMAGES, special=True),
     "max_apart": Case(**pool("max_pool", 32, (2, 2), padding=(0, 0)), space=(1, 8, 12)),
     "avg": Case(**pool("avg_pool", 24), space=(2, 9, 12)),
