@@ -31,10 +31,9 @@ INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // tile[i][j] = sum over k < depth of a[i][k] * b[k][j], or is added to what the tile holds if `more`. The tile has R rows and N vectors of
 // L columns; rows of a, b and tile are lda, ldb and ldt elements apart. a and b may be stored narrower than T: loading widens them.
-// ahead(k) is called with each term, to fetch what is needed soon.
-template <int R, int N, int L, class A, class B, class T, class Ahead = Nothing>
+// ahead(k) is called with each term, to fetch what is needed soon. Few sums add U terms at once, which rounds less too.
+template <int R, int N, int L, int U = (R * N * 4 <= 16 ? 4 : R * N * 2 <= 16 ? 2 : 1), class A, class B, class T, class Ahead = Nothing>
 ONCE void micro(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t depth, T* tile, int64_t ldt, bool more, Ahead ahead = {}) {
-  constexpr int U = R * N * 4 <= 16 ? 4 : R * N * 2 <= 16 ? 2 : 1;  // few sums: several terms at once, which rounds less too
   vec<T, L> sums[U][R][N] = {};
   const auto term = [&](int64_t k, auto& sum) LANES {
     ahead(k);

@@ -10,7 +10,7 @@ import sympy
 import torch
 
 from ...ir.dims import Dim, FloorDiv, Mod
-from ...ir.scalar import Apply, Const
+from ...ir.scalar import Apply, Const, Scalar
 
 STORAGE: dict[torch.dtype, str] = {
     torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "half", torch.bool: "bool",
@@ -100,6 +100,8 @@ def apply_text(value: Apply, args: list[Text]) -> Text:
 def _binary(value: Apply, args: list[Text]) -> Text:
     sign, precedence = BINARY[value.op]
     left, right = args
+    if _sigmoid(value):
+        return (f"inverse({right[0]})", PRIMARY)
     if precedence == SHIFT and not _shifts_inside(value):
         return _fit(value.dtype, (f"{value.op}({left[0]}, {right[0]})", PRIMARY))
     # `a & b == c` and `a + b << c` are right but read wrong: parentheses around any other operator
@@ -108,6 +110,22 @@ def _binary(value: Apply, args: list[Text]) -> Text:
     same = loose and sign not in ("<<", ">>") and left[1] == precedence
     text = f"{wrap(left, precedence if same else outer)} {sign} {wrap(right, outer + (not loose))}"
     return _fit(value.dtype, (text, precedence))
+
+
+def _sigmoid(value: Apply) -> bool:
+    """1 / (1 + e^x)."""
+    if value.op != "div" or value.dtype != torch.float32 or not _is_one(value.args[0]):
+        return False
+    sum_ = value.args[1]
+    return isinstance(sum_, Apply) and sum_.op == "add" and _is_one(sum_.args[0]) and _is_exp(sum_.args[1])
+
+
+def _is_one(value: Scalar) -> bool:
+    return isinstance(value, Const) and value.value == 1
+
+
+def _is_exp(value: Scalar) -> bool:
+    return isinstance(value, Apply) and value.op == "exp"
 
 
 def _shifts_inside(value: Apply) -> bool:

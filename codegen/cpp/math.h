@@ -115,10 +115,11 @@ constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860682e-6f;  // 15 
 
 constexpr float integral = 0x1.8p23f;  // x + integral rounds x to an integer and leaves it in the low mantissa bits
 
-// e^r for |r| <= ln2 / 2
-template <class V> INLINE V exp_reduced(V r) {
-  return 1 + (r + r * r * horner(r, 0.5f, 0.166665181517601f, 0.04166620597243309f, 0.008368954062461853f, 0.0013950599823147058f));
+// e^r - 1 and e^r for |r| <= ln2 / 2
+template <class V> INLINE V expm1_reduced(V r) {
+  return r + r * r * horner(r, 0.5f, 0.166665181517601f, 0.04166620597243309f, 0.008368954062461853f, 0.0013950599823147058f);
 }
+template <class V> INLINE V exp_reduced(V r) { return 1 + expm1_reduced(r); }
 
 // p * 2^n where n = bits(shifted) - bits(integral), -151 <= n <= 129 and p is near 1; what lies below 2^-126 is rounded once.
 template <class V> INLINE V scaled(V p, V shifted) {
@@ -140,6 +141,17 @@ template <class V> INLINE V clamp(V x, float low, float high) {
   x = pick(h < x, h, x);
   return pick(l > x, l, x);
 }
+
+// 1 / x within 2^-14, the same in vectors of any width
+#if defined(__AVX512F__) && defined(__AVX512VL__) && !defined(__clang__)
+constexpr bool FAST_INVERSE = true;
+INLINE vec<float, 16> near_inverse(vec<float, 16> x) { return __builtin_ia32_rcp14ps512_mask(x, x, -1); }
+INLINE vec<float, 8> near_inverse(vec<float, 8> x) { return __builtin_ia32_rcp14ps256_mask(x, x, -1); }
+INLINE vec<float, 4> near_inverse(vec<float, 4> x) { return __builtin_ia32_rcp14ps128_mask(x, x, -1); }
+INLINE float near_inverse(float x) { return near_inverse(vec<float, 4>{x})[0]; }
+#else
+constexpr bool FAST_INVERSE = false;
+#endif
 
 template <class V> INLINE V exp(V x) {
   if constexpr (!is_single<V>) return map([](double a) { return __builtin_exp(a); }, x);
@@ -173,9 +185,27 @@ template <class V> INLINE V expm1(V x) {
     return select(mask(abs(x) < 0.7f), select(mask(x == 0), x, small), exp(x) - 1);
   }
 }
+// 1 / b for any b >= 1, and NaN; where a division takes long within 0.6 ulp, and less than 2^-125 is 0
+template <class V> INLINE V inverse(V b) {
+  if constexpr (!is_single<V> || !FAST_INVERSE) return 1 / b;
+  else {
+    V near = near_inverse(b);
+    return pick(b > 0x1p125f, V{}, near + near * (1 - b * near));
+  }
+}
 template <class V> INLINE V tanh(V x) {
   if constexpr (!is_single<V>) return map([](double a) { return __builtin_tanh(a); }, x);
-  else {
+  else if constexpr (FAST_INVERSE) {
+    // d / (d + 2), what rounding took from the quotient added, for d = e^2a - 1 = 2^n (e^r - 1) + (2^n - 1), a = |x|
+    V a = abs(x), bound = splat<lanes<V>>(10.0f);
+    a = pick(bound < a, bound, a);
+    V shifted = a * 2.88539008f + integral;
+    V n = shifted - integral;
+    V power = bits<V>((bits<int_of<V>>(shifted) << 23) + 0x3f800000);
+    V d = power * expm1_reduced((2 * a - n * ln2_high) - n * ln2_low) + (power - 1);
+    V near = near_inverse(d + 2), q = d * near;
+    return copysign(q + near * ((d - 2 * q) - d * q), x);
+  } else {
     V a = abs(x);
     V s = x * x;
     V small = x + x * s * horner(s, -0.3333333134651184f, 0.13333210349082947f, -0.05394720286130905f, 0.021702967584133148f,

@@ -18,6 +18,7 @@ constexpr int64_t TERMS = 128;                 // of a sum that are added one by
 constexpr int64_t STEP_WORK = 1 << 16;         // multiplications of one step that are worth a thread, and waiting for it
 constexpr int64_t ROWS_WORK = 1 << 18;         // of all steps, where threads need not wait for each other
 constexpr int64_t WEIGHTS_IN_CACHE = 3 << 19;  // bytes of weights that every core can keep for itself
+constexpr int64_t AHEAD = 16;                  // terms between those summed and those whose weights are fetched
 constexpr int64_t ROWS_ALONE = 4;              // with fewer rows a thread waits for the weights, even from its cache
 
 // How many of N vectors R rows can sum at a time: a divisor of N.
@@ -26,8 +27,10 @@ template <int N> constexpr int together(int rows) {
     if (N % n == 0 && rows * n + n + 1 <= VECTOR_REGISTERS) return n;
   return 1;
 }
-// As many rows as keep the loads of a step behind its multiplications: all N vectors of six rows, or fewer vectors of eight.
-template <int N> constexpr int tile_rows = VECTOR_REGISTERS == 32 ? (N % 4 ? 8 : 6) : N % 2 ? 4 : 6;
+// As many rows as keep the loads of a step behind its multiplications.
+template <int N> constexpr int tile_rows = N == 1 ? 4 : VECTOR_REGISTERS == 32 ? 8 : N % 2 ? 4 : 6;
+// How many terms are added at once. Threads share rows, and so decide what tiles have: this is the same for all of two rows or more.
+template <int R, int N> constexpr int terms_at_once = R == 1 || N == 1 ? 4 : 1;
 
 // tile[i][n * L + l] = sum over k < depth of state[i][k] * weights[k][n * L + l] for `rows` <= R rows.
 template <int R, int N, int L, class T>
@@ -36,8 +39,12 @@ INLINE void products(const T* state, int64_t ld, int64_t rows, const T* weights,
     if (rows < R) return products<R - 1, N, L>(state, ld, rows, weights, depth, tile);
     constexpr int n = together<N>(R);
     for (int j = 0; j < N; j += n)
-      for (int64_t k = 0; k < depth; k += TERMS)
-        micro<R, n, L>(state + k, ld, weights + k * N * L + j * L, N * L, k + TERMS < depth ? TERMS : depth - k, tile + j * L, N * L, k > 0);
+      for (int64_t k = 0; k < depth; k += TERMS) {
+        const T* const part = weights + k * N * L + j * L;
+        micro<R, n, L, terms_at_once<R, N>>(state + k, ld, part, N * L, least_of(TERMS, depth - k), tile + j * L, N * L, k > 0, [=](int64_t term) LANES {
+          for (int i = 0; i < n * L; i += LINE / sizeof(T)) __builtin_prefetch(part + (term + AHEAD) * N * L + i);
+        });
+      }
   }
 }
 

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import sympy
+
+from ...ir.dims import symbol
 from ...ir.scalar import Scalar
-from ..kernel import Dot, Kernel, Last, Previous, Recurrence, State, Store, cone
+from ..kernel import Dot, Kernel, Last, Load, Previous, Recurrence, State, Store, cone
 from .body import Scope
-from .expressions import PRIMARY, STORAGE, index_text
+from .expressions import ADD, PRIMARY, STORAGE, index_text, wrap
 from .printer import KernelPrinter
 from .schedule import CpuTarget, Schedule
 
@@ -89,6 +92,7 @@ class RecurrencePrinter(KernelPrinter):
         self.close("};")
 
     def next(self, sums: str, before: str, after: str, scope: Scope) -> None:
+        self.fetch_ahead()
         for n, dot in enumerate(self.dots):
             scope.texts[dot] = (f"load<L>({sums} + {self.of_block(n)})", PRIMARY)
         places = {s.name: i for i, s in enumerate(self.states)}
@@ -99,6 +103,15 @@ class RecurrencePrinter(KernelPrinter):
         self.keep([s.following for s in self.states], after, scope, [s.value for s in stores])
         for store in stores:
             self.body.store(store, scope)
+
+    def fetch_ahead(self) -> None:
+        """Fetches what the next step reads: rows lie too far apart for the CPU to foresee it."""
+        step = symbol(self.recurrence.step)
+        following = step - 1 if self.recurrence.reverse else step + 1
+        for value in self.free:
+            if isinstance(value, Load) and step in value.index.free_symbols:
+                place = index_text(sympy.expand(value.index.subs(step, following)), {})
+                self.line(f"fetch({self.names.buffers[value.buffer]} + {wrap(place, ADD)});")
 
     def finish(self, state: str, scope: Scope) -> None:
         places = {s: i for i, s in enumerate(self.states)}

@@ -57,6 +57,7 @@ def _sources(lanes: int) -> list[Source]:
         sources += [_function(f"{op}_{tag}", kind, width, f"{op}({x})") for op in UNARY]
         sources += [_function(f"{op}_{tag}", kind, width, f"{op}({x}, {z})", 2) for op in (*BINARY, *BY_F32)]
     sources += [_function(f"{op}_f32", "float", lanes, f"{op}({x})", 1, "bool") for op in PREDICATES]
+    sources += [_function("sigmoid", "float", lanes, f"inverse(1.0f + exp(-{x}))")]
     sources += [_function(f"to_{t}", "float", lanes, x, 1, t) for t in CONVERSIONS]
     sources += [_function(f"from_{t}", t, lanes, x, 1, "float") for t in CONVERSIONS]
     return sources
@@ -111,6 +112,14 @@ def test_float_functions(functions: dict[str, Callable[..., None]], op: str) -> 
     assert errors[worst] <= max(limit, 0.5001), f"{op}({x[worst]!r}) = {y[worst]!r}, not {expected[worst]!r}: {errors[worst]} ulp"
     zeros = (y == 0) & (expected == 0)
     assert (np.signbit(y) == np.signbit(expected))[zeros].all(), "the sign of zero"
+
+
+def test_sigmoid(functions: dict[str, Callable[..., None]]) -> None:
+    """1 / (1 + e^-x), by a division or without; what is less than the least normal number may be 0."""
+    x = sweep()
+    y, expected = call(functions["sigmoid"], x), by_torch(torch.sigmoid)(x.astype(np.float64))
+    normal = np.isnan(x) | (expected > 2.0**-124)
+    assert ulp_errors(y, expected)[normal].max() <= 2 and (np.abs(y - expected)[~normal] <= 2.0**-124).all()
 
 
 @pytest.mark.parametrize("op", BINARY)

@@ -124,6 +124,15 @@ def test_shared_by_threads(cell: str, batch: int, units: int) -> None:
 
 @NATIVE
 @pytest.mark.parametrize("width", LEVELS)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "tanh"])
+@pytest.mark.parametrize("batch", [10, 12, 21])
+def test_rows_that_threads_group_otherwise(cell: str, width: int, batch: int) -> None:
+    graph, values = layer(cell, 9, batch, 160)
+    check(graph, lower(graph, "k"), values, CpuTarget(width, level=LEVELS[width]), threads=(1, 2, 3, 5))
+
+
+@NATIVE
+@pytest.mark.parametrize("width", LEVELS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_vector_widths(cell: str, width: int) -> None:
     graph, values = layer(cell, 4, 7, 21)
@@ -142,6 +151,7 @@ def test_printed() -> None:
     kernel = lower(graph, "k_gru", "gru_layer")
     assert sum(isinstance(v, Dot) for v in scalars(kernel.stores)) == 3
     text = print_recurrence(kernel, CpuTarget(32))
+    assert text.count("fetch(") == 3 and "inverse(1.0f + exp(" in text
     assert "recurrence<3, 1, 8, float>(2, 32, 4, false, threads, pack, start, next2, finish2);" in text
 
 
