@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -22,13 +21,14 @@ from ..ir.analysis.indices import ONE, ZERO, Poly, Quotient, expression
 from ..ir.analysis.iteration import Placement, place
 from ..ir.analysis.points import Kind, Obstacle, Point, Refusal, dims_of
 from ..ir.analysis.primitives import expanded
-from ..ir.dims import Dim, dim, free_symbols
+from ..ir.dims import Dim, dim
 from ..ir.errors import TilewrightError
 from ..ir.graph import Graph, Node, order
 from ..ir.scalar import Apply, Const, Scalar, apply, cast, lift, where
 from ..ir.types import ScalarType, compute_dtype
 from .hashcons import shared
 from .kernel import INSIDE, Attend, Axis, Buffer, Dot, Kernel, Load, Position, Reduce, Scan, Store, inside, scalars
+from .names import RESERVED, sizes_of, unique
 from .recurrences import lower_recurrence, recurrence_of
 
 REDUCE_OPS = {
@@ -114,7 +114,9 @@ class _Lowering:
         stores = shared(stores)
         checked = any(isinstance(v, Apply) and v.op == INSIDE for v in scalars(stores))
         faults = tuple(n.op.name for n in self.readers) if checked else ()
-        return Kernel(name, axes, inputs, tuple(outputs), stores, _sizes(axes, stores, (*inputs, *outputs)), label, sources, faults=faults)
+        return Kernel(
+            name, axes, inputs, tuple(outputs), stores, sizes_of(axes, stores, (*inputs, *outputs)), label, sources, faults=faults
+        )
 
     def index(self, p: Poly) -> sympy.Expr:
         return expression(self.final[p])
@@ -330,114 +332,13 @@ def _span(node: Node) -> Dim:
     return dim(1 + sum((d - 1) * s for d, s in zip(node.shape, strides)))
 
 
-def _sizes(axes: Sequence[Axis], stores: Sequence[Store], buffers: Sequence[Buffer]) -> tuple[str, ...]:
-    """Size symbols that extents, indices and buffers use, sorted."""
-    used = [a.extent for a in axes] + [b.size for b in buffers] + [s.index for s in stores]
-    used += [v.index for v in scalars(stores) if isinstance(v, (Load, Position))]
-    computed = {n for v in scalars(stores) if isinstance(v, Load) for n, _ in v.indirect}
-    return tuple(sorted({s.name for s in free_symbols(used)} - {a.name for a in axes} - computed))
-
-
-_RESERVED = frozenset(
-    [
-        "alignas",
-        "auto",
-        "bool",
-        "break",
-        "case",
-        "catch",
-        "char",
-        "class",
-        "const",
-        "continue",
-        "default",
-        "delete",
-        "do",
-        "double",
-        "else",
-        "enum",
-        "extern",
-        "false",
-        "float",
-        "for",
-        "goto",
-        "if",
-        "inline",
-        "int",
-        "long",
-        "namespace",
-        "new",
-        "operator",
-        "or",
-        "private",
-        "public",
-        "register",
-        "return",
-        "short",
-        "signed",
-        "sizeof",
-        "static",
-        "struct",
-        "switch",
-        "template",
-        "this",
-        "throw",
-        "true",
-        "try",
-        "typedef",
-        "union",
-        "unsigned",
-        "using",
-        "virtual",
-        "void",
-        "while",
-        "and",
-        "not",
-        "xor",
-        "def",
-        "del",
-        "elif",
-        "except",
-        "finally",
-        "from",
-        "global",
-        "import",
-        "in",
-        "is",
-        "lambda",
-        "None",
-        "nonlocal",
-        "pass",
-        "raise",
-        "True",
-        "False",
-        "with",
-        "yield",
-        "assert",
-        "async",
-        "await",
-    ]
-)
-
-
 def _buffer_names(body: Graph, taken: set[str]) -> dict[Node | int, str]:
     """A readable unique name for every input node and, by position, every output."""
-    used = set(taken) | _RESERVED
+    used = set(taken) | RESERVED
     names: dict[Node | int, str] = {}
     for k, node in enumerate(body.inputs):
         if node not in names:
-            names[node] = _unique(node.hint or f"in{k}", used)
+            names[node] = unique(node.hint or f"in{k}", used)
     for k, node in enumerate(body.outputs):
-        names[k] = _unique(node.hint or "out", used)
+        names[k] = unique(node.hint or "out", used)
     return names
-
-
-def _unique(hint: str, used: set[str]) -> str:
-    base = re.sub(r"\W", "_", hint)
-    base = base if base and not base[0].isdigit() and not base.startswith("_") else f"v{base}"
-    name, k = base, 1
-    while name in used:
-        k += 1
-        name = f"{base}_{k}"
-    used.add(name)
-    return name

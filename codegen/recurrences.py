@@ -14,13 +14,14 @@ import sympy
 import torch
 
 from ..ir.analysis.points import Obstacle, Refusal
-from ..ir.dims import Dim, contiguous_strides, dim, free_symbols, symbol
+from ..ir.dims import Dim, contiguous_strides, dim, symbol
 from ..ir.graph import Graph, Node, order
 from ..ir.op import Category
 from ..ir.ops import op
 from ..ir.ops.recurrences import GATES
 from ..ir.scalar import Scalar
-from .kernel import Axis, Buffer, Dot, Kernel, Last, Load, Previous, Recurrence, State, Store, cone
+from .kernel import Axis, Buffer, Dot, Kernel, Last, Load, Previous, Recurrence, State, Store
+from .names import sizes_of, unique
 
 
 def recurrence_of(body: Graph) -> Node | None:
@@ -46,7 +47,7 @@ class _Lowering:
         if not isinstance(units, int):
             raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, f"{units} units")
         taken = {*names.values(), *body.symbols}
-        self.row, self.unit, self.step, self.source = (_fresh(n, taken) for n in ("row", "unit", "step", "source"))
+        self.row, self.unit, self.step, self.source = (unique(n, taken) for n in ("row", "unit", "step", "source"))
         self.units = units
         self.axes = (Axis(self.row, rows), Axis(self.unit, units), Axis(self.step, steps, True), Axis(self.source, units, True))
 
@@ -60,7 +61,7 @@ class _Lowering:
             index = self.position(contiguous_strides(out.shape), *([self.step] if out.attrs["index"] == 0 else []), self.row, self.unit)
             outputs.append(Buffer(self.names[k], out.dtype, out.tensor.numel))
             stores.append(Store(self.names[k], index, values[out.attrs["index"]]))
-        sizes = _sizes(self.axes, stores, (*inputs, *outputs))
+        sizes = sizes_of(self.axes, stores, (*inputs, *outputs))
         return Kernel(name, self.axes, inputs, tuple(outputs), tuple(stores), sizes, label, sources, recurrence=recurrence)
 
     # the values of a step
@@ -139,18 +140,3 @@ def _span(node: Node) -> Dim:
     if strides is None:
         return node.tensor.numel
     return dim(1 + sum((d - 1) * s for d, s in zip(node.shape, strides)))
-
-
-def _fresh(wanted: str, taken: set[str]) -> str:
-    name, count = wanted, 1
-    while name in taken:
-        count += 1
-        name = f"{wanted}_{count}"
-    taken.add(name)
-    return name
-
-
-def _sizes(axes: Sequence[Axis], stores: Sequence[Store], buffers: Sequence[Buffer]) -> tuple[str, ...]:
-    used = [a.extent for a in axes] + [b.size for b in buffers] + [s.index for s in stores]
-    used += [v.index for v in cone(s.value for s in stores) if isinstance(v, Load)]
-    return tuple(sorted({s.name for s in free_symbols(used)} - {a.name for a in axes}))
