@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Set
 
 import torch
 
@@ -97,3 +98,19 @@ def never_minus_zero(node: Node) -> bool:
     if node.op.name == "cast":
         return not is_float(node.inputs[0])
     return node.op.name == "add" and any(never_minus_zero(i) for i in node.inputs if isinstance(i.type, TensorType))
+
+
+def readers_through(node: Node, readers: Mapping[Node, list[Node]], roots: Set[Node], is_view: Callable[[Node], bool]) -> set[Node | None]:
+    """Who reads the value, directly or through views; None stands for the caller."""
+    found: set[Node | None] = set()
+    stack = [node]
+    while stack:
+        value = stack.pop()
+        if value in roots:
+            found.add(None)
+        for reader in readers[value]:
+            if is_view(reader):
+                stack.append(reader)
+            else:
+                found.add(reader)
+    return found

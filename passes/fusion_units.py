@@ -14,6 +14,7 @@ from ..ir.graph import Graph, Node, is_scalar, order, scalar_value, users
 from ..ir.op import Category
 from .attentions import attention_refusal, is_native_attention, merging_reshapes
 from .contractions import is_native
+from .facts import readers_through
 from .windows import is_native_window
 
 INLINE_FLOPS = 8
@@ -136,25 +137,8 @@ def _inline_cheap(units: Units) -> None:
 
 def _recomputable(node: Node, units: Units) -> bool:
     """Several readers, every one able to fuse (through views)."""
-    readers = _readers_through_views(node, units)
+    readers = readers_through(node, units.readers, set(units.graph.roots), lambda n: n.op.name in VIEW_INDEX)
     return len(readers) > 1 and all(r is not None and (units.computes(r) or r in units.transparent) for r in readers)
-
-
-def _readers_through_views(node: Node, units: Units) -> set[Node | None]:
-    """Nodes that read the value or a view of it; None stands for the graph's result."""
-    roots = set(units.graph.roots)
-    found: set[Node | None] = set()
-    stack = [node]
-    while stack:
-        value = stack.pop()
-        if value in roots:
-            found.add(None)
-        for reader in units.readers[value]:
-            if reader.op.name in VIEW_INDEX:
-                stack.append(reader)
-            else:
-                found.add(reader)
-    return found
 
 
 def flops_per_element(node: Node, graph: Graph) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +14,7 @@ from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason, describe
 from .contractions import is_native
+from .facts import readers_through
 
 _KERNEL_CATEGORIES = frozenset({Category.POINTWISE, Category.REDUCTION, Category.COMPOSITE})
 _LIBRARY_READERS = frozenset({"attention"})
@@ -44,7 +44,7 @@ class SplitBias(Pass):
         def split(node: Node, inputs: tuple[Node, ...]) -> Node | None:
             if not _has_bias(node):
                 return None
-            found = _readers(node, readers, roots)
+            found = readers_through(node, readers, roots, lambda n: n.op.category is Category.VIEW)
             if len(found) != 1:
                 notes.decline(self.name, describe(node), Reason.SHARED, node, f"{len(found)} readers")
                 return None
@@ -65,19 +65,3 @@ def _has_bias(node: Node) -> bool:
     if node.op.name != "linear" or len(node.inputs) != 3 or is_native(node):  # a kernel of ours adds it anyway
         return False
     return node.dtype in _DTYPES and node.tensor.device == "cpu" and node.tensor.rank > 1
-
-
-def _readers(node: Node, readers: Mapping[Node, list[Node]], roots: set[Node]) -> set[Node | None]:
-    """Who reads the value, directly or through views; None stands for the caller."""
-    found: set[Node | None] = set()
-    stack = [node]
-    while stack:
-        value = stack.pop()
-        if value in roots:
-            found.add(None)
-        for reader in readers[value]:
-            if reader.op.category is Category.VIEW:
-                stack.append(reader)
-            else:
-                found.add(reader)
-    return found
