@@ -19,11 +19,12 @@ import torch
 from ..ir import ops
 from ..ir.analysis.indices import ONE, ZERO, Poly, Quotient, expression
 from ..ir.analysis.iteration import Placement, place
-from ..ir.analysis.points import Kind, Obstacle, Point, Refusal, dims_of
+from ..ir.analysis.points import Kind, Point, Refusal, dims_of
 from ..ir.analysis.primitives import expanded
 from ..ir.dims import Dim, dim
 from ..ir.errors import TilewrightError
 from ..ir.graph import Graph, Node, order
+from ..ir.reasons import Reason
 from ..ir.scalar import Apply, Const, Scalar, apply, cast, lift, where
 from ..ir.types import ScalarType, compute_dtype
 from .hashcons import shared
@@ -44,12 +45,12 @@ REDUCE_OPS = {
 
 
 class LoweringError(TilewrightError):
-    """A region that is not one kernel; `reason` is an Obstacle. The caller runs the region by its ops' eager meaning."""
+    """A region that is not one kernel; `reason` is a Reason. The caller runs the region by its ops' eager meaning."""
 
     template = "cannot lower region {name!r}: {detail}"
 
     @property
-    def reason(self) -> Obstacle:
+    def reason(self) -> Reason:
         return self.fields["reason"]
 
 
@@ -150,7 +151,7 @@ def _atom(atom: str | Quotient, computed: Mapping[str, Scalar]) -> Scalar:
         return computed[atom]
     divisor = atom.args[1].constant
     if divisor is None or atom.op not in ("//", "%"):
-        raise Refusal(Obstacle.NOT_EXPRESSIBLE, None, f"{atom} of a computed position")
+        raise Refusal(Reason.NOT_EXPRESSIBLE, None, f"{atom} of a computed position")
     return apply("floordiv" if atom.op == "//" else "mod", arithmetic(atom.args[0], computed), divisor)
 
 
@@ -226,7 +227,7 @@ def _iota(low: _Lowering, point: Point) -> Scalar:
 def _number(value: object) -> bool | int | float:
     if isinstance(value, (bool, int, float)):
         return value
-    raise Refusal(Obstacle.NOT_EXPRESSIBLE, None, f"a range from {value}")
+    raise Refusal(Reason.NOT_EXPRESSIBLE, None, f"a range from {value}")
 
 
 def _inside(low: _Lowering, point: Point) -> Scalar:
@@ -268,7 +269,7 @@ def _reduce(low: _Lowering, point: Point) -> Scalar:
     assert point.node is not None
     name = point.node.op.name
     if name not in REDUCE_OPS:
-        raise Refusal(Obstacle.NOT_EXPRESSIBLE, point.node, name)
+        raise Refusal(Reason.NOT_EXPRESSIBLE, point.node, name)
     op, wide = REDUCE_OPS[name], compute_dtype(point.dtype)
     value = low.operands(point)[0]
     if op in ("max", "min") and wide == torch.bool:

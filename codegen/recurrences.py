@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 import sympy
 import torch
 
-from ..ir.analysis.points import Obstacle, Refusal
+from ..ir.analysis.points import Refusal
 from ..ir.dims import Dim, contiguous_strides, dim, symbol
 from ..ir.graph import Graph, Node, order
 from ..ir.op import Category
 from ..ir.ops import op
 from ..ir.ops.recurrences import GATES
+from ..ir.reasons import Reason
 from ..ir.scalar import Scalar
 from .kernel import Axis, Buffer, Dot, Kernel, Last, Load, Previous, Recurrence, State, Store
 from .names import sizes_of, unique
@@ -40,12 +41,12 @@ class _Lowering:
         types = node.type
         assert isinstance(types, tuple)
         if types[0].dtype != torch.float32:
-            raise Refusal(Obstacle.UNSUPPORTED_DTYPE, node, str(types[0].dtype))
+            raise Refusal(Reason.UNSUPPORTED_DTYPE, node, str(types[0].dtype))
         if any(i.op.name != "input" for i in node.inputs):
-            raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, "operands computed inside")
+            raise Refusal(Reason.NOT_EXPRESSIBLE, node, "operands computed inside")
         steps, rows, units = types[0].shape
         if not isinstance(units, int):
-            raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, f"{units} units")
+            raise Refusal(Reason.NOT_EXPRESSIBLE, node, f"{units} units")
         taken = {*names.values(), *body.symbols}
         self.row, self.unit, self.step, self.source = (unique(n, taken) for n in ("row", "unit", "step", "source"))
         self.units = units

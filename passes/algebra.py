@@ -12,9 +12,9 @@ import torch
 from ..ir.graph import Node, is_scalar
 from ..ir.ops import OPS
 from ..ir.patterns import Refusal
+from ..ir.reasons import Reason
 from ..ir.rules import Outcome, Site
 from ..ir.types import Number, TensorType, category, same_type
-from .base import Reason
 from .facts import fit, holds, is_float, is_integer, is_literal, literal, never_minus_zero, power_of_two
 from .rules import Table
 

@@ -13,9 +13,9 @@ from ..ir.errors import TypeInferenceError
 from ..ir.graph import Node
 from ..ir.ops import OPS
 from ..ir.patterns import Refusal, Var, pat
+from ..ir.reasons import Reason
 from ..ir.rules import Match, Rule, pattern_rule
 from ..ir.types import ScalarType, same_type
-from .base import Reason
 from .facts import literal
 from .weights import value_of
 

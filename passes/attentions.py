@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..ir.analysis.points import Obstacle, Refusal
+from ..ir.analysis.points import Refusal
 from ..ir.dims import same
 from ..ir.graph import Node
+from ..ir.reasons import Reason
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 MOST_COLUMNS = 256
@@ -23,12 +24,12 @@ def attention_refusal(node: Node) -> Refusal | None:
     """Why an attention on a CPU is left to the library."""
     _, k, v = node.inputs[:3]
     if node.dtype not in _DTYPES:
-        return Refusal(Obstacle.UNSUPPORTED_DTYPE, node, str(node.type))
+        return Refusal(Reason.UNSUPPORTED_DTYPE, node, str(node.type))
     widths = (k.shape[-1], v.shape[-1])
     if any(not isinstance(d, int) or d > MOST_COLUMNS or d % 4 for d in widths):
-        return Refusal(Obstacle.LIBRARY_CALL, node, f"heads of {widths[0]} and {widths[1]} columns")
+        return Refusal(Reason.LIBRARY_CALL, node, f"heads of {widths[0]} and {widths[1]} columns")
     if any(same(k.shape[-2], n) for n in (0, 1)):
-        return Refusal(Obstacle.LIBRARY_CALL, node, f"{k.shape[-2]} keys")
+        return Refusal(Reason.LIBRARY_CALL, node, f"{k.shape[-2]} keys")
     return None
 
 

@@ -9,8 +9,8 @@ from ..ir.dims import product, same, same_shape
 from ..ir.graph import Node
 from ..ir.ops import OPS
 from ..ir.patterns import Refusal
+from ..ir.reasons import Reason
 from ..ir.rules import Outcome, Site
-from .base import Reason
 from .rules import Table
 
 _MOVES = frozenset({"permute", "reshape", "cast", "slice"})

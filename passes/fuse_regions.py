@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..ir import ops
-from ..ir.analysis.points import Obstacle, Refusal
+from ..ir.analysis.points import Refusal
 from ..ir.analysis.primitives import EXPANDED, expanded
 from ..ir.graph import Graph, Node, Stage, graph_input, lift, scalar_value
 from ..ir.op import Category
@@ -118,13 +118,13 @@ class _Partition:
             return None
         gain = a.price.work + b.price.work - cost.work
         if gain <= 0:
-            self.refused[a, b] = Refusal(Obstacle.RECOMPUTE, b.members[0], f"{-gain} bytes' worth of time lost")
+            self.refused[a, b] = Refusal(Reason.RECOMPUTE, b.members[0], f"{-gain} bytes' worth of time lost")
         return gain
 
     def _joint(self, a: Region, b: Region) -> Price | Refusal:
         found = self.builder.price(self._members(a, b))
         if isinstance(found, Price) and (found.values > self.max_values or found.buffers > self.max_buffers):
-            return Refusal(Obstacle.TOO_LARGE, b.members[0], f"{found.values} values, {found.buffers} tensors")
+            return Refusal(Reason.TOO_LARGE, b.members[0], f"{found.values} values, {found.buffers} tensors")
         return found
 
     def _members(self, a: Region, b: Region) -> tuple[Node, ...]:
@@ -132,7 +132,7 @@ class _Partition:
 
     def _try(self, a: Region, b: Region) -> None:
         if waits(a, b) or waits(b, a):
-            self.refused[a, b] = Refusal(Obstacle.CYCLE, b.members[0], "")
+            self.refused[a, b] = Refusal(Reason.CYCLE, b.members[0], "")
             return
         cost = self._joint(a, b)
         assert isinstance(cost, Price)
@@ -158,10 +158,10 @@ class _Partition:
                 notes.apply(FuseRegions.name, label(region.members), region.members[-1], saved)
         for node, refusal in self.units.barriers.items():
             if refusal is not None:
-                notes.decline(FuseRegions.name, node.op.name, Reason[refusal.reason.name], node, refusal.value)
+                notes.decline(FuseRegions.name, node.op.name, refusal.reason, node, refusal.value)
         for a, b, refusal in self._separate():
             what = f"{label(a.members)} into {label(b.members)}"
-            notes.decline(FuseRegions.name, what, Reason[refusal.reason.name], b.members[0], refusal.value)
+            notes.decline(FuseRegions.name, what, refusal.reason, b.members[0], refusal.value)
 
     def _separate(self) -> Iterator[tuple[Region, Region, Refusal]]:
         """Neighbours that stayed apart, with the reason."""
@@ -172,9 +172,9 @@ class _Partition:
                 if a.price is None or b.price is None:
                     outside = (a if a.price is None else b).members[0]
                     if self.units.barriers[outside] is None and outside.op.category is not Category.CONSTANT:
-                        yield a, b, Refusal(Obstacle.LIBRARY_CALL, outside, outside.op.name)
+                        yield a, b, Refusal(Reason.LIBRARY_CALL, outside, outside.op.name)
                     continue
-                yield a, b, self.refused.get((a, b)) or self.refused.get((b, a)) or Refusal(Obstacle.CYCLE, b.members[0])
+                yield a, b, self.refused.get((a, b)) or self.refused.get((b, a)) or Refusal(Reason.CYCLE, b.members[0])
 
 
 def label(members: Iterable[Node]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 
 from ..ir.analysis.iteration import place
-from ..ir.analysis.points import Obstacle, Refusal
+from ..ir.analysis.points import Refusal
 from ..ir.dims import free_symbols
 from ..ir.graph import Graph, Node, graph_input, is_scalar, lift, scalar_value
 from ..ir.rewrite import attr_key
@@ -184,4 +184,4 @@ def merge(a: Region, b: Region, members: tuple[Node, ...], cost: Price, regions:
     return made
 
 
-__all__ = ["Builder", "Obstacle", "Region", "connect", "inside_order", "loose_sizes", "merge", "waits"]
+__all__ = ["Builder", "Region", "connect", "inside_order", "loose_sizes", "merge", "waits"]

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 from ..ir.analysis.indices import poly
 from ..ir.analysis.inplace import in_place
-from ..ir.analysis.points import VIEW_INDEX, Obstacle, Refusal, dense_order
+from ..ir.analysis.points import VIEW_INDEX, Refusal, dense_order
 from ..ir.analysis.pull import FUSIBLE_CATEGORIES, FUSIBLE_NAMES, NATIVE_DTYPES, check_native
 from ..ir.dims import hint
 from ..ir.graph import Graph, Node, is_scalar, order, scalar_value, users
 from ..ir.op import Category
+from ..ir.reasons import Reason
 from .attentions import attention_refusal, is_native_attention, merging_reshapes
 from .contractions import is_native
 from .facts import readers_through
@@ -95,7 +96,7 @@ def _computes(node: Node) -> bool:
 def _refusal(node: Node) -> Refusal | None:
     """Why a node that could be fused by its kind cannot by its types or layout."""
     if node.op.name == "as_strided":
-        return Refusal(Obstacle.LAYOUT, node, f"strides {list(node.attrs['of'])} of {node.inputs[0].type}")
+        return Refusal(Reason.LAYOUT, node, f"strides {list(node.attrs['of'])} of {node.inputs[0].type}")
     if node.op.name == "attention" and node.tensor.device == "cpu":
         return attention_refusal(node)
     if not _computes(node):
@@ -107,9 +108,9 @@ def _refusal(node: Node) -> Refusal | None:
     tensors = [i for i in node.inputs if not is_scalar(i)]
     for x in tensors:
         if isinstance(x.type, tuple) or x.dtype not in NATIVE_DTYPES:
-            return Refusal(Obstacle.UNSUPPORTED_DTYPE, node, str(x.type))
+            return Refusal(Reason.UNSUPPORTED_DTYPE, node, str(x.type))
         if x.tensor.device != node.tensor.device:
-            return Refusal(Obstacle.DIFFERENT_DEVICE, node, f"{x.type} and {node.type}")
+            return Refusal(Reason.DIFFERENT_DEVICE, node, f"{x.type} and {node.type}")
     return None
 
 

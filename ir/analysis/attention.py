@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from ..graph import Node, graph_input
 from ..ops.composites import attention_scores
+from ..reasons import Reason
 from ..types import TensorType, compute_dtype
 from .indices import ONE, Poly, const
-from .points import Index, Kind, Obstacle, Point, Refusal, broadcast_index, dims_of
+from .points import Index, Kind, Point, Refusal, broadcast_index, dims_of
 from .products import require_memory
 from .windows import check
 
@@ -29,7 +30,7 @@ def attention(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
     q, k, v, *masks = node.inputs
     keys, depth = dims_of(k)[-2:]
     if ONE in (keys, depth, dims_of(v)[-1]):
-        raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, f"{node.op.name} over a single key or column")
+        raise Refusal(Reason.NOT_EXPRESSIBLE, node, f"{node.op.name} over a single key or column")
     *batch, row, column = index
     at, c = puller.own_axes(node, (keys, depth))
     left = puller.at(q, (*_heads(puller, q, batch, node), row, c))

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 
 from ..graph import Graph, Node, order
 from ..op import Category
+from ..reasons import Reason
 from .indices import ONE, Poly, Ranges, divide, linear, poly, product, quotients, variable
-from .points import Index, Kind, Obstacle, Point, Refusal, dims_of, reduced_dims, regroup
+from .points import Index, Kind, Point, Refusal, dims_of, reduced_dims, regroup
 from .pull import Puller
 
 GRID_NAMES = "ijklmn"
@@ -136,7 +137,7 @@ class Loops:
             return regroup(at, small, shape, ranges)
         if total == product(self.space):
             return regroup(self.index, self.space, shape, ranges)
-        raise Refusal(Obstacle.DIFFERENT_SPACE, node, f"{node.type} beside a space of {list(self.space)}")
+        raise Refusal(Reason.DIFFERENT_SPACE, node, f"{node.type} beside a space of {list(self.space)}")
 
 
 def _largest(body: Graph) -> tuple[Poly, ...]:

@@ -12,34 +12,17 @@ from dataclasses import dataclass
 import torch
 
 from ..graph import Node
+from ..reasons import Reason
 from ..types import normalize_dim
 from .indices import ONE, ZERO, Poly, Ranges, const, linear, poly
 
 Index = tuple[Poly, ...]
 
 
-class Obstacle(enum.Enum):
-    """Why a region cannot be one kernel."""
-
-    TILED_AXIS = "reduction over a tiled axis"
-    DIFFERENT_SPACE = "the loops of the two have different extents"
-    NOT_EXPRESSIBLE = "no scalar form for this operation"
-    RUNTIME_INTEGER_DIVISION = "integer division by a value known only at run time"
-    UNSUPPORTED_DTYPE = "dtype without native arithmetic"
-    LAYOUT = "the memory layout cannot be expressed in the index"
-    TOO_LARGE = "the kernel would grow too large"
-    RECOMPUTE = "recomputation would cost more than the bytes saved"
-    CYCLE = "fusing would make the kernels wait for each other"
-    LIBRARY_CALL = "one side is a library call"
-    DIFFERENT_DEVICE = "operands live on different devices"
-    PROLOGUE = "an operand of a contraction is computed"
-    SECOND_WALK = "one kernel walks one contraction or window"
-
-
 class Refusal(Exception):
-    """Raised inside an evaluation: the obstacle, the node it stands at, and the guilty value in words."""
+    """Raised inside an evaluation: the reason, the node it stands at, and the guilty value in words."""
 
-    def __init__(self, reason: Obstacle, node: Node | None = None, value: str = "") -> None:
+    def __init__(self, reason: Reason, node: Node | None = None, value: str = "") -> None:
         super().__init__(f"{reason.value}: {value}" if value else reason.value)
         self.reason, self.node, self.value = reason, node, value
 
@@ -161,7 +144,7 @@ def _as_strided(node: Node, index: Index, ranges: Ranges) -> Index:
     dims = dims_of(x)
     order = dense_order(dims, of)
     if order is None:
-        raise Refusal(Obstacle.LAYOUT, node, f"strides {list(node.attrs['of'])} of {x.type}")
+        raise Refusal(Reason.LAYOUT, node, f"strides {list(node.attrs['of'])} of {x.type}")
     position = poly(node.attrs["offset"])
     for i, s in zip(index, node.attrs["strides"]):
         position = position + i * poly(s)
@@ -220,6 +203,6 @@ def input_offset(node: Node, index: Index) -> Poly:
 
 
 __all__ = [
-    "VIEW_INDEX", "Index", "Kind", "Obstacle", "Point", "Refusal", "broadcast_index", "dense_order", "dims_of", "input_offset",
+    "VIEW_INDEX", "Index", "Kind", "Point", "Refusal", "broadcast_index", "dense_order", "dims_of", "input_offset",
     "reduced_dims", "regroup",
 ]  # fmt: skip

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from ..graph import Node
 from ..ops.contractions import is_depthwise
+from ..reasons import Reason
 from .indices import Poly, const
-from .points import Index, Kind, Obstacle, Point, Refusal, broadcast_index, dims_of
+from .points import Index, Kind, Point, Refusal, broadcast_index, dims_of
 from .windows import check, depthwise, padded, positions
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def require_memory(node: Node, operand: Point) -> None:
         point = stack.pop()
         if point.kind in _COMPUTED and not _converts(point):
             assert point.node is not None
-            raise Refusal(Obstacle.PROLOGUE, node, point.node.op.name)
+            raise Refusal(Reason.PROLOGUE, node, point.node.op.name)
         if point.kind is not Kind.LOAD:
             stack.extend(point.operands)
 
@@ -71,7 +72,7 @@ def conv(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
     check(node, mask)
     a = node.attrs
     if a["transposed"]:
-        raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, "transposed convolution")
+        raise Refusal(Reason.NOT_EXPRESSIBLE, node, "transposed convolution")
     x, w, *bias = node.inputs
     last = a["channels_last"]
     n, out, *place = (index[0], index[-1], *index[1:-1]) if last else index
@@ -89,7 +90,7 @@ def conv(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
 def _group(puller: Puller, node: Node, out: Poly) -> Poly:
     size = dims_of(node.inputs[1])[0].constant
     if size is None:
-        raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, "groups of an unknown number of channels")
+        raise Refusal(Reason.NOT_EXPRESSIBLE, node, "groups of an unknown number of channels")
     return puller.ranges.floordiv(out, const(size // node.attrs["groups"]))
 
 

@@ -10,6 +10,7 @@ import torch
 from ..graph import Node, scalar_value
 from ..op import Category
 from ..ops import unprintable
+from ..reasons import Reason
 from ..types import NATIVE_DTYPES, ScalarType, normalize_dim
 from .attention import ATTENTION
 from .indices import ONE, ZERO, Poly, Ranges, const, poly, variable
@@ -17,7 +18,6 @@ from .points import (
     VIEW_INDEX,
     Index,
     Kind,
-    Obstacle,
     Point,
     Refusal,
     broadcast_index,
@@ -61,7 +61,7 @@ class Puller:
         key = (node, index, mask)
         if key not in self._values:
             if self._depth >= MAX_DEPTH:
-                raise Refusal(Obstacle.TOO_LARGE, node, f"a chain of more than {MAX_DEPTH} operations")
+                raise Refusal(Reason.TOO_LARGE, node, f"a chain of more than {MAX_DEPTH} operations")
             self._depth += 1
             self._values[key] = self._evaluate(node, index, mask)
             self._depth -= 1
@@ -74,12 +74,12 @@ class Puller:
         if node.op.category in _BY_CATEGORY:
             return _BY_CATEGORY[node.op.category](self, node, index, mask)
         if node.op.name not in _BY_NAME:
-            raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, node.op.name)
+            raise Refusal(Reason.NOT_EXPRESSIBLE, node, node.op.name)
         return _BY_NAME[node.op.name](self, node, index, mask)
 
     def add(self, point: Point) -> Point:
         if len(self.points) >= MAX_POINTS:
-            raise Refusal(Obstacle.TOO_LARGE, point.node, f"more than {MAX_POINTS} values")
+            raise Refusal(Reason.TOO_LARGE, point.node, f"more than {MAX_POINTS} values")
         self.points.append(point)
         return point
 
@@ -103,7 +103,7 @@ class Puller:
     def own_axes(self, node: Node, extents: Sequence[Poly]) -> Index:
         """New axes that `node` alone walks, as an index over `extents`. Raises Refusal where there is another such walk."""
         if self._walker is not None or self.inner:
-            raise Refusal(Obstacle.SECOND_WALK, node, node.op.name)
+            raise Refusal(Reason.SECOND_WALK, node, node.op.name)
         self._walker = node
         found: list[Poly] = []
         for extent, letter in zip(extents, OWN_NAMES):
@@ -126,7 +126,7 @@ class Puller:
     def indirect(self, node: Node, value: Point, extent: Poly, mask: Mask, wraps: bool) -> Poly:
         """A computed integer of a gather `node` as an index coordinate in 0 .. extent-1; outside of it is the user's error."""
         if extent == ZERO:
-            raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, f"{node.op.name} from an empty dimension")
+            raise Refusal(Reason.NOT_EXPRESSIBLE, node, f"{node.op.name} from an empty dimension")
         guard = (self.all_of(mask),) if mask else ()
         wrapped = self.share(
             ("wrap", value, extent, wraps, guard),
@@ -189,11 +189,11 @@ def _axes_under(point: Point) -> set[str]:
 def check_native(node: Node) -> None:
     """Raises Refusal unless the op's element type and operands have a scalar form."""
     if isinstance(node.type, (tuple, ScalarType)):
-        raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, f"{node.op.name} yields {node.type}")
+        raise Refusal(Reason.NOT_EXPRESSIBLE, node, f"{node.op.name} yields {node.type}")
     if node.dtype not in NATIVE_DTYPES:
-        raise Refusal(Obstacle.UNSUPPORTED_DTYPE, node, str(node.type))
+        raise Refusal(Reason.UNSUPPORTED_DTYPE, node, str(node.type))
     if node.op.category is Category.POINTWISE and unprintable(node.op, tuple(n.type for n in node.inputs)):  # type: ignore[arg-type]
-        raise Refusal(Obstacle.RUNTIME_INTEGER_DIVISION, node, str(node.inputs[1].type))
+        raise Refusal(Reason.RUNTIME_INTEGER_DIVISION, node, str(node.inputs[1].type))
 
 
 def _pointwise(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
@@ -212,7 +212,7 @@ def _scalar(puller: Puller, x: Node) -> Point:
     if isinstance(value, (bool, int, float)):
         return puller.number(value, x.dtype)
     if value is None or isinstance(value, complex):
-        raise Refusal(Obstacle.NOT_EXPRESSIBLE, x, str(x.type))
+        raise Refusal(Reason.NOT_EXPRESSIBLE, x, str(x.type))
     return puller.position(poly(value))
 
 
@@ -221,9 +221,9 @@ def _reduction(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
     dims = reduced_dims(node)
     shape = dims_of(x)
     if node.op.name not in REDUCERS:
-        raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, f"{node.op.name} of {x.type}")
+        raise Refusal(Reason.NOT_EXPRESSIBLE, node, f"{node.op.name} of {x.type}")
     if puller.depends_on_inner(index):
-        raise Refusal(Obstacle.TILED_AXIS, node, f"{node.op.name} over dimension {dims} of {x.type}")
+        raise Refusal(Reason.TILED_AXIS, node, f"{node.op.name} over dimension {dims} of {x.type}")
     mask = _without_inner(puller, node, index, mask)
     kept = [i for d, i in enumerate(index) if d not in dims] if node.attrs["keepdim"] else list(index)
     walked = iter(_walk(puller, node, [shape[d] for d in dims]))
@@ -237,7 +237,7 @@ def _without_inner(puller: Puller, node: Node, index: Index, mask: Mask) -> Mask
     """The mask inside a reduction: conditions along inner axes no longer hold there, so the index must be safe without them."""
     outside = tuple(c for c in mask if not puller.depends_on_inner(tuple(variable(n) for n in _axes_under(c))))
     if len(outside) < len(mask) and not all(puller.ranges.inside(i, d) for i, d in zip(index, dims_of(node))):
-        raise Refusal(Obstacle.TILED_AXIS, node, "a reduction inside one piece of a concatenation")
+        raise Refusal(Reason.TILED_AXIS, node, "a reduction inside one piece of a concatenation")
     return outside
 
 
@@ -248,7 +248,7 @@ def _walk(puller: Puller, node: Node, extents: list[Poly]) -> Index:
     if tuple(wanted) != puller.extents:
         whole = _product(wanted)
         if whole != _product(puller.extents) or not puller.inner:
-            raise Refusal(Obstacle.DIFFERENT_SPACE, node, f"{node.op.name} over {extents}, the kernel's rows are {list(puller.extents)}")
+            raise Refusal(Reason.DIFFERENT_SPACE, node, f"{node.op.name} over {extents}, the kernel's rows are {list(puller.extents)}")
         variables = regroup(variables, puller.extents, wanted, puller.ranges)
     found = iter(variables)
     return tuple(ZERO if e == ONE else next(found) for e in extents)
@@ -268,9 +268,9 @@ def _scan(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
         return puller.add(Point(Kind.SCAN, node, (value,), dtype=node.dtype, value=True))
     rest = tuple(i for d, i in enumerate(index) if d != dims[0])
     if mask or len(puller.inner) != 1 or index[dims[0]] != variable(puller.inner[0]) or puller.depends_on_inner(rest):
-        raise Refusal(Obstacle.TILED_AXIS, node, f"{node.op.name} along dimension {dims[0]} of {node.type}")
+        raise Refusal(Reason.TILED_AXIS, node, f"{node.op.name} along dimension {dims[0]} of {node.type}")
     if dims_of(node)[dims[0]] != puller.extents[0]:
-        raise Refusal(Obstacle.DIFFERENT_SPACE, node, f"{node.op.name} along {node.shape[dims[0]]}")
+        raise Refusal(Reason.DIFFERENT_SPACE, node, f"{node.op.name} along {node.shape[dims[0]]}")
     return puller.add(Point(Kind.SCAN, node, (value,), dtype=node.dtype))
 
 
@@ -289,7 +289,7 @@ def _input(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
 def _full(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
     value = node.attrs["value"]
     if isinstance(value, complex):
-        raise Refusal(Obstacle.UNSUPPORTED_DTYPE, node, str(node.type))
+        raise Refusal(Reason.UNSUPPORTED_DTYPE, node, str(node.type))
     if isinstance(value, (bool, int, float)):
         return puller.number(value, node.dtype)
     return puller.add(Point(Kind.CONVERT, node, (puller.position(poly(value)),), dtype=node.dtype))
@@ -389,7 +389,7 @@ def _index(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
     rows = {}
     for d, i in zip(dims, indices):
         if i.dtype == torch.bool or i.dtype == torch.uint8:
-            raise Refusal(Obstacle.NOT_EXPRESSIBLE, node, "indexing by a mask")
+            raise Refusal(Reason.NOT_EXPRESSIBLE, node, "indexing by a mask")
         at = broadcast_index(middle, dims_of(i))
         rows[d] = puller.indirect(node, puller.at(i, at, mask), dims_of(x)[d], mask, wraps=True)
     rest = iter((*index[:front], *index[front + block :]))

@@ -14,9 +14,10 @@ import torch
 
 from ..graph import Node
 from ..ops.contractions import is_depthwise
+from ..reasons import Reason
 from ..types import compute_dtype
 from .indices import ONE, Poly, Quotient, const
-from .points import Index, Kind, Obstacle, Point, Refusal, dims_of
+from .points import Index, Kind, Point, Refusal, dims_of
 
 if TYPE_CHECKING:
     from .pull import Mask, Puller
@@ -27,9 +28,9 @@ FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}
 def check(node: Node, mask: Mask) -> None:
     """Raises Refusal unless a product or window can be walked here."""
     if mask:
-        raise Refusal(Obstacle.TILED_AXIS, node, f"{node.op.name} inside one piece of a concatenation")
+        raise Refusal(Reason.TILED_AXIS, node, f"{node.op.name} inside one piece of a concatenation")
     if node.dtype not in FLOATS:
-        raise Refusal(Obstacle.UNSUPPORTED_DTYPE, node, str(node.type))
+        raise Refusal(Reason.UNSUPPORTED_DTYPE, node, str(node.type))
 
 
 def positions(node: Node, place: Sequence[Poly], taps: Sequence[Poly]) -> Index:

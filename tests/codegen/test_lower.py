@@ -14,8 +14,8 @@ from tilewright.codegen.reference import run
 from tilewright.codegen.triton.runtime import build
 from tilewright.codegen.triton.runtime import run as interpreted
 from tilewright.ir import ops
-from tilewright.ir.analysis.points import Obstacle
 from tilewright.ir.dims import SymbolRange, symbol
+from tilewright.ir.reasons import Reason
 from triton.runtime.errors import InterpreterError
 
 B, S = symbol("b"), symbol("s")
@@ -340,18 +340,18 @@ def refusal(build, *xs):
 
 
 def test_refuses_a_reduction_over_a_tiled_axis():
-    assert refusal(lambda a: ops.add(a, ops.sum(ops.softmax(a, dim=1), dims=(0,))), x(3, 3)) is Obstacle.TILED_AXIS
+    assert refusal(lambda a: ops.add(a, ops.sum(ops.softmax(a, dim=1), dims=(0,))), x(3, 3)) is Reason.TILED_AXIS
 
 
 def test_refuses_different_spaces():
-    assert refusal(lambda a, b: (ops.exp(a), ops.exp(b)), x(3), x(4)) is Obstacle.DIFFERENT_SPACE
-    assert refusal(lambda a, b: (ops.sum(a, dims=(1,)), ops.sum(b, dims=(1,))), x(3, 4), x(3, 5)) is Obstacle.DIFFERENT_SPACE
+    assert refusal(lambda a, b: (ops.exp(a), ops.exp(b)), x(3), x(4)) is Reason.DIFFERENT_SPACE
+    assert refusal(lambda a, b: (ops.sum(a, dims=(1,)), ops.sum(b, dims=(1,))), x(3, 4), x(3, 5)) is Reason.DIFFERENT_SPACE
 
 
 def test_refuses_what_has_no_scalar_form():
-    assert refusal(lambda a, i: ops.scatter(a, i, a, dim=0), x(3), x(3, dtype=torch.int64).abs() % 3) is Obstacle.NOT_EXPRESSIBLE
-    assert refusal(lambda a: ops.cat(a, a), x(3).to(torch.complex64)) is Obstacle.UNSUPPORTED_DTYPE
-    assert refusal(lambda a: ops.neg(ops.as_strided(a, shape=(2,), strides=(1,), of=(8, 1))), x(3, 4)) is Obstacle.LAYOUT
+    assert refusal(lambda a, i: ops.scatter(a, i, a, dim=0), x(3), x(3, dtype=torch.int64).abs() % 3) is Reason.NOT_EXPRESSIBLE
+    assert refusal(lambda a: ops.cat(a, a), x(3).to(torch.complex64)) is Reason.UNSUPPORTED_DTYPE
+    assert refusal(lambda a: ops.neg(ops.as_strided(a, shape=(2,), strides=(1,), of=(8, 1))), x(3, 4)) is Reason.LAYOUT
 
 
 # -- the kernel itself

@@ -9,7 +9,7 @@ from lowering import check, graph_of
 from tilewright.codegen.kernel import Attend, Dot, Load, scalars
 from tilewright.codegen.lower import LoweringError, lower
 from tilewright.ir import ops
-from tilewright.ir.analysis.points import Obstacle
+from tilewright.ir.reasons import Reason
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -30,11 +30,11 @@ def test_views_of_heads_are_index_expressions():
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (lambda q: attention(ops.exp(q), q, q), Obstacle.PROLOGUE),
-        (lambda q: attention(q, q, ops.exp(q)), Obstacle.PROLOGUE),
-        (lambda q: attention(q, q, attention(q, q, q)), Obstacle.SECOND_WALK),
-        (lambda q: ops.softmax(attention(q, q, q), dim=-1), Obstacle.SECOND_WALK),
-        (lambda q: attention(*(ops.slice(q, dim=1, start=0, stop=1) for _ in range(3))), Obstacle.NOT_EXPRESSIBLE),
+        (lambda q: attention(ops.exp(q), q, q), Reason.PROLOGUE),
+        (lambda q: attention(q, q, ops.exp(q)), Reason.PROLOGUE),
+        (lambda q: attention(q, q, attention(q, q, q)), Reason.SECOND_WALK),
+        (lambda q: ops.softmax(attention(q, q, q), dim=-1), Reason.SECOND_WALK),
+        (lambda q: attention(*(ops.slice(q, dim=1, start=0, stop=1) for _ in range(3))), Reason.NOT_EXPRESSIBLE),
     ],
 )
 def test_what_is_no_kernel(build, reason):

@@ -8,9 +8,9 @@ from lowering import check, graph_of
 from tilewright.codegen.kernel import Dot, Kernel, Load, scalars
 from tilewright.codegen.lower import LoweringError, lower
 from tilewright.ir import ops
-from tilewright.ir.analysis.points import Obstacle
 from tilewright.ir.dims import SymbolRange, symbol
 from tilewright.ir.graph import Node
+from tilewright.ir.reasons import Reason
 
 
 def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -90,17 +90,17 @@ def refusal(build, *xs):
 
 
 def test_refused_because_an_operand_is_computed():
-    assert refusal(lambda a, w: ops.linear(ops.gelu(a), w), x(3, 4), x(5, 4)) is Obstacle.PROLOGUE
+    assert refusal(lambda a, w: ops.linear(ops.gelu(a), w), x(3, 4), x(5, 4)) is Reason.PROLOGUE
 
 
 def test_refused_because_a_kernel_walks_one_contraction():
-    assert refusal(lambda a, w: ops.softmax(ops.linear(a, w), dim=-1), x(3, 4), x(5, 4)) is Obstacle.SECOND_WALK
-    assert refusal(lambda a, w, v: ops.add(ops.linear(a, w), ops.linear(a, v)), x(3, 4), x(5, 4), x(5, 4)) is Obstacle.SECOND_WALK
+    assert refusal(lambda a, w: ops.softmax(ops.linear(a, w), dim=-1), x(3, 4), x(5, 4)) is Reason.SECOND_WALK
+    assert refusal(lambda a, w, v: ops.add(ops.linear(a, w), ops.linear(a, v)), x(3, 4), x(5, 4), x(5, 4)) is Reason.SECOND_WALK
 
 
 def test_refused_because_of_its_kind():
     settings = {"stride": (1,), "padding": (0,), "dilation": (1,), "transposed": True}
-    assert refusal(lambda a, w: ops.conv(a, w, **settings), x(1, 2, 5), x(2, 3, 3)) is Obstacle.NOT_EXPRESSIBLE
+    assert refusal(lambda a, w: ops.conv(a, w, **settings), x(1, 2, 5), x(2, 3, 3)) is Reason.NOT_EXPRESSIBLE
     integers = torch.ones(2, 2, dtype=torch.int64)
-    assert refusal(ops.matmul, integers, integers) is Obstacle.UNSUPPORTED_DTYPE
-    assert refusal(lambda a, w: ops.cat(ops.linear(a, w), a, dim=1), x(3, 4), x(5, 4)) is Obstacle.TILED_AXIS
+    assert refusal(ops.matmul, integers, integers) is Reason.UNSUPPORTED_DTYPE
+    assert refusal(lambda a, w: ops.cat(ops.linear(a, w), a, dim=1), x(3, 4), x(5, 4)) is Reason.TILED_AXIS

@@ -8,9 +8,9 @@ from lowering import check, graph_of
 from tilewright.codegen.kernel import Kernel, Reduce, scalars
 from tilewright.codegen.lower import LoweringError, lower
 from tilewright.ir import ops
-from tilewright.ir.analysis.points import Obstacle
 from tilewright.ir.dims import SymbolRange, symbol
 from tilewright.ir.ops import OPS
+from tilewright.ir.reasons import Reason
 
 
 def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -134,4 +134,4 @@ def test_refused():
     twice = graph_of(lambda a: OPS["max_pool"](OPS["avg_pool"](a, **attrs), **attrs), [x(1, 3, 8, 8)])
     with pytest.raises(LoweringError) as error:
         lower(twice, "k")
-    assert error.value.reason is Obstacle.SECOND_WALK
+    assert error.value.reason is Reason.SECOND_WALK

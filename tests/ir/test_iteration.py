@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tilewright.ir import ops
 from tilewright.ir.analysis.indices import ONE, ZERO, Poly, Ranges, const, divide, expression, linear, poly, variable
 from tilewright.ir.analysis.iteration import place
-from tilewright.ir.analysis.points import Kind, Obstacle, Refusal, dense_order, regroup
+from tilewright.ir.analysis.points import Kind, Refusal, dense_order, regroup
 from tilewright.ir.dims import SymbolRange, evaluate, symbol
 from tilewright.ir.graph import graph_input, make_graph
+from tilewright.ir.reasons import Reason
 from tilewright.ir.types import TensorType
 
 i, j, k = map(variable, "ijk")
@@ -170,7 +171,7 @@ def test_axes_split_where_indices_divide():
 def test_refusals_name_the_node():
     with pytest.raises(Refusal) as caught:
         place(body(lambda a: ops.sum(ops.sub(a, ops.amax(a, dims=(1,), keepdim=True)), dims=(0,)), (3, 3)))
-    assert caught.value.reason is Obstacle.TILED_AXIS and caught.value.node.op.name == "amax"
+    assert caught.value.reason is Reason.TILED_AXIS and caught.value.node.op.name == "amax"
     with pytest.raises(Refusal) as caught:
         place(body(lambda a, b: (ops.exp(a), ops.exp(b)), (3,), (4,)))
-    assert caught.value.reason is Obstacle.DIFFERENT_SPACE and "[3]" in caught.value.value
+    assert caught.value.reason is Reason.DIFFERENT_SPACE and "[3]" in caught.value.value
