@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -20,8 +21,9 @@ from triton.runtime.jit import JITFunction
 
 from ...ir.errors import TilewrightError
 from ..kernel import Kernel
-from .runtime import build, launch_options, load
-from .schedule import Schedule, default_schedule
+from .program import Launch, Program
+from .runtime import load
+from .templates import build
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,21 +58,32 @@ class Compiled:
     stages: Mapping[str, str]
 
 
-def compile_offline(kernel: Kernel, schedule: Schedule | None = None, target: str = "sm_90") -> Compiled:
-    """Compiles a kernel for one of TARGETS; raises OfflineError for another target or when Triton fails, naming the reason."""
+def compile_offline(kernel: Kernel, schedule: Any = None, target: str = "sm_90") -> Compiled:
+    """Compiles a kernel for one of TARGETS; raises OfflineError for another target or when Triton fails, naming the reason.
+
+    Of a program of several launches this is the first; `compile_program` gives all.
+    """
+    return compile_program(build(kernel, schedule), target)[0]
+
+
+def compile_program(program: Program, target: str) -> tuple[Compiled, ...]:
+    """Every launch of a program, compiled as `compile_offline` does."""
     if target not in TARGETS:
-        raise OfflineError(kernel=kernel.name, target=target, reason=f"known targets are {', '.join(TARGETS)}")
-    schedule = schedule or default_schedule(kernel)
-    program = build(kernel, schedule)
-    function = load(program.source)[program.name]
+        raise OfflineError(kernel=program.kernel.name, target=target, reason=f"known targets are {', '.join(TARGETS)}")
+    return tuple(_compile(program, launch, target) for launch in program.launches)
+
+
+def _compile(program: Program, launch: Launch, target: str) -> Compiled:
+    kernel = program.kernel
+    function = load(program.source)[launch.function]
     if not isinstance(function, JITFunction):
         raise OfflineError(kernel=kernel.name, target=target, reason="TRITON_INTERPRET is set")
-    pointers = [_POINTERS[b.dtype] for b in (*kernel.inputs, *kernel.outputs)]
-    kinds = [*pointers, *("i64" if schedule.wide else "i32" for _ in kernel.sizes), *("constexpr" for _ in program.blocks)]
+    pointers = [_POINTERS[program.buffer(name).dtype] for name in launch.buffers]
+    kinds = [*pointers, *("i64" if launch.wide else "i32" for _ in kernel.sizes), *("constexpr" for _ in launch.constants)]
     aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(pointers))}
-    source = ASTSource(function, dict(zip(function.arg_names, kinds)), dict(program.blocks), aligned)
+    source = ASTSource(function, dict(zip(function.arg_names, kinds)), dict(launch.constants), aligned)
     try:
-        compiled = triton.compile(source, target=TARGETS[target], options=launch_options(schedule, kernel))
+        compiled = triton.compile(source, target=TARGETS[target], options=launch.options(kernel))
     except Exception as error:
         raise OfflineError(kernel=kernel.name, target=target, reason=f"{type(error).__name__}: {error}") from error
     binary = compiled.asm["cubin" if "cubin" in compiled.asm else "hsaco"]

@@ -7,7 +7,6 @@ recomputes what it needs, accumulates in a block, and reduces the block once aft
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Sequence
 
 from ...ir.scalar import Scalar
@@ -15,6 +14,7 @@ from ..kernel import Kernel, Reduce, Store, operands, scalars
 from .expressions import Expressions
 from .layout import Dimension, Layout, extent_source, layout_of
 from .legalize import UnsupportedByTriton, legalize
+from .program import function_name
 from .reductions import HELPERS
 from .schedule import Schedule, inner_groups, needs_whole_block
 
@@ -38,12 +38,6 @@ def print_module(kernels: Sequence[tuple[Kernel, Schedule]]) -> str:
     helpers = [text.strip("\n") + "\n" for name, text in HELPERS.items() if f"{name}(" in body or f"combine_fn={name}" in body]
     imports = _HEADER + (_LIBDEVICE if "libdevice." in body else "")
     return "\n\n".join([imports, *helpers, body])
-
-
-def function_name(kernel: Kernel) -> str:
-    """The kernel's name as a Python identifier."""
-    name = "".join(c if c.isalnum() or c == "_" else "_" for c in kernel.name)
-    return f"k_{name}" if not name or name[0].isdigit() or keyword.iskeyword(name) else name
 
 
 class _Printer:

@@ -12,7 +12,7 @@ import linecache
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,47 +23,16 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder
 from triton.runtime.jit import JITFunction
 
-from ...ir.dims import Dim, evaluate
+from ...ir.dims import evaluate
 from ...ir.errors import TilewrightError
 from ..kernel import Kernel
-from .layout import layout_of
-from .legalize import legalize
-from .printer import function_name, print_kernel
-from .schedule import Schedule, default_schedule
+from .program import MOST_PROGRAMS, Launch, Program
 
 
 class LaunchError(TilewrightError):
     """The tensors or sizes given to a kernel do not fit it."""
 
     template = "cannot launch {kernel}: {reason}"
-
-
-@dataclass(frozen=True)
-class Program:
-    """A printed kernel and what a launch needs of it; `load` makes functions of its `source`, which is a whole module.
-
-    points: of the flattened grid; blocks: the block lengths by parameter name; whole: (extent, block) of the persistent inner groups.
-    """
-
-    kernel: Kernel
-    schedule: Schedule
-    source: str
-    points: Dim
-    blocks: Mapping[str, int]
-    whole: tuple[tuple[Dim, int], ...]
-
-    @property
-    def name(self) -> str:
-        return function_name(self.kernel)
-
-
-def build(kernel: Kernel, schedule: Schedule | None = None) -> Program:
-    """The kernel printed under a schedule (by default its default schedule). Raises UnsupportedByTriton."""
-    schedule = schedule or default_schedule(kernel)
-    layout = layout_of(legalize(kernel), schedule)
-    blocks = {d.constant: d.block for d in layout.dimensions}
-    whole = tuple((g.span.extent, g.block) for g in layout.groups if not g.looped)
-    return Program(kernel, schedule, print_kernel(kernel, schedule), layout.grid.extent, blocks, whole)
 
 
 _LOADED: dict[tuple[str, bool, Path | None], dict[str, Any]] = {}
@@ -117,40 +86,38 @@ def launch(program: Program, tensors: Mapping[str, torch.Tensor], sizes: Mapping
     sizes = dict(sizes or {})
     kernel = program.kernel
     _check_sizes(kernel, sizes)
-    arguments = _arguments(kernel, tensors, sizes)
-    points = evaluate(program.points, sizes)
-    if points == 0:
+    _check_tensors(kernel, tensors)
+    grids = [_grid(program, one, sizes) for one in program.launches]
+    if any(0 in grid for grid in grids):
         return
     _check_blocks(program, sizes)
-    grid = (-(-points // program.blocks.get("XBLOCK", 1)),)
+    device = next(iter(tensors.values())).device
+    tensors = {**tensors, **{b.name: torch.empty(evaluate(b.size, sizes), dtype=b.dtype, device=device) for b in program.scratch}}
     interpreted = any(t.device.type == "cpu" for t in tensors.values())
-    function = load(program.source, interpreted)[program.name]
-    if interpreted:
-        with _interpreting():
-            function[grid](*arguments, **program.blocks)
-        return
-    function[grid](*arguments, **program.blocks, **launch_options(program.schedule, kernel))
+    functions = load(program.source, interpreted)
+    for one, grid in zip(program.launches, grids):
+        arguments = [*(tensors[name] for name in one.buffers), *(sizes[s] for s in kernel.sizes)]
+        if interpreted:
+            with _interpreting():
+                functions[one.function][grid](*arguments, **one.constants)
+        else:
+            functions[one.function][grid](*arguments, **one.constants, **one.options(kernel))
 
 
-def launch_options(schedule: Schedule, kernel: Kernel) -> dict[str, Any]:
-    """Options of Triton's compiler. No contraction of a*b+c: eager rounds the product, and x*x - x*x is 0.
-
-    Assertions are on where positions are computed, as in eager's kernels; those on integer overflow never are: integers wrap.
-    """
-    options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages, "enable_fp_fusion": False}
-    return options | ({"debug": True, "sanitize_overflow": False} if kernel.faults else {})
+def _grid(program: Program, one: Launch, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    grid = tuple(evaluate(extent, sizes) for extent in one.grid)
+    if any(extent > most for extent, most in zip(grid, MOST_PROGRAMS)):
+        raise LaunchError(kernel=program.kernel.name, reason=f"{grid} programs are more than the {MOST_PROGRAMS} that a device takes")
+    return grid
 
 
-def _arguments(kernel: Kernel, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> list[Any]:
-    arguments: list[Any] = []
+def _check_tensors(kernel: Kernel, tensors: Mapping[str, torch.Tensor]) -> None:
     for buffer in (*kernel.inputs, *kernel.outputs):
         tensor = tensors.get(buffer.name)
         if tensor is None:
             raise LaunchError(kernel=kernel.name, reason=f"there is no tensor for {buffer.name!r}")
         if tensor.dtype != buffer.dtype:
             raise LaunchError(kernel=kernel.name, reason=f"{buffer.name} is {tensor.dtype}, not {buffer.dtype}")
-        arguments.append(tensor)
-    return [*arguments, *(sizes[s] for s in kernel.sizes)]
 
 
 def _check_sizes(kernel: Kernel, sizes: Mapping[str, int]) -> None:
@@ -164,7 +131,7 @@ def _check_blocks(program: Program, sizes: Mapping[str, int]) -> None:
     for extent, block in program.whole:
         if evaluate(extent, sizes) > block:
             reason = f"an inner extent of {evaluate(extent, sizes)} does not fit the persistent block of {block}"
-            raise LaunchError(kernel=program.name, reason=reason)
+            raise LaunchError(kernel=program.kernel.name, reason=reason)
 
 
 def run(

@@ -8,7 +8,9 @@ from typing import Any, Union
 from ..kernel import Kernel
 from ..target import Compiled, Failed
 from .legalize import UnsupportedByTriton
-from .runtime import Program, build, launch
+from .program import Program
+from .runtime import launch
+from .templates import build
 
 
 def compile_kernels(kernels: Sequence[Kernel]) -> list[Union[Compiled, Failed]]:

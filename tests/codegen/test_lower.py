@@ -11,8 +11,8 @@ from tilewright.codegen.cpp.toolchain import compile_kernels
 from tilewright.codegen.kernel import Load, Reduce, scalars
 from tilewright.codegen.lower import LoweringError, lower
 from tilewright.codegen.reference import run
-from tilewright.codegen.triton.runtime import build
 from tilewright.codegen.triton.runtime import run as interpreted
+from tilewright.codegen.triton.templates import build
 from tilewright.ir import ops
 from tilewright.ir.dims import SymbolRange, symbol
 from tilewright.ir.reasons import Reason

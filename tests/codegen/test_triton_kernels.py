@@ -11,8 +11,9 @@ from triton_kernels import CASES, OLD_INTERPRETER, Case
 
 pytest.importorskip("triton")
 
-from tilewright.codegen.triton.runtime import LaunchError, build, load, run
+from tilewright.codegen.triton.runtime import LaunchError, load, run
 from tilewright.codegen.triton.schedule import Schedule, default_schedule, inner_groups, needs_whole_block
+from tilewright.codegen.triton.templates import build
 
 SCHEDULES = {
     "default": None,

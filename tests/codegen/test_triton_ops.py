@@ -16,9 +16,10 @@ pytest.importorskip("triton")
 
 from tilewright.codegen.lower import lower
 from tilewright.codegen.triton.offline import TARGETS, compile_offline
-from tilewright.codegen.triton.runtime import build, run
+from tilewright.codegen.triton.runtime import run
 from tilewright.codegen.triton.scalars import PRINTED
 from tilewright.codegen.triton.schedule import Schedule
+from tilewright.codegen.triton.templates import build
 from tilewright.ir import ops
 from tilewright.ir.dims import SymbolRange, symbol
 from tilewright.ir.graph import Graph, Node, graph_input

@@ -12,8 +12,9 @@ from triton_kernels import OLD_INTERPRETER
 pytest.importorskip("triton")
 
 from tilewright.codegen.lower import lower
-from tilewright.codegen.triton.runtime import build, run
+from tilewright.codegen.triton.runtime import run
 from tilewright.codegen.triton.schedule import Schedule
+from tilewright.codegen.triton.templates import build
 from tilewright.ir import ops
 from tilewright.ir.dims import SymbolRange, symbol
 from tilewright.ir.graph import Graph, Node, graph_input
