@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import sympy
 import torch
+from handmade import TARGETS, Case, Cases, inputs_of, kernel, launch, load, target_for
 from support import NATIVE
 from tilewright.codegen import reference
-from tilewright.codegen.cpp.schedule import CpuTarget, detect_target
 from tilewright.codegen.cpp.toolchain import compile_kernels
-from tilewright.codegen.kernel import Axis, Buffer, Dot, Kernel, Load, Position, Reduce, Store, inside
+from tilewright.codegen.kernel import Dot, Kernel, Load, Position, Reduce, inside
 from tilewright.codegen.target import Compiled, Failed
-from tilewright.ir.dims import FloorDiv, Mod, evaluate, symbol
+from tilewright.ir.dims import FloorDiv, Mod, symbol
 from tilewright.ir.scalar import Const, Scalar, apply, cast, where
 
 pytestmark = NATIVE
@@ -22,40 +22,8 @@ pytestmark = NATIVE
 F32, F64, I64, BF16, F16 = torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.float16
 b, h, i, j, r, s, t, m, n = (symbol(name) for name in "bhijrstmn")
 
-
-@dataclass(frozen=True)
-class Case:
-    kernel: Kernel
-    sizes: dict[str, int]
-    ranges: dict[str, int]
-
-
-CASES: dict[str, list[Case]] = {}
-
-
-def case(*size_sets: dict[str, int], ranges: dict[str, int] | None = None) -> Callable[[Callable[[], Kernel]], Callable[[], Kernel]]:
-    def add(make: Callable[[], Kernel]) -> Callable[[], Kernel]:
-        kernel = replace(make(), name=f"k_{make.__name__}")
-        CASES[make.__name__] = [Case(kernel, sizes, ranges or {}) for sizes in size_sets or ({},)]
-        return make
-
-    return add
-
-
-def kernel(
-    grid: dict[str, object], inner: dict[str, object], inputs: dict[str, tuple], outputs: dict[str, tuple], sizes: str = "", **more
-) -> Kernel:
-    """inputs: name -> (dtype, size); outputs: name -> (index, value, size[, dtype])."""
-    axes = [Axis(k, e) for k, e in grid.items()] + [Axis(k, e, True) for k, e in inner.items()]  # type: ignore[arg-type]
-    return Kernel(
-        "k", tuple(axes), tuple(Buffer(k, d, e) for k, (d, e) in inputs.items()),
-        tuple(Buffer(k, o[3] if len(o) > 3 else o[1].dtype, o[2]) for k, o in outputs.items()),  # type: ignore[misc, arg-type]
-        tuple(Store(k, sympy.sympify(o[0]), o[1]) for k, o in outputs.items()), sizes=tuple(sizes), **more,
-    )  # fmt: skip
-
-
-def load(buffer: str, index: object, dtype: torch.dtype = F32, **more) -> Load:
-    return Load(dtype, buffer, sympy.sympify(index), **more)
+CASES = Cases()
+case = CASES.case
 
 
 def dot(left: Scalar, right: Scalar, *axes: str) -> Dot:
@@ -324,37 +292,9 @@ def cast_left() -> Kernel:
 # ---- running them
 
 
-def make_input(buffer: Buffer, size: int, high: int | None, generator: torch.Generator) -> torch.Tensor:
-    if buffer.dtype.is_floating_point:
-        return torch.randn(size, generator=generator).to(buffer.dtype)
-    return torch.randint(0, high or 100, (size,), generator=generator).to(buffer.dtype)
-
-
-def inputs_of(case: Case, seed: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [make_input(x, evaluate(x.size, case.sizes), case.ranges.get(x.name), generator) for x in case.kernel.inputs]
-
-
-def launch(compiled: Compiled, case: Case, inputs: list[torch.Tensor], threads: int = 2) -> list[torch.Tensor]:
-    kernel = compiled.kernel
-    memory = {x.name: v.clone() for x, v in zip(kernel.inputs, inputs)}
-    for x in kernel.outputs:
-        alias = dict(kernel.inplace).get(x.name)
-        memory[x.name] = memory[alias] if alias else torch.full((evaluate(x.size, case.sizes),), 99, dtype=torch.uint8).to(x.dtype)
-    arguments = [memory[x.name].data_ptr() for x in (*kernel.inputs, *kernel.outputs)]
-    compiled.launch(*arguments, *(case.sizes[k] for k in kernel.sizes), threads)
-    return [memory[x.name] for x in kernel.outputs]
-
-
-TARGETS = {"native": None, "v3": CpuTarget(32, level="x86-64-v3"), "v2": CpuTarget(16, level="x86-64-v2")}
-
-
 @pytest.fixture(scope="module", params=TARGETS)
 def compiled(request: pytest.FixtureRequest) -> dict[str, object]:
-    target = TARGETS[request.param] or detect_target()
-    if detect_target().vector_bytes < target.vector_bytes:
-        pytest.skip("not on this CPU")
-    return dict(zip(CASES, compile_kernels([c[0].kernel for c in CASES.values()], target)))
+    return dict(zip(CASES, compile_kernels([c[0].kernel for c in CASES.values()], target_for(request.param))))
 
 
 @pytest.mark.parametrize("name", CASES)

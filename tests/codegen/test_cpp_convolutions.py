@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import sympy
 import torch
+from handmade import TARGETS, Case, inputs_of, kernel, launch, load, target_for
 from support import NATIVE
-from test_cpp_contractions import TARGETS, Case, dot, inputs_of, kernel, launch, load
+from test_cpp_contractions import dot
 from tilewright.codegen import reference
 from tilewright.codegen.cpp.contraction import print_any
-from tilewright.codegen.cpp.schedule import CpuTarget, detect_target
+from tilewright.codegen.cpp.schedule import CpuTarget
 from tilewright.codegen.cpp.toolchain import compile_kernels
 from tilewright.codegen.kernel import Kernel, Position
 from tilewright.codegen.target import Compiled, Failed
@@ -92,11 +93,8 @@ COPIED = {"bfloat16"}
 
 @pytest.fixture(scope="module", params=TARGETS)
 def compiled(request: pytest.FixtureRequest) -> dict[str, Compiled | Failed]:
-    target = TARGETS[request.param] or detect_target()
-    if detect_target().vector_bytes < target.vector_bytes:
-        pytest.skip("not on this CPU")
     kernels = [replace(k, name=f"k_{name}") for name, (k, _) in CASES.items()]
-    return dict(zip(CASES, compile_kernels(kernels, target)))
+    return dict(zip(CASES, compile_kernels(kernels, target_for(request.param))))
 
 
 @pytest.mark.parametrize("name", CASES)
