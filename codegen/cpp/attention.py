@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
-import torch
 
 from ...ir.dims import free_symbols, product, symbol
 from ...ir.scalar import Apply, Const, Scalar
-from ..kernel import Attend, Axis, Buffer, Dot, Kernel, Load, Position, Reduce, Scan, Store, cone, free_axes, scalars
+from ..attentions import Attention, all_of, find_attention, hidden
+from ..kernel import Axis, Buffer, Dot, Kernel, Load, Position, Store, cone
 from .expressions import ADD, MULTIPLY, STORAGE, index_text, wrap
 from .lanes import LaneAnalysis
 from .parts import PartPrinter
@@ -31,74 +31,13 @@ from .product import Rewrite
 from .schedule import CpuTarget
 
 FEW_ROWS = 4  # so few queries read every key once: packing would not pay
-MOST_COLUMNS = 256
 ROWS = 6  # of a register tile
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The roles of the axes. rows: queries that meet the same keys; batch: everything else; column: of the values; depth: of the keys."""
-
-    attend: Attend
-    dot: Dot
-    batch: tuple[Axis, ...]
-    rows: tuple[Axis, ...]
-    column: Axis
-    key: Axis
-    depth: Axis
-
-
-def attentions(kernel: Kernel) -> list[Attend]:
-    return [v for v in scalars(kernel.stores) if isinstance(v, Attend)]
 
 
 def print_attention(kernel: Kernel, target: CpuTarget) -> str:
     """The kernel as the text of one C++ function; see print_kernel."""
     return AttentionPrinter(kernel, target).text()
-
-
-def find_attention(kernel: Kernel) -> Attention:
-    """The parts of a kernel with one attention. Raises NotImplementedError with a reason where they are not what the template walks."""
-    attend, dot = _only_attend(kernel)
-    free = free_axes(kernel)
-    score, keys, values = free[attend.score] - {attend.axis}, free[dot.right] - {attend.axis}, free[attend.value] - {attend.axis}
-    columns = [a for a in kernel.grid if a.name in values - score]
-    axes = {a.name: a for a in kernel.axes}
-    if len(columns) != 1 or len(dot.axes) != 1 or free[dot.left] & {attend.axis, columns[0].name}:
-        raise NotImplementedError("an attention over other axes than queries, keys and columns")
-    depth = axes[dot.axes[0]]
-    if any(not isinstance(a.extent, int) or a.extent > MOST_COLUMNS for a in (columns[0], depth)):
-        raise NotImplementedError("an attention of wide heads, or of a width known at run time only")
-    rows = [a for a in kernel.grid if a.name in score - keys - values]
-    batch = tuple(a for a in kernel.grid if a not in rows and a is not columns[0])
-    # the longest first: a tile of rows covers few positions of it, which a causal mask serves with few keys
-    ordered = tuple(sorted(rows, key=lambda a: -a.extent if isinstance(a.extent, int) else -(1 << 20)))
-    _check_stores(kernel, attend, free)
-    return Attention(attend, dot, batch, ordered, columns[0], axes[attend.axis], depth)
-
-
-def _only_attend(kernel: Kernel) -> tuple[Attend, Dot]:
-    found, everything = attentions(kernel), scalars(kernel.stores)
-    products = [v for v in everything if isinstance(v, Dot)]
-    if len(found) != 1 or len(products) != 1 or products[0] not in cone([found[0].score]):
-        raise NotImplementedError("a kernel with several contractions")
-    if any(isinstance(v, (Reduce, Scan)) for v in everything):
-        raise NotImplementedError("a reduction beside an attention")
-    if found[0].dtype not in (torch.float32, torch.float64):
-        raise NotImplementedError(f"an attention in {found[0].dtype}")
-    return found[0], products[0]
-
-
-def _check_stores(kernel: Kernel, attend: Attend, free: dict[Scalar, frozenset[str]]) -> None:
-    grid = {a.name for a in kernel.grid}
-    read = {v.buffer for v in cone([attend]) if isinstance(v, Load)}
-    for store in kernel.stores:
-        used = grid & (free[store.value] | {s.name for s in sympy.sympify(store.index).free_symbols})  # type: ignore[attr-defined]
-        if used != grid or free[store.value] - grid:
-            raise NotImplementedError("a store over other points than those of the attention")
-    if any(source in read for _, source in kernel.inplace):
-        raise NotImplementedError("an output over an operand of an attention")
 
 
 class AttentionPrinter(PartPrinter):
@@ -255,9 +194,9 @@ def _bounds(kernel: Kernel, found: Attention) -> Bounds:
     analysis = LaneAnalysis(kernel, found.key.name, 1)
     known = Bounds(sympy.Integer(0), sympy.sympify(found.key.extent), found.attend.score)
     kept: dict[Scalar, Scalar] = {}
-    for masked in _masked(found.attend.score):
+    for masked in hidden(found.attend.score):
         assert isinstance(masked, Apply)
-        limits = [_limit(analysis, c, found.key.symbol) for c in _all_of(masked.args[0])]
+        limits = [_limit(analysis, c, found.key.symbol) for c in all_of(masked.args[0])]
         for below, at in filter(None, limits):
             known = replace(known, end=sympy.Min(known.end, at)) if below else replace(known, begin=sympy.Max(known.begin, at))
         if all(limits):
@@ -289,28 +228,6 @@ def _limit(analysis: LaneAnalysis, condition: Scalar, key: sympy.Symbol) -> tupl
     below = (condition.op in ("lt", "le")) == (step == 1)
     inclusive = condition.op in ("le", "ge")
     return below, at + int(inclusive == below)
-
-
-def _masked(score: Scalar) -> list[Scalar]:
-    """The selections under a score that make it -inf where their condition does not hold."""
-    found: list[Scalar] = []
-    stack = [score]
-    while stack:
-        value = stack.pop()
-        if not isinstance(value, Apply):
-            continue
-        if value.op == "add" and value.dtype.is_floating_point:
-            stack.extend(value.args)
-        elif value.op == "where" and isinstance(value.args[2], Const) and value.args[2].value == float("-inf"):
-            found.append(value)
-            stack.append(value.args[1])
-    return found
-
-
-def _all_of(condition: Scalar) -> list[Scalar]:
-    if isinstance(condition, Apply) and condition.op == "and":
-        return [c for a in condition.args for c in _all_of(a)]
-    return [condition]
 
 
 def _factor(score: Scalar, dot: Dot) -> float | None:

@@ -6,10 +6,11 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import Union
 
+from ..attentions import attentions
 from ..build import BuildError, Loaded, Source, build, entry_address
 from ..kernel import Kernel
 from ..target import Compiled, Failed, Native
-from .attention import attentions, print_attention
+from .attention import print_attention
 from .contraction import print_any
 from .recurrence import print_recurrence
 from .schedule import CpuTarget, detect_target

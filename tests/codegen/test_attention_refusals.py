@@ -10,7 +10,7 @@ import sympy
 import torch
 from attentions import attention, x
 from lowering import graph_of
-from tilewright.codegen.cpp.attention import find_attention
+from tilewright.codegen.attentions import find_attention
 from tilewright.codegen.kernel import Attend, Kernel, Load, Reduce, scalars
 from tilewright.codegen.lower import lower
 from tilewright.ir.scalar import Const, Scalar
