@@ -10,6 +10,7 @@ import builtins
 import keyword
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import sympy
 import torch
@@ -22,7 +23,6 @@ from .layout import Dimension, Layout
 from .legalize import UnsupportedByTriton
 from .reductions import Reducer, reducer, small_integer
 from .scalars import AND, ATOM, COMPARE, SUM, TYPES, Text, constant, is_infix, keeps_type, scalar_text, typed_constant
-from .schedule import Schedule
 
 _INLINE_LENGTH = 72
 _RESERVED = {"tl", "triton", "libdevice"} | set(keyword.kwlist) | set(dir(builtins))
@@ -45,24 +45,37 @@ class Scope:
     texts: dict[Scalar, Text] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
 
+    def shared(self) -> Scope:
+        """The same block of code for values of another kernel."""
+        return Scope(self.lines, {}, self.variables)
+
+
+class Widths(Protocol):
+    """What of a schedule expressions depend on: whether index arithmetic is in 64 bits."""
+
+    @property
+    def wide(self) -> bool: ...
+
 
 class Expressions:
-    """Writes the values of one legalized kernel."""
+    """Writes the values of one legalized kernel. taken: names of the function that are in use, where several write one function."""
 
-    def __init__(self, kernel: Kernel, layout: Layout, schedule: Schedule) -> None:
+    def __init__(self, kernel: Kernel, layout: Layout, schedule: Schedule, beside: Expressions | None = None) -> None:
+        """beside: another writer of the same function, whose lines and variables this one shares."""
         self.kernel, self.layout, self.schedule = kernel, layout, schedule
-        self.outer = Scope()
-        self.body: Scope | None = None
+        self.outer = Scope() if beside is None else beside.outer.shared()
+        self.body: Scope | None = None if beside is None or beside.body is None else beside.body.shared()
         self._free = free_axes(kernel)
         values = scalars(kernel.stores)
         self._uses = Counter(v for value in values for v in operands(value))
         self._uses.update(store.value for store in kernel.stores)
         self._cast = {a for v in values if isinstance(v, Apply) and v.op in _METHODS for a in v.args}
-        self._run_names: dict[str, str] = {}
+        self._run_names: dict[str, str] = {} if beside is None else beside._run_names
         self._names: dict[Scalar | None, str] = {}
         flats = {d.span.flat for d in layout.dimensions} | {layout.grid.flat}
         parameters = {f"{b.name}_ptr" for b in (*kernel.inputs, *kernel.outputs)} | set(kernel.sizes)
-        self._taken = _RESERVED | flats | parameters | {d.mask for d in layout.dimensions} | {a.name for a in kernel.axes}
+        self._taken = set(_RESERVED) if beside is None else beside._taken
+        self._taken |= flats | parameters | {d.mask for d in layout.dimensions} | {a.name for a in kernel.axes}
 
     # scopes
 
@@ -80,7 +93,33 @@ class Expressions:
     def known(self, value: Scalar) -> bool:
         return value in self._scope(self._free[value]).texts
 
+    def prepare(self, root: Scalar) -> None:
+        """Writes what `root` is computed from, operands first (without recursion: chains may be long)."""
+        stack: list[tuple[Scalar, bool]] = [(root, False)]
+        while stack:
+            value, ready = stack.pop()
+            if self.known(value):
+                continue
+            if ready:
+                self.text(value)
+                continue
+            stack.append((value, True))
+            stack.extend((v, False) for v in reversed(operands(value)))
+
     # values
+
+    def prepare(self, root: Scalar) -> None:
+        """Writes what `root` is computed from, operands first (without recursion: chains may be long)."""
+        stack: list[tuple[Scalar, bool]] = [(root, False)]
+        while stack:
+            value, ready = stack.pop()
+            if self.known(value):
+                continue
+            if ready:
+                self.text(value)
+                continue
+            stack.append((value, True))
+            stack.extend((v, False) for v in reversed(operands(value)))
 
     def text(self, value: Scalar) -> Text:
         """The text of a value whose operands are known; writes a line where it deserves a variable."""
@@ -224,10 +263,15 @@ class Expressions:
         mask = self._mask(needed, None if value.mask is None else self._argument(value.mask))
         arguments = [self._pointer(value.buffer, index, along, needed)] + ([mask] if mask else [])
         buffer = self.kernel.buffer(value.buffer)
-        if value.mask is not None:
-            arguments.append(f"other={self._argument(Const(buffer.dtype, value.other)).code}")
+        other = self._other(value)
+        if other is not None:
+            arguments.append(f"other={other}")
         cast = "" if buffer.dtype == value.dtype else f".to({TYPES[value.dtype]})"
         return Text(f"tl.load({', '.join(arguments)}){cast}")
+
+    def _other(self, value: Load) -> str | None:
+        """What a load gives where it reads nothing; None where that is never seen."""
+        return None if value.mask is None else self._argument(Const(self.kernel.buffer(value.buffer).dtype, value.other)).code
 
     def _named(self, value: Scalar) -> str:
         """A variable that holds the value, for use in an index."""

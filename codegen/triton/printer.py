@@ -14,7 +14,7 @@ from ..kernel import Kernel, Reduce, Store, operands, scalars
 from .expressions import Expressions
 from .layout import Dimension, Layout, extent_source, layout_of
 from .legalize import UnsupportedByTriton, legalize
-from .program import function_name
+from .program import function_name, pointers
 from .reductions import HELPERS
 from .schedule import Schedule, inner_groups, needs_whole_block
 
@@ -33,11 +33,31 @@ def print_kernel(kernel: Kernel, schedule: Schedule) -> str:
 
 def print_module(kernels: Sequence[tuple[Kernel, Schedule]]) -> str:
     """One module that holds several kernels and the helpers they need, each helper once."""
-    functions = [_Printer(kernel, schedule).function() for kernel, schedule in kernels]
+    return module([print_function(kernel, schedule) for kernel, schedule in kernels])
+
+
+def print_function(kernel: Kernel, schedule: Schedule) -> str:
+    """The kernel as a @triton.jit function, without what stands above it in its module."""
+    return _Printer(kernel, schedule).function()
+
+
+def module(functions: Sequence[str]) -> str:
+    """The module of these functions: with the imports and helpers that they use."""
     body = "\n\n".join(functions)
     helpers = [text.strip("\n") + "\n" for name, text in HELPERS.items() if f"{name}(" in body or f"combine_fn={name}" in body]
     imports = _HEADER + (_LIBDEVICE if "libdevice." in body else "")
     return "\n\n".join([imports, *helpers, body])
+
+
+def comment(kernel: Kernel) -> str:
+    """What stands above the function of a kernel."""
+    title = f"# {kernel.name}: {kernel.label}" if kernel.label else f"# {kernel.name}"
+    return "".join(f"{line}\n" for line in (title, *(f"#   {source}" for source in kernel.sources)))
+
+
+def parameters_of(buffers: Sequence[str], kernel: Kernel, constants: Sequence[str]) -> list[str]:
+    """The parameters of a function of a kernel's program: pointers, sizes, block lengths."""
+    return [*(f"{b}_ptr" for b in buffers), *kernel.sizes, *(f"{c}: tl.constexpr" for c in constants)]
 
 
 class _Printer:
@@ -60,16 +80,8 @@ class _Printer:
         else:
             self._straight()
         lines = "\n".join(f"    {line}" for line in self.expressions.outer.lines)
-        return f"{self._comment()}@triton.jit\ndef {function_name(self.kernel)}({self._parameters()}):\n{lines}\n"
-
-    def _comment(self) -> str:
-        title = f"# {self.kernel.name}: {self.kernel.label}" if self.kernel.label else f"# {self.kernel.name}"
-        return "".join(f"{line}\n" for line in (title, *(f"#   {source}" for source in self.kernel.sources)))
-
-    def _parameters(self) -> str:
-        pointers = [f"{b.name}_ptr" for b in (*self.kernel.inputs, *self.kernel.outputs)]
-        lengths = [f"{d.constant}: tl.constexpr" for d in self.layout.dimensions]
-        return ", ".join([*pointers, *self.kernel.sizes, *lengths])
+        parameters = ", ".join(parameters_of(pointers(self.kernel), self.kernel, [d.constant for d in self.layout.dimensions]))
+        return f"{comment(self.kernel)}@triton.jit\ndef {function_name(self.kernel)}({parameters}):\n{lines}\n"
 
     def _prologue(self) -> None:
         """The points of this program, and the inner points of a persistent block."""
@@ -96,21 +108,8 @@ class _Printer:
         self.expressions.outer.lines.extend(stores)
 
     def _store(self, store: Store) -> str:
-        self._prepare(store.value)
+        self.expressions.prepare(store.value)
         return self.expressions.store(store)
-
-    def _prepare(self, root: Scalar) -> None:
-        """Writes what `root` is computed from, operands first (without recursion: chains may be long)."""
-        stack: list[tuple[Scalar, bool]] = [(root, False)]
-        while stack:
-            value, ready = stack.pop()
-            if self.expressions.known(value):
-                continue
-            if ready:
-                self.expressions.text(value)
-                continue
-            stack.append((value, True))
-            stack.extend((v, False) for v in reversed(operands(value)))
 
     def _passes(self) -> None:
         """One loop per level of reductions and group; what depends on no inner axis is stored at the end."""
@@ -153,7 +152,7 @@ class _Printer:
         body.lines.extend(_mask(group))
         finishing: list[tuple[Reduce, list[str]]] = []
         for reduction in reductions:
-            self._prepare(reduction.value)
+            self.expressions.prepare(reduction.value)
             finishing.append((reduction, expressions.accumulate(reduction)))
         lines = [self._store(store) for store in stores]
         body.lines.extend(lines)
