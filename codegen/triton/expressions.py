@@ -58,9 +58,9 @@ class Widths(Protocol):
 
 
 class Expressions:
-    """Writes the values of one legalized kernel. taken: names of the function that are in use, where several write one function."""
+    """Writes the values of one legalized kernel."""
 
-    def __init__(self, kernel: Kernel, layout: Layout, schedule: Schedule, beside: Expressions | None = None) -> None:
+    def __init__(self, kernel: Kernel, layout: Layout, schedule: Widths, beside: Expressions | None = None) -> None:
         """beside: another writer of the same function, whose lines and variables this one shares."""
         self.kernel, self.layout, self.schedule = kernel, layout, schedule
         self.outer = Scope() if beside is None else beside.outer.shared()
@@ -92,19 +92,6 @@ class Expressions:
 
     def known(self, value: Scalar) -> bool:
         return value in self._scope(self._free[value]).texts
-
-    def prepare(self, root: Scalar) -> None:
-        """Writes what `root` is computed from, operands first (without recursion: chains may be long)."""
-        stack: list[tuple[Scalar, bool]] = [(root, False)]
-        while stack:
-            value, ready = stack.pop()
-            if self.known(value):
-                continue
-            if ready:
-                self.text(value)
-                continue
-            stack.append((value, True))
-            stack.extend((v, False) for v in reversed(operands(value)))
 
     # values
 

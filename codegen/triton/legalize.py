@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 
 from ...ir.errors import TilewrightError
 from ...ir.scalar import Apply, Const, Scalar, apply, cast, lift, where
-from ..kernel import INSIDE, Kernel, Load, Position, Reduce, Scan, Store, scalars
+from ..kernel import INSIDE, Attend, Dot, Kernel, Load, Position, Reduce, Scan, Store, cone, scalars
 
 UNSIGNED = frozenset({torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool})
 _LARGEST_UNROLLED_POWER = 8
@@ -44,11 +44,19 @@ def legalize(kernel: Kernel) -> Kernel:
     return replace(kernel, axes=tuple(a for a in kernel.axes if a.symbol not in units), stores=stores)
 
 
+def rewritten(stores: Iterable[Store], known: Mapping[Scalar, Scalar], places: Mapping[Any, Any] | None = None) -> tuple[Store, ...]:
+    """The stores with some scalars replaced and with symbols of their indices replaced."""
+    stores, new, units = tuple(stores), dict(known), dict(places or {})
+    for value in cone([s.value for s in stores], known):
+        new[value] = _rebuild(value, new, units)
+    return tuple(Store(s.buffer, _index(s.index, units), new[s.value]) for s in stores)
+
+
 def _index(index: Any, units: dict[Any, Any]) -> sympy.Expr:
     return sympy.sympify(index).xreplace(units)
 
 
-def _rebuild(value: Scalar, new: dict[Scalar, Scalar], units: dict[Any, Any]) -> Scalar:
+def _rebuild(value: Scalar, new: Mapping[Scalar, Scalar], units: dict[Any, Any]) -> Scalar:
     """The scalar over already rewritten operands; itself when nothing changed."""
     if isinstance(value, Apply):
         args = tuple(new[a] for a in value.args)
@@ -61,6 +69,10 @@ def _rebuild(value: Scalar, new: dict[Scalar, Scalar], units: dict[Any, Any]) ->
         return replace(value, index=_index(value.index, units))
     if isinstance(value, (Reduce, Scan)):
         return replace(value, value=new[value.value])
+    if isinstance(value, Dot):
+        return replace(value, left=new[value.left], right=new[value.right])
+    if isinstance(value, Attend):
+        return replace(value, score=new[value.score], value=new[value.value])
     return value
 
 
