@@ -74,7 +74,7 @@ def needs_whole_block(kernel: Kernel, groups: tuple[tuple[Axis, ...], ...]) -> b
 
 def default_schedule(kernel: Kernel, ranges: Mapping[str, SymbolRange] | None = None) -> Schedule:
     """A reasonable schedule from sizes, dtypes and the axis that is contiguous in memory; the tuner starts here."""
-    wide = _is_wide(kernel, ranges or {})
+    wide = is_wide(kernel, ranges or {})
     groups = inner_groups(kernel)
     points = _static(product(a.extent for a in kernel.grid))
     if not groups:
@@ -121,7 +121,7 @@ def _contiguous_over_grid(kernel: Kernel) -> bool:
     return votes > 0
 
 
-def _is_wide(kernel: Kernel, ranges: Mapping[str, SymbolRange]) -> bool:
+def is_wide(kernel: Kernel, ranges: Mapping[str, SymbolRange]) -> bool:
     """Whether any element offset or position may pass 2**31; a size without an upper bound may."""
     amounts = [b.size for b in (*kernel.inputs, *kernel.outputs)]
     amounts += [product(a.extent for a in kernel.grid), product(a.extent for a in kernel.inner)]
