@@ -13,16 +13,22 @@ from .schedule import Schedule, group_block, inner_groups
 
 @dataclass(frozen=True)
 class Dimension:
-    """One dimension of the block. `constant`: name of its constexpr length; `block`: that length; looped: walked in chunks."""
+    """One dimension of the block. `constant`: name of its constexpr length; `block`: that length; looped: walked in chunks.
+
+    within: only those chunks are walked that lie in the extent as a whole.
+    """
 
     span: Span
     constant: str
     block: int
     looped: bool = False
+    within: bool = False
 
     @property
     def masked(self) -> bool:
         """False when blocks tile the extent exactly."""
+        if self.within:
+            return False
         extent = self.span.extent
         if not isinstance(extent, int):
             return True

@@ -14,12 +14,23 @@ from ..kernel import Kernel, Reduce, Store, operands, scalars
 from .expressions import Expressions
 from .layout import Dimension, Layout, extent_source, layout_of
 from .legalize import UnsupportedByTriton, legalize
-from .program import function_name, pointers
+from .program import Launch, Program, blocks_of, function_name, pointers
 from .reductions import HELPERS
 from .schedule import Schedule, inner_groups, needs_whole_block
 
 _HEADER = "import triton\nimport triton.language as tl\n"
 _LIBDEVICE = "from triton.language.extra import libdevice\n"
+
+
+def build_blocks(kernel: Kernel, schedule: Schedule) -> Program:
+    """Points and reductions: the program of `printer`."""
+    layout = layout_of(legalize(kernel), schedule)
+    constants = {d.constant: d.block for d in layout.dimensions}
+    whole = tuple((g.span.extent, g.block) for g in layout.groups if not g.looped)
+    grid = (blocks_of(layout.grid.extent, constants.get("XBLOCK", 1)),)
+    warps, stages, wide = schedule.num_warps, schedule.num_stages, schedule.wide
+    launch = Launch(function_name(kernel), pointers(kernel), grid, constants, warps, stages, wide)
+    return Program(kernel, schedule, print_kernel(kernel, schedule), (launch,), whole=whole)
 
 
 def print_kernel(kernel: Kernel, schedule: Schedule) -> str:
