@@ -22,6 +22,9 @@ from typing import Any, Union
 from ..ir.errors import IndexOutOfRange
 from ..ir.graph import Graph
 
+Fault = Callable[[int], Exception]
+"""From the number that a kernel or a driver returned to the error it stands for."""
+
 MAX_HELD = 8 << 20
 """Bytes: a run ends where its operands that nobody reads any more have that size, so that they can be freed."""
 
@@ -45,7 +48,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Operand:
-    """An argument of a kernel: the value of the call it must keep alive ("" for none), how to write its address, and bytes it may free."""
+    """An argument of a kernel: its name in comments ("" for none), its word - an address, a size - as an expression, the value of the
+    call it must keep alive ("" for none: the word is one of the frame), and bytes it may free.
+    """
 
     shown: str
     address: str
@@ -55,22 +60,21 @@ class Operand:
 
 @dataclass(frozen=True)
 class KernelCall:
-    """A call of a native kernel. written: how many of the operands it writes, the last; sizes: size symbols, passed after them."""
+    """A call of a native kernel. writes: values of the call that it writes; asked: the word that comes last, asked for once per call.
+
+    fault: what the number means that it returns; None for one that returns none.
+    """
 
     name: str
     entry: int
     operands: tuple[Operand, ...]
-    written: int
-    sizes: tuple[str, ...] = ()
-    body: Graph | None = None  # what its fault numbers are about, if it has any
+    writes: tuple[str, ...]
+    asked: str = "threads()"
+    fault: Fault | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(o.value for o in self.operands if o.value))
-
-    @property
-    def writes(self) -> tuple[str, ...]:
-        return tuple(o.value for o in self.operands[-self.written :] if o.value)
 
 
 Entry = Union[Line, KernelCall]
@@ -80,13 +84,23 @@ Grouped = Union[Line, list[KernelCall]]
 class Faults:
     """What a run's results mean, as errors: number of the call times 2^32 plus the fault of its kernel."""
 
-    def __init__(self, bodies: Mapping[int, Graph]) -> None:
-        self._bodies = bodies
+    def __init__(self, of_calls: Mapping[int, Fault]) -> None:
+        self._of_calls = of_calls
 
-    def __getitem__(self, met: int) -> IndexOutOfRange:
+    def __getitem__(self, met: int) -> Exception:
+        return self._of_calls[met >> 32](met & 0xFFFFFFFF)
+
+
+@dataclass(frozen=True)
+class PositionFault:
+    """The faults of a kernel that computes positions: the op of its body whose position was outside."""
+
+    body: Graph
+
+    def __call__(self, number: int) -> IndexOutOfRange:
         from .lower import position_readers
 
-        node = position_readers(self._bodies[met >> 32])[(met & 0xFFFFFFFF) - 1]
+        node = position_readers(self.body)[number - 1]
         return IndexOutOfRange(node.prov.source, op=node.op.name)
 
 
@@ -130,20 +144,20 @@ class Table:
     frame: list[str] = field(default_factory=list)
     runs: list[list[str]] = field(default_factory=list)
     _places: dict[str, int] = field(default_factory=dict)
+    _asked: dict[str, int] = field(default_factory=dict)
 
     def add(self, run: Sequence[KernelCall]) -> int:
-        """Makes places for what the run reads; its number. The first run of a program sets the number of threads."""
-        words = ["threads()"] if not self.runs else []
+        """Makes places for what the run reads; its number. What is asked once per call, the first run that needs it sets."""
+        number = len(self.runs)
+        words = [text for text in dict.fromkeys(c.asked for c in run) if self._asked.setdefault(text, number) == number]
         for call in run:
             for operand in call.operands:
                 if operand.value:
                     words += [operand.address] if operand.address not in words else []
                 else:
                     self._fixed(operand.address)
-            for size in call.sizes:
-                self._fixed(size)
         self.runs.append(words)
-        return len(self.runs) - 1
+        return number
 
     def _fixed(self, text: str) -> None:
         if text not in self._places:
@@ -161,10 +175,11 @@ class Table:
     def words(self, run: Sequence[KernelCall], number: int) -> array[int]:
         """The run as the routine walks it."""
         own = {text: self.start(number) + i for i, text in enumerate(self.runs[number])}
+        asked = {text: self.start(n) + self.runs[n].index(text) for text, n in self._asked.items()}
         found = array("q")
         for call in run:
             places = [(own if o.value else self._places)[o.address] for o in call.operands]
-            places += [*(self._places[s] for s in call.sizes), len(self.frame)]
+            places.append(asked[call.asked])
             found.extend([call.entry, len(places), *places])
         found.append(0)
         return found
@@ -194,14 +209,14 @@ def _run_lines(calls: Sequence[KernelCall], number: int, table: Table, run: Any,
     words = table.words(calls, number)
     name = bind(f"calls_{number}", words)
     at = bind(f"calls_{number}_at", words.buffer_info()[0])
-    lines = [Line(f"# {name}: {c.name}({', '.join([*(o.shown for o in c.operands), *c.sizes])})") for c in calls]
+    lines = [Line(f"# {name}: {c.name}({', '.join(o.shown for o in c.operands if o.shown)})") for c in calls]
     filled = table.runs[number]
     if filled:
         lines.append(Line(f"{_pack(len(filled), bind)}(table, {8 * table.start(number)}, {', '.join(filled)})", ("table",)))
     text = f"{bind('run', run)}({at}, table_at)"
-    bodies = {i: c.body for i, c in enumerate(calls) if c.body is not None}
-    if bodies:
-        text = f"if met := {text}: raise {bind(f'faults_{number}', Faults(bodies))}[met]"
+    faults = {i: c.fault for i, c in enumerate(calls) if c.fault is not None}
+    if faults:
+        text = f"if met := {text}: raise {bind(f'faults_{number}', Faults(faults))}[met]"
     return [*lines, Line(text, ("table", "table_at", *dict.fromkeys(r for c in calls for r in c.reads)))]
 
 

@@ -84,6 +84,7 @@ class Host:
         self._unmade: dict[str, tuple[str, list[Value]]] = {}  # tensors of the frame that nothing has read yet: how to make them
         self._scopes: dict[str, Scope] = {"table": Scope.FRAME, "table_at": Scope.FRAME}
         self._run: Callable[..., int] | None = None
+        self._aligned: set[str] = set()  # values that begin where any device can read them: memory that was made for them
 
     # -- names
 
@@ -172,14 +173,11 @@ class Host:
             self._derived[key] = self.define(None, expression, value.scope, [value], contiguous, hint=f"{value.name}_{suffix}")
         return self._derived[key]
 
-    def dense(self, value: Value, strides: tuple[Dim, ...] | None = None) -> Value:
-        """The value laid out row-major, or with the given strides: itself where it is so already."""
-        if strides is not None:
-            check = f"strided({value.name}, {self.literal(strides)})"
-        elif value.contiguous:
+    def dense(self, value: Value, strides: tuple[Dim, ...] | None = None, alignment: int = 1) -> Value:
+        """The value row-major, or with the given strides, at an address that is a multiple of `alignment`: itself where it is so."""
+        check = self._dense_text(value, strides, alignment)
+        if not check:
             return value
-        else:
-            check = f"{value.name} if {value.name}.is_contiguous() and not {value.name}.is_neg() else dense({value.name})"
         scope = Scope.PROGRAM if value.scope is Scope.PROGRAM else Scope.CALL
         key = (value.name, check)
         if key not in self._derived:
@@ -188,7 +186,20 @@ class Host:
             self._derived[key] = self.define(
                 None, check, scope, [value], strides is None, f"{value.name}_dense", Moves.READER, nbytes=value.nbytes
             )
+            self._aligned.update([self._derived[key].name] if alignment > 1 else [])
         return self._derived[key]
+
+    def _dense_text(self, value: Value, strides: tuple[Dim, ...] | None, alignment: int) -> str:
+        """The value or a copy of it, as an expression; "" where it is known to be as wanted."""
+        name = value.name
+        lies_well = alignment == 1 or bool(value.at) or name in self._aligned
+        if strides is not None:
+            text = f"strided({name}, {self.literal(strides)})"
+            return text if lies_well else f"aligned({text}, {alignment})"
+        asked = [] if value.contiguous else [f"{name}.is_contiguous()", f"not {name}.is_neg()"]
+        if lies_well:
+            return f"{name} if {' and '.join(asked)} else dense({name})" if asked else ""
+        return f"{name} if {' and '.join([*asked, f'not {name}.data_ptr() % {alignment}'])} else aligned(dense({name}), {alignment})"
 
     def literal(self, value: Any) -> str:
         """An attribute as Python text; what has no literal becomes a global."""
@@ -226,6 +237,7 @@ class Host:
         else:
             size = hinted(kind.nbytes, self.graph.symbols)
             value = self.define(None, self.fresh(kind), Scope.CALL, (), True, hint, Moves.NAME, nbytes=size)
+        self._aligned.add(value.name)
         if node is not None:
             self.values[node] = value
         return value

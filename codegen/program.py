@@ -22,7 +22,6 @@ from .host import Host, Scope, Value
 from .regions import Built, KernelInfo, build_regions, cost, covered, emit_region
 from .steps import emit_call, emit_constant, emit_view, is_library_call
 from .target import TARGETS, Target
-from .threads import threads
 from .updates import Given, emit_finished, emit_targets, emit_update
 
 
@@ -113,7 +112,7 @@ def compile_program(graph: Graph, targets: Mapping[str, Target] = TARGETS) -> Pr
     """
     built = build_regions(graph, targets)
     host = Host(graph)
-    host.names.update(empty=_EMPTY, slot=slot, dense=dense, strided=strided, laid_out=laid_out, threads=threads)
+    host.names.update(empty=_EMPTY, slot=slot, dense=dense, strided=strided, aligned=aligned, laid_out=laid_out)
     _emit_inputs(host)
     given = emit_targets(host)
     for node in order(graph):
@@ -133,6 +132,11 @@ def dense(x: torch.Tensor) -> torch.Tensor:
 def strided(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     """x itself where its memory can be read with these strides."""
     return laid_out(x.resolve_neg(), strides)
+
+
+def aligned(x: torch.Tensor, alignment: int) -> torch.Tensor:
+    """x itself where its address is a multiple of `alignment`, which new memory always is."""
+    return laid_out(x, x.stride(), own=True) if x.data_ptr() % alignment else x
 
 
 def _peak(graph: Graph) -> Dim:

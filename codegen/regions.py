@@ -7,20 +7,22 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import sympy
 import torch
 
-from ..ir.dims import hint
+from ..ir.dims import Dim, hint, to_source
 from ..ir.graph import Graph, Node, order
 from ..ir.interpret import interpret
 from ..ir.op import Category
 from ..ir.rewrite import attr_key
 from ..ir.types import TensorType
-from .calls import KernelCall
+from .calls import Fault, KernelCall, Operand, PositionFault
 from .host import Host, Scope, Value
 from .kernel import Kernel
-from .target import Compiled, Failed, Target
+from .target import Address, Compiled, Failed, Native, NativeCall, Target
 
 
 @dataclass
@@ -28,7 +30,7 @@ class KernelInfo:
     """A generated kernel, for receipts.
 
     nodes: ops of the graph that one call computes; uses: places that call it; flops and bytes: of all its calls together, with
-    symbolic sizes at a plausible value.
+    symbolic sizes at a plausible value. notes: how it was compiled, where not as planned.
     """
 
     name: str
@@ -39,6 +41,7 @@ class KernelInfo:
     uses: int = 0
     flops: int = 0
     bytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,28 +153,32 @@ def _compile(units: Sequence[tuple[Kernel | str, list[Node]]], targets: Mapping[
     batches: dict[str, list[Kernel]] = {}
     for kernel, nodes in units:
         if isinstance(kernel, Kernel):
-            batches.setdefault(device_type(nodes[0]), []).append(kernel)
+            batches.setdefault(_device(nodes[0]), []).append(kernel)
     done: dict[Kernel, Unit] = {}
     for device, kernels in batches.items():
-        for kernel, result in zip(kernels, _attempt(targets[device], kernels), strict=True):
+        for kernel, result in zip(kernels, _attempt(targets[device.split(":")[0]], kernels, device), strict=True):
             ok = isinstance(result, Compiled)
             done[kernel] = Unit(kernel, result if ok else None, "" if ok else result.reason)
     return [done[kernel] if isinstance(kernel, Kernel) else Unit(None, None, kernel) for kernel, _ in units]
 
 
-def _attempt(target: Target, kernels: Sequence[Kernel]) -> Sequence[Compiled | Failed]:
+def _attempt(target: Target, kernels: Sequence[Kernel], device: str) -> Sequence[Compiled | Failed]:
     """All at once; one by one where that shows a fault of ours."""
     try:
-        return target.compile(kernels)
+        return target.compile(kernels, device)
     except Exception as error:  # as above
         if len(kernels) == 1:
             return [Failed(kernels[0], internal_error(kernels[0].name, error))]
-        return [result for kernel in kernels for result in _attempt(target, [kernel])]
+        return [result for kernel in kernels for result in _attempt(target, [kernel], device)]
 
 
 def device_type(region: Node) -> str:
     """ "cpu" or "cuda": where the region's results live."""
-    return region.attrs["body"].outputs[0].tensor.device.split(":")[0]
+    return _device(region).split(":")[0]
+
+
+def _device(region: Node) -> str:
+    return region.attrs["body"].outputs[0].tensor.device
 
 
 def covered(body: Graph) -> list[Node]:
@@ -181,7 +188,7 @@ def covered(body: Graph) -> list[Node]:
 
 def _info(graph: Graph, compiled: Compiled, nodes: Sequence[Node]) -> KernelInfo:
     kernel, body = compiled.kernel, nodes[0].attrs["body"]
-    info = KernelInfo(kernel.name, kernel.label, _sources(nodes), compiled.source, len(covered(body)), len(nodes))
+    info = KernelInfo(kernel.name, kernel.label, _sources(nodes), compiled.source, len(covered(body)), len(nodes), notes=compiled.notes)
     for node in nodes:
         flops, moved = cost(graph, node)
         info.flops += flops
@@ -215,15 +222,37 @@ def _empty(region: Node) -> bool:
 
 def _emit_kernel(host: Host, node: Node, compiled: Compiled) -> None:
     kernel, native = compiled.kernel, compiled.native
-    operands = [_operand(host, node, i) for i in _read(node, kernel)]
+    operands = [_operand(host, node, i, native.alignment if native else 1) for i in _read(node, kernel)]
     results = _results(host, node)
     if native is None:
         text = f"{host.bind(kernel.name, compiled.launch)}({', '.join([*(v.name for v in (*operands, *results)), *kernel.sizes])})"
         host.line(text, reads=[*operands, *results])
         return
-    buffers = tuple(host.operand_of_kernel(v) for v in (*operands, *results))
-    body = node.attrs["body"] if kernel.faults else None
-    host.call(KernelCall(kernel.name, native.entry, buffers, len(results), kernel.sizes, body), native.run)
+    scratch = [host.memory(None, TensorType(b.dtype, (b.size,), _device(node)), f"{kernel.name}_{b.name}") for b in native.scratch]
+    names = [b.name for b in (*kernel.inputs, *kernel.outputs, *native.scratch)]
+    buffers = dict(zip(names, map(host.operand_of_kernel, [*operands, *results, *scratch]), strict=True))
+    written = {buffers[b.name].value for b in (*kernel.outputs, *native.scratch)}
+    asked = f"{host.bind(native.asking, native.asked)}()"
+    for call in native.calls:
+        arguments = tuple(_argument(host, a, buffers) for a in call.arguments)
+        writes = tuple(dict.fromkeys(a.value for a in arguments if a.value in written and a.value))
+        host.call(KernelCall(call.name, call.entry, arguments, writes, asked, _fault(node, kernel, native, call)), native.run)
+
+
+def _argument(host: Host, argument: str | Dim | Address, buffers: Mapping[str, Operand]) -> Operand:
+    """What a native function takes, as the host program writes it. Buffers and sizes are shown, other numbers are not."""
+    if isinstance(argument, str):
+        return buffers[argument]
+    if isinstance(argument, Address):
+        return Operand("", host.bind(argument.name, argument.value))
+    text = to_source(argument)
+    return Operand(text if isinstance(argument, sympy.Symbol) else "", text)
+
+
+def _fault(node: Node, kernel: Kernel, native: Native, call: NativeCall) -> Fault | None:
+    if native.failed is not None:
+        return partial(native.failed, call.name)
+    return PositionFault(node.attrs["body"]) if kernel.faults else None
 
 
 def _read(node: Node, kernel: Kernel) -> list[int]:
@@ -233,8 +262,8 @@ def _read(node: Node, kernel: Kernel) -> list[int]:
     return tensors
 
 
-def _operand(host: Host, node: Node, i: int) -> Value:
-    return host.dense(host.values[node.inputs[i]], node.attrs["body"].inputs[i].attrs["strides"])
+def _operand(host: Host, node: Node, i: int, alignment: int) -> Value:
+    return host.dense(host.values[node.inputs[i]], node.attrs["body"].inputs[i].attrs["strides"], alignment)
 
 
 def _results(host: Host, node: Node) -> list[Value]:

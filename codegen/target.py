@@ -6,31 +6,61 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
 
-from .kernel import Kernel
+from ..ir.dims import Dim
+from .kernel import Buffer, Kernel
+from .threads import threads
+
+
+@dataclass(frozen=True)
+class Address:
+    """An address that stays what it is, and what to call it."""
+
+    name: str
+    value: int
+
+
+@dataclass(frozen=True)
+class NativeCall:
+    """A call of a C function by its entry (cpp/call.h). arguments: buffers of the kernel by name, sizes, addresses, in this order."""
+
+    name: str
+    entry: int
+    arguments: tuple[Union[str, Dim, Address], ...]
 
 
 @dataclass(frozen=True)
 class Native:
-    """How runs of calls reach a C function: run(address of the words, address of the table), and the function's entry (cpp/call.h)."""
+    """How runs of calls compute a kernel: run(address of the words, address of the table) makes the `calls`, one after the other.
+
+    asked: what every call of a program asks for, and the C functions take last: the number of threads, or the stream; named `asking`.
+    scratch: buffers that the calls hand to each other. alignment: in bytes, of every buffer. failed(name of the call, number): the error
+    that a result other than 0 stands for; None where it is a fault of the kernel (`Kernel.faults`), or there is none.
+    """
 
     run: Callable[..., int]
-    entry: int
+    calls: tuple[NativeCall, ...]
+    asked: Callable[[], int] = threads
+    asking: str = "threads"
+    scratch: tuple[Buffer, ...] = ()
+    alignment: int = 1
+    failed: Callable[[str, int], Exception] | None = None
 
 
 @dataclass(frozen=True)
 class Compiled:
     """A kernel ready to run.
 
-    launch(*inputs, *outputs, *sizes): buffers in the kernel's order, then sizes as ints. Buffers are data pointers and the number of
-    threads comes last if there is a `native`, else they are tensors. It returns the number of a fault that was met (`Kernel.faults`), or 0;
-    None where there can be none, and where the device reports faults by itself.
-    source: the text it was compiled from. native: if it is a C function, how the host program calls it.
+    launch(*inputs, *outputs, *sizes): buffers in the kernel's order, then sizes as ints. On a CPU buffers are data pointers and the number
+    of threads comes last; on a GPU they are tensors. It returns the number of a fault that was met (`Kernel.faults`), or 0; None where
+    there can be none, and where the device reports faults by itself.
+    source: the text it was compiled from. native: if C functions do it, how the host program calls them. notes: what was tried before.
     """
 
     kernel: Kernel
     source: str
     launch: Callable[..., Any]
     native: Native | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,19 +73,19 @@ class Failed:
 
 @dataclass(frozen=True)
 class Target:
-    """compile(kernels): all of them, in parallel where it can; it never raises for a single kernel's fault."""
+    """compile(kernels, device): all of them, in parallel where it can; it never raises for a single kernel's fault."""
 
     name: str
-    compile: Callable[[Sequence[Kernel]], list[Union[Compiled, Failed]]]
+    compile: Callable[[Sequence[Kernel], str], list[Union[Compiled, Failed]]]
 
 
-def _compile_cpp(kernels: Sequence[Kernel]) -> list[Union[Compiled, Failed]]:
+def _compile_cpp(kernels: Sequence[Kernel], device: str) -> list[Union[Compiled, Failed]]:
     from .cpp.toolchain import compile_kernels
 
     return compile_kernels(kernels)
 
 
-def _compile_triton(kernels: Sequence[Kernel]) -> list[Union[Compiled, Failed]]:
+def _compile_triton(kernels: Sequence[Kernel], device: str) -> list[Union[Compiled, Failed]]:
     from .triton.toolchain import compile_kernels
 
     return compile_kernels(kernels)

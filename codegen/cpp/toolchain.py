@@ -6,10 +6,11 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import Union
 
+from ...ir.dims import symbol
 from ..attentions import attentions
 from ..build import BuildError, Loaded, Source, build, entry_address
 from ..kernel import Kernel
-from ..target import Compiled, Failed, Native
+from ..target import Compiled, Failed, Native, NativeCall
 from .attention import print_attention
 from .contraction import print_any
 from .recurrence import print_recurrence
@@ -53,4 +54,5 @@ def _printer(kernel: Kernel) -> Callable[[Kernel, CpuTarget], str]:
 def _loaded(kernel: Kernel, source: Source, function: Loaded, run: Loaded) -> Compiled | Failed:
     if isinstance(function, BuildError) or isinstance(run, BuildError):
         return Failed(kernel, str(function if isinstance(function, BuildError) else run))
-    return Compiled(kernel, source.text, function, Native(run, entry_address(function)))
+    arguments = (*(b.name for b in (*kernel.inputs, *kernel.outputs)), *map(symbol, kernel.sizes))
+    return Compiled(kernel, source.text, function, Native(run, (NativeCall(kernel.name, entry_address(function), arguments),)))

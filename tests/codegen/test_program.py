@@ -299,7 +299,7 @@ def test_inputs_and_intermediates_are_freed_at_their_last_use():
 def test_what_cannot_be_compiled_runs_by_eager_and_is_listed():
     x = graph_input("x", t(4, 4))
     y = OPS["exp"](OPS["matmul"](OPS["sin"](x), x))
-    broken = Target("cpp", lambda kernels: [Failed(k, "it is Tuesday") for k in kernels])
+    broken = Target("cpp", lambda kernels, device: [Failed(k, "it is Tuesday") for k in kernels])
     graph = fused([x], [y])
     program = compile_program(graph, {"cpu": broken})
     assert_same(program, graph, [torch.randn(4, 4)])
@@ -310,7 +310,7 @@ def test_a_fault_in_code_generation_is_a_listed_fallback():
     x = graph_input("x", t(4, 4))
     graph = fused([x], [OPS["exp"](x)])
 
-    def compile_kernels(kernels):
+    def compile_kernels(kernels, device):
         raise ZeroDivisionError("oops")
 
     with pytest.warns(RuntimeWarning, match="please report this.*ZeroDivisionError: oops"):
