@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..ir.graph import Graph, Node, users
+from ..ir.dims import Dim, hint
+from ..ir.graph import Graph, Node, order, users
 from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
@@ -23,6 +24,10 @@ MIN_COLUMNS = 8
 MIN_CHANNELS, MANY_COLUMNS = 8, 32
 """A window of fewer channels takes as long to find as to multiply, unless it is multiplied by so many columns."""
 
+PICK = 1 << 13
+"""To pick an element out of panels costs as much more than out of a row as panels save of so many multiplications. Measured with tables
+that no cache holds: 8 ns, and 5% of a product."""
+
 
 @dataclass(frozen=True)
 class PackWeights(Pass):
@@ -33,10 +38,10 @@ class PackWeights(Pass):
                                            y = linear(x, w)
 
     The rows of a register block read stand together for each k: a kernel reads memory in order, once per block of rows. Panels are
-    padded with zeros to a whole number of 48 (32, 16; of convolutions 64) columns, whichever wastes least. Refused: weights that are no
-    constants or that something else reads too (both layouts would be kept), other dtypes than float32, other devices than the CPU,
-    transposed and grouped convolutions (but depthwise ones, whose weights become [*window, 1, n]), channels first, and sizes that fill
-    no register.
+    padded with zeros to a whole number of 48 (32, 16; of convolutions 64) columns, whichever wastes least. An embedding by the same table
+    picks its rows out of the panels. Refused: weights that are no constants or that something else reads too (both layouts would be
+    kept), other dtypes than float32, other devices than the CPU, transposed and grouped convolutions (but depthwise ones, whose weights
+    become [*window, 1, n]), channels first, sizes that fill no register, and tables of which more is picked than multiplying gains.
 
     vendor: names of weights that stay with the vendor's library.
     """
@@ -47,28 +52,33 @@ class PackWeights(Pass):
 
     def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
         notes = notes if notes is not None else Notes()
-        readers = users(graph)
-        maker = ConstantMaker(graph)
+        readers, maker = users(graph), ConstantMaker(graph)
         packed: dict[Node, Node] = {}
-
-        def pack(node: Node, inputs: tuple[Node, ...]) -> Node | None:
+        chosen: set[Node] = set()
+        for node in order(graph):
             if node.op.name not in PRODUCTS:
-                return None
-            weight = node.inputs[1]
-            refusal = self._refusal(node, readers, graph.roots)
+                continue
+            weight, refusal = node.inputs[1], self._refusal(node, readers, graph)
             if refusal is not None:
                 reason, value = refusal
                 notes.decline(self.name, describe(node), reason, node, value)
-                return None
+                continue
+            chosen.add(node)
             if weight not in packed:
                 packed[weight] = _FORMS[node.op.name](weight, maker, node)
-            notes.apply(self.name, describe(node), node)
+
+        def pack(node: Node, inputs: tuple[Node, ...]) -> Node | None:
             prov = node.prov.with_rule(self.name)
-            return node.op(inputs[0], packed[weight], *inputs[2:], hint=node.hint, prov=prov, **node.attrs)
+            if node.op.name == "embedding" and node.inputs[0] in packed:
+                return node.op(packed[node.inputs[0]], inputs[1], hint=node.hint, prov=prov)
+            if node not in chosen:
+                return None
+            notes.apply(self.name, describe(node), node)
+            return node.op(inputs[0], packed[node.inputs[1]], *inputs[2:], hint=node.hint, prov=prov, **node.attrs)
 
         return rewrite(graph, pack)
 
-    def _refusal(self, node: Node, readers: Mapping[Node, list[Node]], roots: Sequence[Node]) -> tuple[Reason, str] | None:
+    def _refusal(self, node: Node, readers: Mapping[Node, list[Node]], graph: Graph) -> tuple[Reason, str] | None:
         """Why the library keeps the contraction."""
         weight = node.inputs[1]
         if node.tensor.device != "cpu" or node.dtype != torch.float32:
@@ -79,9 +89,11 @@ class PackWeights(Pass):
             return Reason.LIBRARY_CALL, "faster by measurement"
         if has_few_rows(node):
             return Reason.NO_GAIN, "few rows read the weight as it is"
-        other = _other_reader(weight, readers, roots)
+        other = _other_reader(weight, readers, graph.roots)
         if other:
             return Reason.SHARED, other
+        if _picks_too_many(weight, readers[weight], graph):
+            return Reason.NO_GAIN, "picking rows out of panels takes longer"
         return _conv_refusal(node) if node.op.name == "conv" else _product_refusal(node)
 
 
@@ -93,7 +105,7 @@ def constant_under(weight: Node) -> Node:
 
 
 def _other_reader(weight: Node, readers: Mapping[Node, list[Node]], roots: Sequence[Node]) -> str:
-    """Who reads the constant, through views, and is no contraction with it as its weight, in words."""
+    """Who reads the constant, through views, and is neither a contraction with it as its weight nor an embedding by it, in words."""
     stack = [constant_under(weight)]
     while stack:
         value = stack.pop()
@@ -102,9 +114,28 @@ def _other_reader(weight: Node, readers: Mapping[Node, list[Node]], roots: Seque
         for reader in readers[value]:
             if reader.op.category is Category.VIEW:
                 stack.append(reader)
-            elif reader.op.name not in PRODUCTS or reader.inputs[1] is not weight or value in (reader.inputs[0], *reader.inputs[2:]):
+            elif not _reads_panels(reader, weight, value):
                 return describe(reader)
     return ""
+
+
+def _reads_panels(reader: Node, weight: Node, value: Node) -> bool:
+    """Whether the reader of the value reads it as the weight, and nothing else of it."""
+    if reader.op.name == "embedding":
+        return reader.inputs[0] is weight
+    return reader.op.name in PRODUCTS and reader.inputs[1] is weight and value not in (reader.inputs[0], *reader.inputs[2:])
+
+
+def _picks_too_many(weight: Node, readers: Sequence[Node], graph: Graph) -> bool:
+    """Whether embeddings by the weight lose more by panels than products with it gain."""
+
+    def count(value: Dim) -> int:
+        return hint(value, graph.symbols)
+
+    picked = sum(count(r.tensor.numel) for r in readers if r.op.name == "embedding")
+    if not picked:
+        return False
+    return picked * PICK > sum(count(r.inputs[0].tensor.numel) * count(r.shape[-1]) for r in readers if r.op.name in PRODUCTS)
 
 
 def _product_refusal(node: Node) -> tuple[Reason, str] | None:

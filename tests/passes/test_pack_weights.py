@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pass_checks import assert_becomes, assert_same_values, body, refusals, run
-from tilewright.ir.graph import constants
+from tilewright.ir.graph import constants, order
 from tilewright.passes.base import Reason
 from tilewright.passes.contractions import WINDOW_PANELS, is_native
 from tilewright.passes.fuse_regions import FuseRegions
@@ -75,6 +75,31 @@ def test_one_weight_of_two_products_is_packed_once() -> None:
     assert_same_values(old, new, [torch.randn(3, 24), torch.randn(3, 24)], 1e-5)
 
 
+TABLE = {"w": torch.randn(9001, 24)}  # no whole number of panels
+IDS = torch.tensor([[0, 1, 47], [48, 95, 96], [8975, 8976, 9000]])
+
+
+def test_an_embedding_picks_its_rows_out_of_the_panels() -> None:
+    text = body("at: i64[b, 3]", 'w = constant "w"', "x = embedding(w, at)", "h = relu(x)", "y = linear(h, w)", "y, x")
+    old, new, notes = run(PackWeights(), text, TABLE)
+    assert set(constants(new)) == {"w.panels"} and is_native(new.outputs[0]) and not notes.declined
+    fused = FuseRegions().run(new)
+    assert [n.op.name for n in order(fused) if n.op.name in ("embedding", "linear")] == []
+    assert_same_values(old, new, [IDS], 1e-5)
+    assert_same_values(old, fused, [IDS], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "lines", [["z = embedding(w, more)", "y, z"], ["t = slice(w, dim=0, start=0, stop=99)", "z = embedding(t, at)", "y, z"]]
+)
+def test_refused_because_of_an_embedding(lines: list[str]) -> None:
+    signature = "at: i64[9], more: i64[20]"
+    text = body(signature, 'w = constant "w"', "x = embedding(w, at)", "y = linear(x, w)", *lines)
+    old, new, notes = run(PackWeights(), text, TABLE)
+    assert refusals(notes) == {("pack-weights", Reason.NO_GAIN if "more" in lines[0] else Reason.SHARED)}
+    assert_becomes(new, old)
+
+
 def test_the_epilogue_joins_the_contraction() -> None:
     text = body("x: f32[b, 24], r: f32[b, 50]", *NAMED, "y = linear(x, w, c)", "h = relu(y)", "z = add(h, r)", "z")
     _, new, _ = run(PackWeights(), text, W)
@@ -99,7 +124,7 @@ def test_panels_of_convolutions(columns: int, width: int) -> None:
         ("x: f32[b, 24], v: f32[50, 24]", ["y = linear(x, v)", "y"], Reason.NOT_CONSTANT),
         ("x: f32[b, 24]", ["y = linear(x, w)", "z = neg(w)", "y, z"], Reason.SHARED),
         ("x: f32[b, 24]", ["y = linear(x, w)", "y, w"], Reason.SHARED),
-        ("x: f32[b, 24], at: i64[3]", ["y = linear(x, w)", "e = embedding(w, at)", "y, e"], Reason.SHARED),
+        ("x: f32[b, 24], at: i64[3]", ["y = linear(x, w)", "e = embedding(w, at)", "y, e"], Reason.NO_GAIN),
         ("x: f32[b, 24]", ["y = linear(x, few)", "y"], Reason.NO_GAIN),
         ("x: f32[24]", ["y = linear(x, w)", "y"], Reason.SHAPE_MISMATCH),
         ("x: f32[b, 8, 6, 5]", [f"y = conv(x, k, {CONV})", "y"], Reason.LAYOUT),
