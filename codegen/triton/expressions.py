@@ -106,7 +106,8 @@ class Expressions:
                 self.text(value)
                 continue
             stack.append((value, True))
-            stack.extend((v, False) for v in reversed(operands(value)))
+            if not _compares_positions(value):
+                stack.extend((v, False) for v in reversed(operands(value)))
 
     def text(self, value: Scalar) -> Text:
         """The text of a value whose operands are known; writes a line where it deserves a variable."""
@@ -172,7 +173,7 @@ class Expressions:
     def _apply(self, value: Apply) -> Text:
         if value.op == INSIDE:
             return self._inside(value)
-        if value.op in _COMPARISONS and all(_is_integer_literal(a) or isinstance(a, Position) for a in value.args):
+        if _compares_positions(value):
             return scalar_text(value, [self._plain_position(a) for a in value.args])
         if is_infix(value) and not all(isinstance(a, Const) for a in value.args):
             return scalar_text(value, [self.text(a) for a in value.args])
@@ -391,6 +392,13 @@ class Expressions:
         chunk = self._block(value.value, value.dtype, (value.axis,), identity)
         self.body.lines.append(f"{carry} = {carry} {sign} {how.over(chunk.code, axis, True)}")
         return Text(running)
+
+
+def _compares_positions(value: Scalar) -> bool:
+    """Whether the value is a comparison of positions, which are compared as they are."""
+    return (
+        isinstance(value, Apply) and value.op in _COMPARISONS and all(_is_integer_literal(a) or isinstance(a, Position) for a in value.args)
+    )
 
 
 def _is_integer_literal(value: Scalar) -> bool:

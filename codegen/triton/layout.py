@@ -100,3 +100,8 @@ def _flat(axes: tuple[Axis, ...], many: str, kernel: Kernel) -> str:
 
 def extent_source(span: Span) -> str:
     return to_source(span.extent)
+
+
+def mask_lines(dimension: Dimension) -> list[str]:
+    """The line that defines the mask of a dimension that has one."""
+    return [f"{dimension.mask} = {dimension.span.flat} < {extent_source(dimension.span)}"] if dimension.masked else []

@@ -182,6 +182,7 @@ def _interpreting() -> Iterator[None]:
     before = [dict(vars(n)) for n in namespaces]
     interpreter_builder.options = replace(interpreter_builder.options, debug=True, sanitize_overflow=False)
     interpreter_builder.create_splat = _splat
+    interpreter_builder.create_dot = _dot
     for name in _STANDARD:
         function = getattr(tl, name)
         if isinstance(function, JITFunction):
@@ -199,6 +200,18 @@ def _splat(ret_ty: Any, arg: TensorHandle) -> TensorHandle:
     if arg.data.dtype == np.bool_:
         arg = TensorHandle(arg.data, tl.int1)
     return type(interpreter_builder).create_splat(interpreter_builder, ret_ty, arg)
+
+
+def _dot(a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision: Any, max_num_imprecise_acc: Any) -> TensorHandle:
+    """A product of blocks. bfloat16 is kept as bits, which numpy would multiply as integers."""
+    kind, operands = type(interpreter_builder), (_widened(a), _widened(b))
+    return kind.create_dot(interpreter_builder, *operands, d, input_precision, max_num_imprecise_acc)
+
+
+def _widened(block: TensorHandle) -> TensorHandle:
+    if block.dtype.scalar != tl.bfloat16:
+        return block
+    return TensorHandle((block.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def _restore(namespace: Any, names: Mapping[str, Any]) -> None:

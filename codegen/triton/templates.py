@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernel import Kernel
+from .attention import build_attention, is_attention, tiles_of
+from .attention_tiles import AttentionTiles
 from .printer import build_blocks
 from .program import Program
 from .schedule import Schedule, default_schedule
@@ -34,4 +36,7 @@ def build(kernel: Kernel, schedule: Any = None) -> Program:
     return template.build(kernel, schedule or template.default(kernel))
 
 
-TEMPLATES: tuple[Template, ...] = (Template(Schedule, lambda kernel: True, default_schedule, build_blocks),)
+TEMPLATES: tuple[Template, ...] = (
+    Template(AttentionTiles, is_attention, tiles_of, build_attention),
+    Template(Schedule, lambda kernel: True, default_schedule, build_blocks),
+)

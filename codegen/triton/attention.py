@@ -1,0 +1,377 @@
+"""The attention template: blocks of queries walk the keys with a running softmax (FlashAttention-2); no matrix of scores exists.
+
+    one program: BLOCK_M queries that meet the same keys (of all heads that share them), the keys BLOCK_N at a time
+      dot = query @ key^T                                tl.dot, the depth as one block
+      score = scale, masks, ...                          the kernel's own scalars over [BLOCK_M, BLOCK_N]
+      weights = 2^(score - most); total, attended        rescaled where a block holds a larger score
+    the kernel's own stores, over [BLOCK_M, BLOCK_E]
+
+Limits that masks set (causal, sliding window, filled length) bound the walk. Blocks that lie within all limits come first and have no
+masks, then those at the edges. With `splits`, several programs share the keys of their queries, and a second kernel joins the parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import sympy
+import torch
+
+from ...ir.dims import product
+from ...ir.scalar import Scalar
+from ..attentions import Attention, attentions, find_attention
+from ..kernel import Axis, Kernel, Load, Store, scalars
+from .attention_limits import find_limits, unscaled
+from .attention_parts import Parts, parts_of
+from .attention_tiles import AttentionTiles, default_tiles, padded, refusal
+from .indices import Span
+from .layout import Dimension, Layout, extent_source, mask_lines
+from .legalize import UnsupportedByTriton, legalize, rewritten
+from .operands import NARROW, Operand, Tile, narrowed
+from .printer import build_blocks, comment, module, parameters_of, print_function
+from .program import Launch, Program, blocks_of, function_name
+from .scalars import TYPES
+from .schedule import default_schedule
+
+LOG2_E = 1.4426950408889634
+Writer = TypeVar("Writer", bound=Tile)
+_NAMES = (
+    "query", "dot", "score", "most", "base", "weights", "decay", "largest", "total", "attended",
+    "blocks", "block", "part", "begin", "end", "clear_begin", "clear_end", "share", "clear", "at",
+)  # fmt: skip
+"""Variables of a printed function; what a kernel's own names take is numbered."""
+
+
+def is_attention(kernel: Kernel) -> bool:
+    return bool(attentions(kernel))
+
+
+def roles(kernel: Kernel) -> Attention:
+    """The axes of the kernel by what they are to the attention. Raises UnsupportedByTriton."""
+    try:
+        return find_attention(kernel)
+    except NotImplementedError as error:
+        raise UnsupportedByTriton(what=kernel.name, reason=str(error)) from error
+
+
+def tiles_of(kernel: Kernel) -> AttentionTiles:
+    """The tiles to start from."""
+    return default_tiles(kernel, roles(kernel))
+
+
+def build_attention(kernel: Kernel, tiles: AttentionTiles) -> Program:
+    """Raises UnsupportedByTriton where the kernel is no attention that is walked, or its tiles are not legal."""
+    found = roles(kernel)
+    problem = refusal(kernel, found, tiles)
+    if problem is not None:
+        raise UnsupportedByTriton(what=kernel.name, reason=problem)
+    parts = parts_of(kernel, found, tiles.splits) if tiles.splits > 1 else None
+    printer = AttentionPrinter(kernel, found, tiles, parts)
+    text = printer.function()
+    rows, heads = (product(a.extent for a in axes) for axes in (found.rows, found.batch))
+    grid = (product((blocks_of(rows, tiles.block_m), tiles.splits, heads)),)
+    first = Launch(function_name(kernel), printer.buffers, grid, printer.constants, tiles.num_warps, tiles.num_stages, tiles.wide)
+    if parts is None:
+        return Program(kernel, tiles, module([text]), (first,))
+    schedule = replace(default_schedule(parts.join), wide=tiles.wide)
+    second = build_blocks(parts.join, schedule).launches[0]
+    return Program(kernel, tiles, module([text, print_function(parts.join, schedule)]), (first, second), parts.buffers)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A loop over blocks of keys. within: each of them lies within the limits of every query, and needs no mask.
+
+    start: where a block begins, if that is not the variable of the loop.
+    """
+
+    begin: str
+    end: str
+    within: bool
+    start: str = ""
+
+
+class AttentionPrinter:
+    """Prints the function of a kernel with one attention."""
+
+    def __init__(self, kernel: Kernel, found: Attention, tiles: AttentionTiles, parts: Parts | None) -> None:
+        self.found, self.tiles, self.parts = found, tiles, parts
+        taken = {a.name for a in kernel.axes} | set(kernel.sizes)
+        rows = tuple(a for a in found.rows if a.extent != 1) or (Axis(_unused("row", taken), 1, inner=True),)
+        self.kernel = replace(kernel, axes=(*kernel.axes, *(a for a in rows if a not in kernel.axes)))
+        self.heads = Span(found.batch, _flat(found.batch, "head", taken))
+        self.rows = Dimension(Span(rows, _flat(rows, "row", taken)), "BLOCK_M", tiles.block_m)
+        self.depth = _whole(found.depth, "BLOCK_D")
+        self.columns = _whole(found.column, "BLOCK_E")
+        self.limits = find_limits(kernel, found.attend.score, found.key.name)
+        left, right = (narrowed(kernel, v) for v in (found.dot.left, found.dot.right))
+        self.left, self.right = (left, right) if left.dtype == right.dtype else (found.dot.left, found.dot.right)
+        self.weighted = narrowed(kernel, found.attend.value)
+        written = kernel.outputs if parts is None else parts.buffers
+        self.buffers = tuple(b.name for b in (*kernel.inputs, *written))
+        blocks = {d.constant: d.block for d in (self.rows, self.depth, self.columns)}
+        self.constants = blocks | {"BLOCK_N": tiles.block_n} | ({} if parts is None else {"SPLITS": tiles.splits})
+        self.type = TYPES[found.attend.dtype]
+        self.wide = ".to(tl.int64)" if tiles.wide else ""
+        self.beside: Tile | None = None
+        limits = (*self.limits.begins, *self.limits.ends)
+        self.first, (self.left, *self.bounds) = self.tile(Operand, (self.left, *limits), (self.rows, self.depth))
+        self.beside = self.first
+        self.lines = self.first.outer.lines
+        self.names = {name: self.first.fresh(name) for name in _NAMES}
+
+    def function(self) -> str:
+        self.place()
+        self.query = self.first.operand(self.left)
+        begins = len(self.limits.begins)
+        walks = self.walks(self.bounds[:begins], self.bounds[begins:])
+        names = self.names
+        self.lines.append(f'{names["largest"]} = tl.full([BLOCK_M, 1], float("-inf"), {self.type})')
+        self.lines.append(f"{names['total']} = tl.full([BLOCK_M, 1], 0.0, {self.type})")
+        self.lines.append(f"{names['attended']} = tl.full([BLOCK_M, BLOCK_E], 0.0, {self.type})")
+        for walk in walks:
+            self.walk(walk)
+        self.hand_over() if self.parts else self.store()
+        body = "\n".join(f"    {line}" for line in self.lines)
+        parameters = ", ".join(parameters_of(self.buffers, self.kernel, list(self.constants)))
+        return f"{comment(self.kernel)}@triton.jit\ndef {function_name(self.kernel)}({parameters}):\n{body}\n"
+
+    def tile(
+        self, kind: type[Writer], values: Sequence[Scalar], dimensions: Sequence[Dimension], known: Mapping[Scalar, str] = {}
+    ) -> tuple[Writer, list[Scalar]]:
+        """A writer of the values over two dimensions, and the values as it writes them. known: by which variable some are known."""
+        made, stores = self.tile_of(kind, [Store("", sympy.Integer(0), v) for v in values], dimensions, known)
+        return made, [s.value for s in stores]
+
+    def tile_of(
+        self, kind: type[Writer], stores: Sequence[Store], dimensions: Sequence[Dimension], known: Mapping[Scalar, str]
+    ) -> tuple[Writer, Sequence[Store]]:
+        axes = sympy.Add(*(a.symbol for d in dimensions for a in d.span.axes))
+        blocks = {value: Load(value.dtype, f"block {name}", axes) for value, name in known.items()}
+        legal = legalize(replace(self.kernel, stores=rewritten(stores, blocks)))
+        made = kind(legal, Layout(self.heads, None, tuple(dimensions)), self.tiles, self.beside)
+        for value in scalars(legal.stores):
+            if isinstance(value, Load) and value.buffer.startswith("block "):
+                made.stand_in(value, value.buffer.removeprefix("block "))
+        return made, legal.stores
+
+    # ---- where this program stands
+
+    def place(self) -> None:
+        """Which queries and which part of their keys this program has: queries next to each other run at the same time."""
+        rows, names, extent = self.rows, self.names, extent_source(self.rows.span)
+        if self.tiles.wide:  # Triton passes what fits as 32 bits, and the product of two such sizes may not
+            self.lines.extend(f"{size} = tl.cast({size}, tl.int64)" for size in self.kernel.sizes)
+        program, first = f"tl.program_id(0){self.wide}", ""
+        several = not (isinstance(rows.span.extent, int) and rows.span.extent <= rows.block)
+        if several:
+            self.lines.append(f"{names['blocks']} = ({extent} + BLOCK_M - 1) // BLOCK_M")
+            block = f"{program} % {names['blocks']}" if self.heads.axes or self.parts else program
+            if self.limits.ends:  # the last queries have most keys: they begin first
+                block = f"{names['blocks']} - 1 - {block}"
+            self.lines.append(f"{names['block']} = {block}")
+            program, first = f"{program} // {names['blocks']}", f"{names['block']} * BLOCK_M + "
+        if self.parts:
+            self.lines.append(f"{names['part']} = {program}" + (" % SPLITS" if self.heads.axes else ""))
+            program = f"{program} // SPLITS"
+        if self.heads.axes:
+            self.lines.append(f"{self.heads.flat} = {program}")
+        row = f"({first}tl.arange(0, BLOCK_M))" if first else "tl.arange(0, BLOCK_M)"
+        self.lines.append(f"{rows.span.flat} = {row}[:, None]{'' if first else self.wide}")
+        for dimension in (self.depth, self.columns):
+            self.lines.append(f"{dimension.span.flat} = tl.arange(0, {dimension.constant})[None, :]")
+        for dimension in (rows, self.depth, self.columns):
+            self.lines.extend(mask_lines(dimension))
+
+    # ---- the loops over the keys
+
+    def walks(self, begins: Sequence[Scalar], ends: Sequence[Scalar]) -> list[Walk]:
+        """Prints what bounds the loops: first those blocks that need no mask, then the others."""
+        names, extent = self.names, extent_source(Span((self.found.key,), ""))
+        begin, end = "0", extent
+        if begins:
+            least = self.extremes(begins, "min", extent)
+            begin = self.define("begin", f"{_joined('tl.maximum', (*least, '0'))} // BLOCK_N * BLOCK_N")
+        if ends:
+            end = self.define("end", _joined("tl.minimum", (*self.extremes(ends, "max", "0"), extent)))
+        clear_begin, clear_end = self.clear(begins, ends, begin, extent)
+        if self.parts:
+            share = f"({end}{'' if begin == '0' else f' - {begin}'} + BLOCK_N * SPLITS - 1) // (BLOCK_N * SPLITS) * BLOCK_N"
+            share, part = self.define("share", share), names["part"]
+            start = f"{part} * {share}" if begin == "0" else f"{begin} + {part} * {share}"
+            begin = self.define("begin", start)
+            end = self.define("end", f"tl.minimum({end}, {begin} + {share})")
+        if clear_end is None:
+            return [Walk(begin, end, within=not self.key(False).masked)]
+        if self.parts:
+            clear_end = self.define("clear_end", f"tl.minimum({clear_end}, {end})")
+        if clear_begin is None:
+            edge = f"tl.maximum({clear_end}, {begin})" if self.parts else clear_end
+            return [Walk(begin, clear_end, True), Walk(edge, end, False)]
+        if self.parts:
+            clear_begin = self.define("clear_begin", f"tl.maximum({clear_begin}, {begin})")
+        clear = self.define("clear", f"tl.maximum({clear_end} - {clear_begin}, 0)")
+        start = f"{self.edge()} + tl.where({self.edge()} < {clear_begin}, 0, {clear})"
+        return [Walk(clear_begin, clear_end, True), Walk(begin, f"{end} - {clear}", False, start)]
+
+    def clear(self, begins: Sequence[Scalar], ends: Sequence[Scalar], begin: str, extent: str) -> tuple[str | None, str | None]:
+        """Where the blocks without masks begin (None: where all do) and end (None: all blocks are alike)."""
+        keys = self.found.key.extent
+        if isinstance(keys, int) and (keys <= self.tiles.block_n or not begins and not ends and keys % self.tiles.block_n == 0):
+            return None, None
+        most = _joined("tl.minimum", (*self.extremes(ends, "min", extent), extent))
+        clear_end = self.define("clear_end", f"{_bracketed(most)} // BLOCK_N * BLOCK_N")
+        if not begins:
+            return None, clear_end
+        least = _joined("tl.maximum", (*self.extremes(begins, "max", "0"), "0"))
+        return self.define("clear_begin", f"({least} + BLOCK_N - 1) // BLOCK_N * BLOCK_N"), clear_end
+
+    def extremes(self, limits: Sequence[Scalar], how: str, neutral: str) -> list[str]:
+        """The least or largest of each limit over the queries."""
+        found = []
+        for code, along in map(self.first.limit, limits):
+            if along and self.rows.masked:
+                code = f"tl.where({self.rows.mask}, {code}, {neutral})"
+            found.append(f"tl.{how}({code})" if along else code)
+        return found
+
+    def define(self, name: str, code: str) -> str:
+        self.lines.append(f"{self.names[name]} = {code}")
+        return self.names[name]
+
+    def edge(self) -> str:
+        return f"{self.found.key.name}_edge"
+
+    def key(self, within: bool, suffix: str = "") -> Dimension:
+        """The dimension of a block of keys."""
+        return Dimension(Span((self.found.key,), self.found.key.name + suffix), "BLOCK_N", self.tiles.block_n, looped=True, within=within)
+
+    def walk(self, walk: Walk) -> None:
+        """Prints one loop: scores of a block, their weights, what is attended."""
+        first, start = self.first, f"{self.found.key.name}_start"
+        across, down = self.key(walk.within), self.key(walk.within, "_down")
+        before = first.names()
+        body = first.enter().lines
+        score, unit = self.scores(walk, across, down)
+        self.soften(score, unit, body)
+        self.attend(down, body)
+        first.leave()
+        first.forget(first.names() - before)
+        positions = [line for d, along in ((down, "[:, None]"), (across, "[None, :]")) for line in self.positions(d, start, along)]
+        loop = self.edge() if walk.start else start
+        self.lines.append(f"for {loop} in range({walk.begin}, {walk.end}, BLOCK_N):")
+        self.lines.extend(f"    {line}" for line in _used([f"{start} = {walk.start}"] * bool(walk.start) + positions, body))
+
+    def positions(self, dimension: Dimension, start: str, along: str) -> list[str]:
+        """The keys of a block, and which of them exist."""
+        flat = dimension.span.flat
+        keys = f"{flat} = ({start} + tl.arange(0, BLOCK_N)){along}{self.wide}"
+        return [keys, *mask_lines(dimension)]
+
+    def scores(self, walk: Walk, across: Dimension, down: Dimension) -> tuple[str, float]:
+        """(variable of the scores, what they are to be multiplied by to be exponents of 2)."""
+        keys, (right,) = self.tile(Operand, (self.right,), (down, self.depth))
+        product = f"tl.dot({self.query}, tl.trans({keys.operand(right)}){_precision(right)})"
+        dot = self.found.dot
+        self.first.assign(self.names["dot"], product)
+        factor, score = unscaled(self.limits.inside if walk.within else self.found.attend.score, dot)
+        tile, (score,) = self.tile(Tile, (score,), (self.rows, across), {dot: self.names["dot"]})
+        code = tile.masked(score, across.mask) if across.masked else tile.value(score)
+        if code.isidentifier():
+            return code, factor * LOG2_E
+        return self.first.assign(self.names["score"], code), factor * LOG2_E
+
+    def soften(self, score: str, unit: float, body: list[str]) -> None:
+        """The running softmax: weights are 2^(unit * score - most), and what came before decays where `most` grows."""
+        n = self.names
+        double = self.found.attend.dtype == torch.float64
+        exp2 = "libdevice.exp2" if double else "tl.exp2"
+        exponent = f"{score} * {unit!r} - {n['base']}" if double else f"tl.fma({score}, {unit!r}, -{n['base']})"
+        body += [
+            f"{n['most']} = tl.maximum({n['largest']}, tl.max({score}, axis=1, keep_dims=True) * {unit!r})",
+            f'{n["base"]} = tl.where({n["most"]} == float("-inf"), 0.0, {n["most"]})  # nothing to attend to yet: all weights are 0',
+            f"{n['weights']} = {exp2}({exponent})",
+            f"{n['decay']} = {exp2}({n['largest']} - {n['base']})",
+            f"{n['total']} = {n['total']} * {n['decay']} + tl.sum({n['weights']}, axis=1, keep_dims=True)",
+            f"{n['largest']} = {n['most']}",
+        ]
+
+    def attend(self, down: Dimension, body: list[str]) -> None:
+        n = self.names
+        tile, (value,) = self.tile(Operand, (self.weighted,), (down, self.columns))
+        values = tile.operand(value)
+        weights = f"{n['weights']}.to({TYPES[value.dtype]})" if value.dtype in NARROW else n["weights"]
+        body.append(f"{n['attended']} = tl.dot({weights}, {values}, {n['attended']} * {n['decay']}{_precision(value)})")
+
+    # ---- results
+
+    def store(self) -> None:
+        """The stores of the kernel, where the attention is what was found."""
+        attended, total = self.names["attended"], self.names["total"]
+        self.lines.append(f"{attended} *= 1.0 / tl.where({total} == 0.0, 1.0, {total})")
+        known: dict[Scalar, str] = {self.found.attend: attended}
+        tile, stores = self.tile_of(Tile, self.kernel.stores, (self.rows, self.columns), known)
+        for store in stores:
+            tile.prepare(store.value)
+        self.lines.extend([tile.store(store) for store in stores])
+
+    def hand_over(self) -> None:
+        """This part of the result, in the order of `parts_of`."""
+        assert self.parts is not None
+        n, row, columns = self.names, self.rows, self.columns
+        at = row.span.flat
+        if self.heads.axes:
+            at = f"({self.heads.flat} * {_bracketed(extent_source(row.span))} + {at})"
+        at = self.define("at", f"{at} * SPLITS + {n['part']}")
+        rows = f", {row.mask}" if row.masked else ""
+        both = " & ".join(d.mask for d in (row, columns) if d.masked)
+        place = f"{at} * {self.found.column.extent} + {columns.span.flat}"
+        for buffer, where, value, mask in zip(
+            self.parts.buffers, (at, at, place), ("largest", "total", "attended"), (rows, rows, f", {both}" if both else "")
+        ):
+            self.lines.append(f"tl.store({buffer.name}_ptr + {where}, {n[value]}{mask})")
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _flat(axes: Sequence[Axis], many: str, taken: set[str]) -> str:
+    """A single axis is its own flat point."""
+    return axes[0].name if len(axes) == 1 else _unused(many, taken)
+
+
+def _whole(axis: Axis, constant: str) -> Dimension:
+    return Dimension(Span((axis,), axis.name), constant, padded(axis.extent))
+
+
+def _precision(operand: Scalar) -> str:
+    """Products of float32 are exact, as in eager; those of 16 bits always are."""
+    return "" if operand.dtype in NARROW else ', input_precision="ieee"'
+
+
+def _joined(function: str, codes: Sequence[str]) -> str:
+    """The first of the codes, combined with the others."""
+    code = codes[0]
+    for other in codes[1:]:
+        code = f"{function}({code}, {other})"
+    return code
+
+
+def _bracketed(code: str) -> str:
+    return code if re.fullmatch(r"\w+|[\w.]+\(.*\)", code) else f"({code})"
+
+
+def _used(definitions: Sequence[str], body: Sequence[str]) -> list[str]:
+    """The definitions that the body needs, and the body."""
+    lines = list(body)
+    for definition in reversed(definitions):
+        name = definition.split(" = ")[0]
+        if any(re.search(rf"\b{name}\b", line) for line in lines):
+            lines.insert(0, definition)
+    return lines
