@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ...ir.scalar import Scalar
 from ..kernel import Kernel, Reduce, Store, operands, scalars
 from .expressions import Expressions
-from .layout import Dimension, Layout, extent_source, layout_of
+from .layout import Dimension, Layout, extent_source, layout_of, mask_lines
 from .legalize import UnsupportedByTriton, legalize
 from .program import Launch, Program, blocks_of, function_name, pointers
 from .reductions import HELPERS
@@ -107,11 +107,11 @@ class _Printer:
             row = f"tl.program_id(0){cast} * XBLOCK + tl.arange(0, XBLOCK)"
             spread = self.layout.spread(points)
             lines.append(f"{points.span.flat} = " + (f"({row}){spread}" if spread else row))
-            lines.extend(_mask(points))
+            lines.extend(mask_lines(points))
         for group in self.layout.groups:
             if not group.looped:
                 lines.append(f"{group.span.flat} = tl.arange(0, {group.constant}){self.layout.spread(group)}{cast}")
-                lines.extend(_mask(group))
+                lines.extend(mask_lines(group))
 
     def _straight(self) -> None:
         """Every value once, then the stores: so nothing is overwritten before it was read."""
@@ -160,7 +160,7 @@ class _Printer:
         body = expressions.enter()
         cast = ".to(tl.int64)" if self.schedule.wide else ""
         body.lines.append(f"{flat} = {flat}_start + tl.arange(0, {group.constant}){self.layout.spread(group)}{cast}")
-        body.lines.extend(_mask(group))
+        body.lines.extend(mask_lines(group))
         finishing: list[tuple[Reduce, list[str]]] = []
         for reduction in reductions:
             self.expressions.prepare(reduction.value)
@@ -173,10 +173,6 @@ class _Printer:
         outer.extend(f"    {line}" for line in body.lines)
         for reduction, names in finishing:
             expressions.finish(reduction, names)
-
-
-def _mask(dimension: Dimension) -> list[str]:
-    return [f"{dimension.mask} = {dimension.span.flat} < {extent_source(dimension.span)}"] if dimension.masked else []
 
 
 def _levels(kernel: Kernel) -> dict[Scalar, int]:

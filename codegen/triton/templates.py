@@ -9,9 +9,12 @@ from typing import Any
 from ..kernel import Kernel
 from .attention import build_attention, is_attention, tiles_of
 from .attention_tiles import AttentionTiles
+from .contraction import build_contraction
 from .printer import build_blocks
+from .product import is_contraction, without_matrix
 from .program import Program
 from .schedule import Schedule, default_schedule
+from .tiles import Tiles, default_tiles
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ def template_of(kernel: Kernel) -> Template:
 
 def build(kernel: Kernel, schedule: Any = None) -> Program:
     """The kernel printed under a schedule: the options of its template, by default those it starts from. Raises UnsupportedByTriton."""
+    kernel = without_matrix(kernel)
     template = template_of(kernel)
     if schedule is not None and not isinstance(schedule, template.options):
         raise TypeError(f"{kernel.name} is printed with {template.options.__name__}, not with {type(schedule).__name__}")
@@ -38,5 +42,6 @@ def build(kernel: Kernel, schedule: Any = None) -> Program:
 
 TEMPLATES: tuple[Template, ...] = (
     Template(AttentionTiles, is_attention, tiles_of, build_attention),
+    Template(Tiles, is_contraction, default_tiles, build_contraction),
     Template(Schedule, lambda kernel: True, default_schedule, build_blocks),
 )

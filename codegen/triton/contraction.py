@@ -1,0 +1,386 @@
+"""Kernels with contractions as Triton functions: blocks of two operands are multiplied and added up, and results follow from the sums.
+
+    linear_gelu[i, j] = gelu(sum over a of x[i, a] * w[j, a] + b[j])
+
+      m, n: the rows and columns of this program, in an order that reads each block from memory about once
+      for blocks of k:  x [m, k], w [n, k]; acc += x @ w.T
+      store gelu(acc + b [n]) at [m, n]
+
+Both operands and what follows from the sums are printed by `Expressions`, each over its own two dimensions: loads with any index, masks,
+gathers, casts, arithmetic. Where rows are few, the walk is another ("sum"): products of one block [m, n, k] are added element by element,
+and summed over k after the loop. With `split_k` several programs share the depth of a tile; their sums go to memory, and a second
+kernel, an ordinary reduction, adds them and does the rest: in the same order every time, and whatever follows the sum, which additions
+in memory (atomics) would allow neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import sympy
+import torch
+
+from ...ir.dims import Dim, dim, product, same, to_source
+from ...ir.scalar import Scalar
+from ..kernel import Axis, Buffer, Kernel, Load, Reduce, Store, cone, scalars
+from .expressions import Expressions
+from .indices import Span
+from .layout import Dimension, Layout, extent_source, mask_lines
+from .legalize import UnsupportedByTriton, rewritten
+from .printer import build_blocks, comment, module, parameters_of, print_function
+from .product import ACCUMULATORS, Product, as_sum, find_product, spreads, stride
+from .program import Launch, Program, blocks_of, function_name, pointers
+from .scalars import ATOM, TYPES, Text
+from .schedule import default_schedule
+from .tiles import Tiles, refusal
+
+
+def build_contraction(kernel: Kernel, tiles: Tiles) -> Program:
+    """The program of a kernel with contractions. Raises UnsupportedByTriton, also where the tiles are not legal."""
+    found = find_product(kernel)
+    limit = refusal(kernel, tiles)
+    if limit is not None:
+        raise UnsupportedByTriton(what=f"{kernel.name} by these tiles", reason=limit)
+    if tiles.split_k > 1:
+        return _split(kernel, found, tiles)
+    printer = _PRINTERS[tiles.walk](found, tiles)
+    return Program(kernel, tiles, module([printer.function()]), (printer.launch(),))
+
+
+class _Printer:
+    """Prints the walk of one product; what is the same in all walks."""
+
+    def __init__(self, found: Product, tiles: Tiles) -> None:
+        rows = () if tiles.block_m == 1 else found.rows
+        self.found = replace(found, batch=(*found.batch, *(a for a in found.rows if a not in rows)), rows=rows)
+        self.kernel, self.tiles = found.kernel, tiles
+        self.cast = ".to(tl.int64)" if tiles.wide else ""
+        self._taken = {a.name for a in self.kernel.axes} | set(self.kernel.sizes)
+        self.words = {word: self.unused(word) for word in ("tile", "first", "height")}
+        self.batch = self.span(self.found.batch, "batch")
+        self.m = Dimension(self.span(self.found.rows, "m"), "BLOCK_M", tiles.block_m)
+        self.n = Dimension(self.span(self.found.columns, "n"), "BLOCK_N", tiles.block_n)
+        depth = self.span(self.found.depth, "k")
+        whole = tiles.split_k == 1 and isinstance(depth.extent, int) and 0 < depth.extent <= tiles.block_k
+        self.k = Dimension(depth, "BLOCK_K", tiles.block_k, looped=not whole)
+
+    def unused(self, name: str) -> str:
+        return _unused(name, self._taken)
+
+    def span(self, axes: tuple[Axis, ...], flat: str) -> Span:
+        """The axes as one dimension, whose variable is called `flat` where that is free."""
+        return Span(axes, self.unused(flat))
+
+    def launch(self) -> Launch:
+        found, tiles = self.found, self.tiles
+        count = product((found.size(found.batch), *self.counts()))
+        grid = (count,) if tiles.split_k == 1 else (count, tiles.split_k)
+        constants = {d.constant: d.block for d in self.dimensions()}
+        name = function_name(self.kernel)
+        return Launch(name, pointers(self.kernel), grid, constants, tiles.num_warps, tiles.num_stages, tiles.wide)
+
+    def dimensions(self) -> tuple[Dimension, ...]:
+        return (self.m, self.n, self.k)
+
+    def counts(self) -> tuple[Dim, Dim]:
+        """Tiles along the rows and columns."""
+        return blocks_of(self.m.span.extent, self.m.block), blocks_of(self.n.span.extent, self.n.block)
+
+    def function(self) -> str:
+        lines = "\n".join(f"    {line}" for line in self.lines())
+        parameters = ", ".join(parameters_of(pointers(self.kernel), self.kernel, [d.constant for d in self.dimensions()]))
+        return f"{comment(self.kernel)}@triton.jit\ndef {function_name(self.kernel)}({parameters}):\n{lines}\n"
+
+    def lines(self) -> list[str]:
+        raise NotImplementedError
+
+    # ---- where a program is
+
+    def start(self, writer: Expressions) -> None:
+        """The lines that say which batch, rows and columns are this program's."""
+        lines, word = writer.outer.lines, self.words["tile"]
+        if self.tiles.wide:  # Triton passes what fits as 32 bits, and the product of two such sizes may not
+            lines.extend(f"{size} = tl.cast({size}, tl.int64)" for size in self.kernel.sizes)
+        tile = f"tl.program_id(0){self.cast}"
+        tiles = product(self.counts())
+        if self.found.batch and same(tiles, 1):
+            lines.append(f"{self.batch.flat} = {tile}")
+        elif self.found.batch:
+            lines.extend((f"{word} = {tile}", f"{self.batch.flat} = {word} // {_factor(tiles)}", f"{word} %= {to_source(tiles)}"))
+            tile = word
+        elif not any(same(count, 1) for count in self.counts()):
+            lines.append(f"{word} = {tile}")
+            tile = word
+        self.tile(lines, tile)
+
+    def tile(self, lines: list[str], tile: str) -> None:
+        """Positions along the rows and columns. Programs of `group_m` rows of tiles follow each other, column by column."""
+        group, (down, across) = self.tiles.group_m, self.counts()
+        row, column, (first, height) = "0", "0", (self.words[w] for w in ("first", "height"))
+        if same(down, 1) or same(across, 1):
+            row, column = ("0" if same(down, 1) else tile), ("0" if same(across, 1) else tile)
+        elif group == 1:
+            row, column = f"{tile} // {_factor(across)}", f"{tile} % {_factor(across)}"
+        elif isinstance(down, int) and down <= group:
+            row, column = f"{tile} % {down}", f"{tile} // {down}"
+        else:
+            together = _factor(dim(across * group))
+            lines.append(f"{first} = {tile} // {together} * {group}")
+            lines.append(f"{height} = tl.minimum({to_source(down)} - {first}, {group})")
+            lines.append(f"{tile} %= {to_source(dim(across * group))}")
+            row, column = f"{first} + {tile} % {height}", f"{tile} // {height}"
+        self._at = {"BLOCK_M": row, "BLOCK_N": column}
+
+    def position(self, dimension: Dimension, spread: str) -> list[str]:
+        """The lines that define the positions along the rows or columns, and their mask."""
+        at, block = self._at[dimension.constant], dimension.constant
+        points = f"tl.arange(0, {block})"
+        plain = at.isidentifier() or at.startswith("tl.program_id")
+        row = f"({at if plain else f'({at})'} * {block} + {points}){spread}" if at != "0" else f"{points}{spread}{self.cast}"
+        return [f"{dimension.span.flat} = {row}", *mask_lines(dimension)]
+
+    # ---- the depth
+
+    def depth_lines(self, depth: Dimension, spread: str) -> list[str]:
+        """Positions along the depth, in the loop if there is one."""
+        points = f"tl.arange(0, BLOCK_K){spread}"
+        at = f"{self.k.span.flat}_start + {points}" if self.k.looped else points
+        return [f"{depth.span.flat} = {at}{self.cast}", *mask_lines(depth)]
+
+    def range(self) -> str:
+        """The loop over the depth: all of it, or the part of this program."""
+        flat, extent, tiles = self.k.span.flat, self.k.span.extent, self.tiles
+        if tiles.split_k == 1:
+            return f"for {flat}_start in range(0, {extent_source(self.k.span)}, BLOCK_K):"
+        part = dim(sympy.sympify(blocks_of(extent, tiles.split_k * tiles.block_k)) * tiles.block_k)
+        first = f"tl.program_id(1) * {_factor(part)}"
+        return f"for {flat}_start in range({first}, tl.minimum({first} + {_factor(part)}, {extent_source(self.k.span)}), BLOCK_K):"
+
+    def loop(self, outer: list[str], body: Sequence[str]) -> None:
+        outer.append(self.range())
+        outer.extend(f"    {line}" for line in body)
+
+    # ---- results
+
+    def store(self, writer: _Results) -> None:
+        """What follows from the sums, then the stores: so nothing is overwritten before it was read."""
+        for value in [s.value for s in writer.kernel.stores]:
+            writer.prepare(value)
+        if self.tiles.split_k > 1:
+            total = to_source(self.kernel.outputs[0].size)
+            writer.outer.lines.extend(f"{b.name}_ptr += tl.program_id(1){self.cast} * {total}" for b in self.kernel.outputs)
+        stores = [writer.store(s) for s in writer.kernel.stores]
+        writer.outer.lines.extend(stores)
+
+
+def _factor(size: Dim) -> str:
+    text = to_source(size)
+    return text if text.isidentifier() or text.isdigit() else f"({text})"
+
+
+class _Results(Expressions):
+    """Values that follow from sums: these have every row and column of the block, whatever axes they are over."""
+
+    def __init__(self, kernel: Kernel, layout: Layout, tiles: Tiles, sums: Iterable[Scalar], beside: Expressions | None = None) -> None:
+        super().__init__(kernel, layout, tiles, beside)
+        values, sums = scalars(kernel.stores), tuple(sums)
+        self._along = {"BLOCK_M": spreads(values, sums, reduced=True), "BLOCK_N": spreads(values, sums, reduced=False)}
+
+    def domain(self, store: Store) -> tuple[Dimension, ...]:
+        along = super().domain(store)
+        return tuple(d for d in self.layout.dimensions if d in along or store.value in self._along.get(d.constant, ()))
+
+
+class _Operand(Expressions):
+    """Values of one operand, over its rows or columns (`fixed`) and the depth; 0 beyond that."""
+
+    def __init__(
+        self, kernel: Kernel, layout: Layout, tiles: Tiles, fixed: Dimension, depth: Dimension, beside: Expressions | None = None
+    ) -> None:
+        super().__init__(kernel, layout, tiles, beside)
+        self.fixed, self.depth = fixed, depth
+        self._zeroed = {s.value for s in kernel.stores if depth.masked and self._reads_zero(s.value)}
+
+    def fresh(self, word: str) -> str:
+        """The word as a name of the function that nothing else has."""
+        return self._name(word)
+
+    def _reads_zero(self, value: Scalar) -> bool:
+        """Whether a load itself can give the 0."""
+        return isinstance(value, Load) and self.depth in self.layout.along(self._free[value]) and (value.mask is None or value.other == 0)
+
+    def _other(self, value: Load) -> str | None:
+        if value in self._zeroed:
+            return "0.0" if value.dtype.is_floating_point else "0"
+        return super()._other(value)
+
+    def block(self, value: Scalar, dtype: torch.dtype) -> Text:
+        """The operand as a whole block of a dtype that is multiplied."""
+        self.prepare(value)
+        zero = None if value in self._zeroed else Text("0.0" if dtype.is_floating_point else "0")
+        return self._block(value, dtype, tuple(a.name for a in self.depth.span.axes), zero, full=True)
+
+
+class _DotPrinter(_Printer):
+    """Blocks [m, k] and [k, n] are multiplied by `tl.dot`; each is loaded along what is contiguous in memory, and transposed if need be."""
+
+    def __init__(self, found: Product, tiles: Tiles) -> None:
+        super().__init__(found, tiles)
+        self.turned = tuple(_is_turned(found, side) for side in (0, 1))
+        self.down = self.variant(self.k, "down") if any(self.turned) else self.k
+
+    def variant(self, dimension: Dimension, word: str) -> Dimension:
+        """The same positions along the other dimension of a block, under names of their own."""
+        axes = tuple(replace(a, name=self.unused(f"{a.name}_{word}")) for a in dimension.span.axes)
+        return replace(dimension, span=self.span(axes, f"{dimension.span.flat}_{word}"))
+
+    def lines(self) -> list[str]:
+        left = self.operand(0, self.variant(self.m, "across") if self.turned[0] else self.m)
+        right = self.operand(1, self.n if self.turned[1] else self.variant(self.n, "down"), left)
+        results = _Results(self.kernel, Layout(self.batch, None, (self.m, self.n)), self.tiles, self.found.dots, left)
+        self.start(left)
+        lines = left.outer.lines
+        lines.extend(self.position(self.m, "[:, None]"))
+        lines.extend(self.position(left.fixed, "[None, :]") if self.turned[0] else ())
+        lines.extend(self.position(right.fixed, "[None, :]" if self.turned[1] else "[:, None]"))
+        self.multiply(left, right, results)
+        lines.extend(() if self.turned[1] else self.position(self.n, "[None, :]"))
+        self.store(results)
+        return lines
+
+    def operand(self, side: int, fixed: Dimension, beside: Expressions | None = None) -> _Operand:
+        """The writer of the left (0) or right (1) operand, whose rows or columns are `fixed`."""
+        kernel, depth = self.kernel, self.down if self.turned[side] else self.k
+        stores = tuple(Store("", sympy.Integer(0), pair[side]) for *pair, _ in self.found.multiplied)
+        old = (*(self.m, self.n)[side].span.axes, *self.k.span.axes)
+        new = (*fixed.span.axes, *depth.span.axes)
+        places = {a.symbol: b.symbol for a, b in zip(old, new) if a != b}
+        stores = rewritten(stores, {}, places)
+        axes = (*new, *(a for a in kernel.axes if a not in old))
+        layout = Layout(self.batch, None, (depth, fixed) if self.turned[side] else (fixed, depth))
+        return _Operand(replace(kernel, axes=axes, stores=stores, inplace=()), layout, self.tiles, fixed, depth, beside)
+
+    def multiply(self, left: _Operand, right: _Operand, results: _Results) -> None:
+        """The loop over the depth; afterwards the results know what the sums are called."""
+        outer, dtypes = left.outer.lines, [dtype for *_, dtype in self.found.multiplied]
+        names = [left.fresh("acc") for _ in dtypes]
+        for name, dtype in zip(names, dtypes):
+            outer.append(f"{name} = tl.full([BLOCK_M, BLOCK_N], 0, {TYPES[_accumulator(self.kernel, dtype)]})")
+        body = left.enter().lines if self.k.looped else outer
+        right.body = left.body and left.body.shared()
+        body.extend(() if all(self.turned) else self.depth_lines(self.k, "[None, :]"))
+        body.extend(self.depth_lines(self.down, "[:, None]") if any(self.turned) else ())
+        for name, dtype, one, other in zip(names, dtypes, left.kernel.stores, right.kernel.stores):
+            a, b = left.block(one.value, dtype), right.block(other.value, dtype)
+            first = f"{a.at(ATOM)}.T" if self.turned[0] else a.code
+            second = b.code if self.turned[1] else f"{b.at(ATOM)}.T"
+            precision = ', input_precision="ieee"' if dtype == torch.float32 else ""
+            body.append(f"{name} = tl.dot({first}, {second}, {name}{precision}, out_dtype={TYPES[ACCUMULATORS[dtype]]})")
+        if self.k.looped:
+            self.loop(outer, body)
+            left.leave()
+            right.leave()
+        for dot, name, dtype in zip(self.found.dots, names, dtypes):
+            same_type = dot.dtype == ACCUMULATORS[dtype]
+            results.outer.texts[dot] = Text(name if same_type else f"{name}.to({TYPES[dot.dtype]})")
+
+
+def _is_turned(found: Product, side: int) -> bool:
+    """Whether an operand lies in memory along its rows or columns rather than along the depth."""
+    fixed = (found.rows, found.columns)[side]
+    loads = [v for pair in found.operands for v in cone([pair[side]]) if isinstance(v, Load)]
+
+    def contiguous(axes: Sequence[Axis]) -> int:
+        return sum(any(abs(stride(found.kernel, v.index, a)) == 1 for a in axes) for v in loads)
+
+    return contiguous(fixed) > contiguous(found.depth)
+
+
+def _accumulator(kernel: Kernel, dtype: torch.dtype) -> torch.dtype:
+    if dtype not in ACCUMULATORS:
+        raise UnsupportedByTriton(what=kernel.name, reason=f"matrix units do not multiply {dtype}")
+    return ACCUMULATORS[dtype]
+
+
+class _SumPrinter(_Printer):
+    """Products of a block [m, n, k] are added element by element, and summed over k after the loop. A single row is no dimension."""
+
+    def dimensions(self) -> tuple[Dimension, ...]:
+        return (self.m, self.n, self.k) if self.found.rows or self.tiles.block_m > 1 else (self.n, self.k)
+
+    def lines(self) -> list[str]:
+        sums: dict[Scalar, Scalar] = {d: replace(as_sum(d), axes=tuple(a.name for a in self.found.depth)) for d in self.found.dots}
+        kernel = replace(self.kernel, stores=rewritten(self.kernel.stores, sums))
+        made = [v for v in scalars(kernel.stores) if isinstance(v, Reduce)]
+        layout = Layout(self.batch, None, self.dimensions())
+        writer = _Results(kernel, layout, self.tiles, made)
+        self.start(writer)
+        lines = writer.outer.lines
+        for dimension in layout.dimensions[:-1]:
+            lines.extend(self.position(dimension, layout.spread(dimension)))
+        body = writer.enter().lines if self.k.looped else lines
+        body.extend(self.depth_lines(self.k, layout.spread(self.k)))
+        if self.k.looped:
+            totals = [(total, self.added(writer, total)) for total in made]
+            writer.leave()
+            self.loop(lines, body)
+            for total, names in totals:
+                writer.finish(total, names)
+        self.store(writer)
+        return lines
+
+    @staticmethod
+    def added(writer: Expressions, total: Reduce) -> list[str]:
+        writer.prepare(total.value)
+        return writer.accumulate(total)
+
+
+_PRINTERS: dict[str, type[_Printer]] = {"dot": _DotPrinter, "sum": _SumPrinter}
+
+
+# ---- several programs share a tile's depth
+
+
+def _split(kernel: Kernel, found: Product, tiles: Tiles) -> Program:
+    """Two kernels: sums of each part of the depth, and what follows from their sum."""
+    legal = found.kernel
+    taken = {b.name for b in (*kernel.inputs, *kernel.outputs)} | {a.name for a in legal.axes} | set(kernel.sizes)
+    total, index = _row_major(legal.grid)
+    part = Axis(_unused("part", taken), tiles.split_k, inner=True)
+    buffers = [Buffer(_unused(f"sums{n or ''}", taken), d.dtype, total) for n, d in enumerate(found.dots)]
+    whole = [replace(b, size=dim(sympy.sympify(total) * tiles.split_k)) for b in buffers]
+    parts = tuple(Store(b.name, index, d) for b, d in zip(buffers, found.dots))
+    label = f"sums over {tiles.split_k} parts of the depth"
+    first = replace(legal, name=f"{kernel.name}_parts", label=label, stores=parts, outputs=tuple(buffers), inplace=())
+    first = replace(first, inputs=_read(parts, legal.inputs))
+    sums: dict[Scalar, Scalar] = {
+        d: Reduce(d.dtype, "sum", Load(d.dtype, b.name, index + part.symbol * total), (part.name,)) for d, b in zip(found.dots, buffers)
+    }
+    stores = rewritten(legal.stores, sums)
+    second = replace(legal, axes=(*legal.grid, part), stores=stores, inputs=_read(stores, (*legal.inputs, *whole)))
+    printer = _PRINTERS[tiles.walk](replace(found, kernel=first), tiles)
+    schedule = replace(default_schedule(second), wide=tiles.wide)
+    source = module([printer.function(), print_function(second, schedule)])
+    return Program(kernel, tiles, source, (printer.launch(), build_blocks(second, schedule).launches[0]), tuple(whole))
+
+
+def _read(stores: Sequence[Store], buffers: Iterable[Buffer]) -> tuple[Buffer, ...]:
+    """Those of the buffers that the stores read."""
+    read = {v.buffer for v in scalars(stores) if isinstance(v, Load)}
+    return tuple(b for b in buffers if b.name in read)
+
+
+def _row_major(axes: Sequence[Axis]) -> tuple[Dim, sympy.Expr]:
+    """How many points the axes have, and the number of a point."""
+    index: sympy.Expr = sympy.Integer(0)
+    for axis in axes:
+        index = index * axis.extent + axis.symbol
+    return product(a.extent for a in axes), sympy.expand(index)
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name

@@ -1,0 +1,206 @@
+"""How a contraction is walked on a GPU, which walks are legal, and one to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import sympy
+import torch
+
+from ...ir.dims import Dim, SymbolRange, symbol
+from ..kernel import Kernel, Load, cone
+from ..space import Limit, Space
+from .product import FEW, Product, find_product, stride
+from .schedule import LARGEST_BLOCK, is_wide, next_power_of_two
+
+PROCESSORS = 128
+"""Programs that fill a large GPU: fewer leave parts of it idle."""
+
+SEVERAL_ROWS = 4
+"""Up to so many rows are multiplied and summed: the right operand sets the time, and matrix units would pad the left one."""
+
+
+class Unit(NamedTuple):
+    """What a target has for one program: bytes of shared memory, threads of a warp, 32-bit registers of a thread, most threads.
+
+    unbuffered: stages of a pipeline that hold no block of their own.
+    """
+
+    shared: int
+    lanes: int
+    registers: int
+    threads: int = 1024
+    unbuffered: int = 0
+
+
+UNITS: dict[str, Unit] = {
+    "sm_80": Unit(166_912, 32, 256),
+    "sm_90": Unit(232_448, 32, 256),
+    "gfx942": Unit(65_536, 64, 512, unbuffered=1),
+}
+ANY = Unit(1 << 30, 32, 256)
+"""What is legal where the target is not known yet: shared memory is its own affair."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Options of a contraction. A program makes block_m x block_n results, block_k terms at a time.
+
+    walk: "dot" by matrix units, "sum" by products that are added when all is read (few rows). group_m: rows of tiles whose programs
+    follow each other, so that they read the same columns from the cache. split_k: programs that share a tile's depth; their sums are
+    added by a second kernel, always in the same order. wide: index arithmetic in 64 bits.
+    """
+
+    block_m: int = 64
+    block_n: int = 64
+    block_k: int = 32
+    group_m: int = 8
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+    walk: str = "dot"
+    wide: bool = False
+
+
+_LEAST_DEPTH = {torch.int8: 32}  # of a block; 16 for others
+_BLOCKS: dict[torch.dtype, tuple[int, int, int]] = {
+    torch.float16: (128, 128, 64), torch.bfloat16: (128, 128, 64), torch.int8: (128, 128, 64),
+    torch.float32: (64, 64, 32), torch.float64: (32, 32, 16),
+}  # fmt: skip
+"""Blocks of large products, by the dtype that is multiplied."""
+
+
+def refusal(kernel: Kernel, tiles: Tiles, target: str | None = None) -> str | None:
+    """The limit that the tiles break for this kernel (on a target); None where they are legal."""
+    offered = space(find_product(kernel), tiles.walk, target)
+    values = {name: getattr(tiles, name) for name in offered.variables}
+    for name, allowed in offered.variables.items():
+        if values[name] not in allowed:
+            return f"{name} is one of {', '.join(map(str, allowed))}, not {values[name]}"
+    broken = offered.broken(values)
+    return broken and str(broken)
+
+
+def space(found: Product, walk: str = "dot", target: str | None = None) -> Space:
+    """The legal tiles of a walk."""
+    return (_dot_space if walk == "dot" else _sum_space)(found, UNITS[target] if target else ANY)
+
+
+def _powers(low: int, high: int) -> tuple[int, ...]:
+    return tuple(1 << n for n in range(low.bit_length() - 1, high.bit_length()))
+
+
+def _dot_space(found: Product, unit: Unit) -> Space:
+    m, n, k, warps, stages, split = _symbols("block_m", "block_n", "block_k", "num_warps", "num_stages", "split_k")
+    dtypes = [dtype for *_, dtype in found.multiplied]
+    size, several = max(d.itemsize for d in dtypes), len(dtypes)
+    least = max(_LEAST_DEPTH.get(d, FEW) for d in dtypes)
+    threads = unit.lanes * warps
+    limits = [
+        Limit("the sums fit half of the registers", m * n * several * max(size // 4, 1), unit.registers // 2 * threads),
+        Limit("operand blocks fit shared memory", size * several * (stages - unit.unbuffered) * k * (m + n), unit.shared),
+        Limit("a block is one that Triton takes", sympy.Max(m * n, m * k, n * k), LARGEST_BLOCK),
+        *_common(found, unit),
+    ]
+    if found.reduces:
+        limits.append(Limit("a program has all columns that are reduced", found.size(found.columns), n))
+        limits.append(Limit("what is reduced over columns is not split", split, 1))
+    variables = {"block_m": _powers(FEW, 256), "block_n": _powers(FEW, 256 if not found.reduces else 4096), "block_k": _powers(least, 256)}
+    return Space(variables | _FREE, tuple(limits))
+
+
+def _sum_space(found: Product, unit: Unit) -> Space:
+    m, n, k, warps = _symbols("block_m", "block_n", "block_k", "num_warps")
+    size = max(d.dtype.itemsize for d in found.dots)
+    limits = [
+        Limit(
+            "the sums fit half of the registers", m * n * k * len(found.dots) * max(size // 4, 1), unit.registers // 2 * unit.lanes * warps
+        ),
+        *_common(found, unit),
+    ]
+    if found.reduces:
+        limits.append(Limit("what is reduced over columns is multiplied by matrix units", 1, 0))
+    return Space({"block_m": _powers(1, FEW), "block_n": _powers(1, 256), "block_k": _powers(FEW, 2048)} | _FREE, tuple(limits))
+
+
+_FREE = {"group_m": _powers(1, 16), "split_k": _powers(1, 64), "num_warps": _powers(1, 16), "num_stages": tuple(range(1, 8))}
+
+
+def _common(found: Product, unit: Unit) -> list[Limit]:
+    k, warps, split = _symbols("block_k", "num_warps", "split_k")
+    limits = [Limit("a program has no more threads than the target runs", unit.lanes * warps, unit.threads)]
+    depth = found.size(found.depth)
+    if isinstance(depth, int):
+        limits.append(Limit("every program has a part of the depth", (split - 1) * k, max(depth - 1, 0)))
+    return limits
+
+
+def _symbols(*names: str) -> list[sympy.Symbol]:
+    return [symbol(n) for n in names]
+
+
+# ---- a start
+
+
+def default_tiles(kernel: Kernel, ranges: Mapping[str, SymbolRange] | None = None) -> Tiles:
+    """Reasonable tiles from sizes, dtypes and the order in memory; the tuner starts here."""
+    found = find_product(kernel)
+    wide = is_wide(kernel, ranges or {})
+    rows = found.size(found.rows)
+    dtypes = [dtype for *_, dtype in found.multiplied]
+    few = isinstance(rows, int) and rows <= SEVERAL_ROWS or any(d not in _BLOCKS for d in dtypes)
+    return _streaming(found, wide) if few and not found.reduces else _tiled(found, dtypes, wide)
+
+
+def _tiled(found: Product, dtypes: list[torch.dtype], wide: bool) -> Tiles:
+    """Blocks that matrix units like, smaller where there are too few of them."""
+    sizes = {name: found.size(axes) for name, axes in (("m", found.rows), ("n", found.columns), ("k", found.depth))}
+    m, n, k = min((_BLOCKS.get(d, _BLOCKS[torch.float32]) for d in dtypes), key=lambda b: b[0] * b[1])
+    m, n = (max(FEW, min(block, _above(sizes[name]))) for name, block in (("m", m), ("n", n)))
+    k = max(_LEAST_DEPTH.get(dtypes[0], FEW), min(k, _above(sizes["k"])))
+    if found.reduces:
+        n = max(FEW, _above(sizes["n"]))
+        m = max(FEW, min(m, 8192 // n))
+    while len(dtypes) * m * n > 128 * 128 and m > FEW:
+        m //= 2
+    batch = _planned(found.size(found.batch))
+
+    def programs(m: int, n: int) -> int:
+        return batch * -(-_planned(sizes["m"]) // m) * -(-_planned(sizes["n"]) // n)
+
+    while not found.reduces and programs(m, n) < PROCESSORS and m * n > 32 * 32:
+        m, n = (m // 2, n) if m >= n and m > FEW else (m, n // 2)
+    split = 1 if found.reduces else _split(sizes["k"], k, programs(m, n))
+    warps = max(4, min(8, len(dtypes) * m * n // 2048))
+    return Tiles(m, n, k, split_k=split, num_warps=warps, wide=wide)
+
+
+def _streaming(found: Product, wide: bool) -> Tiles:
+    """Few rows: the right operand is read once, along what is contiguous in memory."""
+    rows, columns, depth = (found.size(axes) for axes in (found.rows, found.columns, found.depth))
+    m = min(FEW, _above(rows))
+    loads = [v for _, right in found.operands for v in cone([right]) if isinstance(v, Load)]
+    across = bool(found.columns) and any(stride(found.kernel, v.index, found.columns[-1]) == 1 for v in loads)
+    n, k = (64, 32) if across else (max(1, 8 // m), 256)
+    n, k = min(n, _above(columns)), max(FEW, min(k, _above(depth)))
+    programs = _planned(found.size(found.batch)) * -(-_planned(rows) // m) * -(-_planned(columns) // n)
+    return Tiles(m, n, k, 1, _split(depth, k, programs), 4, 2, "sum", wide)
+
+
+def _split(depth: Dim, block: int, programs: int) -> int:
+    """Parts of the depth: several where programs are few and the depth is long."""
+    if not isinstance(depth, int):
+        return 1
+    parts = min(16, PROCESSORS // max(programs, 1), depth // (8 * block))
+    return 1 << max(parts, 1).bit_length() - 1
+
+
+def _above(size: Dim) -> int:
+    """The power of two that covers a size, as far as it is known."""
+    return next_power_of_two(_planned(size))
+
+
+def _planned(size: Dim) -> int:
+    return size if isinstance(size, int) else 4096
