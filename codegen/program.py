@@ -70,10 +70,11 @@ class Program:
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
         weakref.finalize(self, linecache.cache.pop, filename, None)
         exec(compile(source, filename, "exec"), names)  # our own text; nothing of the user's is in it but sanitised names
-        self._call: Callable[..., list[Any]] = names["call"]
-        self._sizes: Callable[[Sequence[Any]], tuple[int, ...]] = names["sizes"]
-        self._nbytes: Callable[..., int] = names["nbytes"]
-        self._prepare: Callable[..., tuple[Any, ...]] = names["prepare"]
+        # out of their globals: else they would hold each other, and weights would outlive the program until Python looks for cycles
+        self._call: Callable[..., list[Any]] = names.pop("call")
+        self._sizes: Callable[[Sequence[Any]], tuple[int, ...]] = names.pop("sizes")
+        self._nbytes: Callable[..., int] = names.pop("nbytes")
+        self._prepare: Callable[..., tuple[Any, ...]] = names.pop("prepare")
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs for `inputs` (tensors; ints for sizes), in the order of the graph's inputs."""

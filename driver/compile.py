@@ -66,8 +66,8 @@ def compile_graph(graph: Graph, options: Options = Options(), notes: Notes | Non
     start = time.perf_counter()
     passes = passes_from(options.passes) if passes is None else passes
     fused = kept_apart(graph, run_passes(graph, passes, notes, _between(options, seconds)))
-    return_free_memory(fused)
     program = build_program(fused)
+    return_free_memory(fused)
     receipt = make_receipt(program, notes, {**seconds, "total": time.perf_counter() - start})
     if options.dump is not None:
         _write(options.dump, f"{graph.name}.program", program.source)

@@ -126,6 +126,8 @@ class _Tuner:
             self.trials.append(Trial(what, True, note=internal_error(f"without {what}", error)))
         else:
             self.trials.append(_trial(what, verdict))
+        del other
+        return_free_memory(self.graph)  # before the next is built
 
     def verdict(self, what: str, other: Callable[[], Compiled]) -> Verdict:
         def candidates() -> dict[str, Run]:

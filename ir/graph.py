@@ -7,7 +7,7 @@ size symbols, which outputs are written back into inputs, and the stage it has r
 from __future__ import annotations
 
 import enum
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -58,15 +58,31 @@ class Node:
         return f"{self.op.name}({', '.join(operands)}): {self.type}"
 
 
-@dataclass(frozen=True, eq=False)
 class Data:
     """The tensor behind a `constant` node; `name` is its name in the text form and in an artifact. Compared by identity.
 
-    `value` is None in a graph that was parsed without weights: such a graph can be rewritten and printed, not run.
+    `value` is None in a graph that was parsed without weights (`known` is false): such a graph can be rewritten and printed, not run.
+    With `make` the tensor is computed when it is first read, so that a weight that is scaled, merged and packed by three passes exists
+    in one form at a time; `make` is then let go of, with what it is computed from.
     """
 
-    name: str
-    value: torch.Tensor | None = None
+    __slots__ = ("__weakref__", "_make", "_value", "name")
+
+    def __init__(self, name: str, value: torch.Tensor | None = None, make: Callable[[], torch.Tensor] | None = None) -> None:
+        self.name, self._value, self._make = name, value, make
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a tensor, computed or yet to be computed."""
+        return self._value is not None or self._make is not None
+
+    @property
+    def value(self) -> torch.Tensor | None:
+        make = self._make
+        if make is not None:
+            self._value = make()
+            self._make = None
+        return self._value
 
     def __repr__(self) -> str:
         return f'"{self.name}"'

@@ -17,7 +17,7 @@ from ..ir.rewrite import cleaned, remap
 from ..ir.types import TensorType
 from .base import Notes, Pass, Reason, describe
 from .layout_rules import CONV_DTYPES, Layouts, first_dims, last_dims, read_last, reads_either, turn_rule, turned_operands
-from .weights import value_of
+from .weights import is_constant
 from .windows import may_be_native
 
 CONVERSION = 3
@@ -94,7 +94,7 @@ def _reorders(conv: Node, symbols: Mapping[str, SymbolRange]) -> int:
     x, w, *_ = conv.inputs
     if may_be_native(conv):
         return hint(x.tensor.nbytes, symbols) + EPILOGUE * hint(conv.tensor.nbytes, symbols)
-    weights = 0 if value_of(w) is not None else hint(w.tensor.nbytes, symbols)
+    weights = 0 if is_constant(w) else hint(w.tensor.nbytes, symbols)
     return hint(x.tensor.nbytes, symbols) + hint(conv.tensor.nbytes, symbols) - weights - CALL_BYTES
 
 

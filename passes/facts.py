@@ -19,7 +19,7 @@ def literal(node: Node) -> Number | None:
         value = node.type.value
     elif node.op.name == "full":
         value = node.attrs["value"]
-    elif node.op.name == "constant" and node.attrs["data"].value is not None and node.tensor.numel == 1:
+    elif node.op.name == "constant" and node.tensor.numel == 1 and node.attrs["data"].known:
         value = node.attrs["data"].value.item()
     else:
         return None

@@ -14,7 +14,7 @@ from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason, describe
 from .facts import literal
-from .weights import ConstantMaker, source_name, static, value_of
+from .weights import ConstantMaker, is_constant, source_name, static, value_of
 
 _FOLDED = frozenset({Category.POINTWISE, Category.REDUCTION, Category.SCAN, Category.GATHER, Category.CONTRACTION, Category.COMPOSITE})
 
@@ -63,22 +63,21 @@ class FoldConstants(Pass):
     def _folded(self, node: Node, maker: ConstantMaker, notes: Notes) -> Node | None:
         if node.op.category not in _FOLDED or not node.inputs or not static(node):
             return None
-        operands = [_value(i) for i in node.inputs]
-        if any(value is None for value in operands):
+        if not all(literal(i) is not None if is_scalar(i) else is_constant(i, generated=True) for i in node.inputs):
             return None
         reason = self._refused(node)
         if reason is not None:
             notes.decline(self.name, describe(node), reason, node, str(node.type))
             return None
         with torch.no_grad():
-            value = node.op.eager(*operands, **node.attrs)
+            value = node.op.eager(*map(_value, node.inputs), **node.attrs)
         notes.apply(self.name, describe(node), node)
         return maker.make(f"{_name(node)}.{node.op.name}", value, node.prov.with_rule(self.name), node.hint)
 
     def _refused(self, node: Node) -> Reason | None:
         """Why the result must not be stored."""
         size = int(node.tensor.nbytes)
-        stored = [i for i in node.inputs if not is_scalar(i) and value_of(i) is not None]
+        stored = [i for i in node.inputs if not is_scalar(i) and is_constant(i)]
         return Reason.MEMORY if size > sum(int(i.tensor.nbytes) for i in stored) + self.allowance else None
 
 
@@ -93,7 +92,7 @@ def _one(node: Node, value: Any) -> Any:
 
 
 def _name(node: Node) -> str:
-    first = next((i for i in node.inputs if value_of(i) is not None), None)
+    first = next((i for i in node.inputs if is_constant(i)), None)
     return source_name(first) if first else node.hint or "folded"
 
 

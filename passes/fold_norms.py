@@ -16,10 +16,13 @@ from ..ir.rules import Outcome, Site
 from .base import Notes, Pass, Reason, describe
 from .facts import is_float
 from .rules import rules_at, settle
-from .weights import ConstantMaker, value_of
+from .weights import ConstantMaker, computed, is_constant, value_of
 
 _PRODUCTS = ("conv", "linear")
 _WIDE = (torch.float32, torch.float64)
+
+BLOCK = 1 << 18
+"""So many elements of a weight are in float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,14 @@ class _IntoProduct:
         if refusal is not None or not site.single(node):
             return refusal
         x, w, *bias = node.inputs
-        weight, base = value_of(w), value_of(bias[0]) if bias else None
-        assert weight is not None
-        new_weight = weight if scale is None else _scaled(node, weight, scale).to(weight.dtype)
-        offset = _offset(base, scale, shift)
-        new_bias = None if offset is None else offset.to(weight.dtype)
-        if not _finite_as_before(weight, new_weight) or new_bias is not None and not _finite(new_bias):
+        offset = _offset(value_of(bias[0]) if bias else None, scale, shift)
+        new_bias = None if offset is None else offset.to(w.dtype)
+        factor = None if scale is None else _factor(node, scale)
+        if factor is not None and _overflows(w, factor) or new_bias is not None and not _finite(new_bias):
             return Refusal(Reason.NOT_FINITE, w.hint or "weight")
-        made_w = w if scale is None else self.maker.derived([w], "scaled", lambda _: new_weight, node.prov)
+        made_w = w
+        if factor is not None:
+            made_w = self.maker.later([w], "scaled", lambda out, v: _scale(out, v, factor), w.shape, node.prov)
         made_b = [self.maker.derived([bias[0] if bias else w], "shifted", lambda _: new_bias, node.prov)] if new_bias is not None else []
         return OPS[node.op.name](x, made_w, *made_b, **node.attrs)
 
@@ -124,7 +127,7 @@ def _fixed(node: Node, site: Site) -> Refusal | None:
     if site.shared(node):
         return Refusal(Reason.SHARED, node.hint or node.op.name)
     for weight in node.inputs[1:]:
-        if value_of(weight) is None:
+        if not is_constant(weight):
             return Refusal(Reason.NOT_CONSTANT, weight.hint or weight.op.name)
     return Refusal(Reason.SHARED, node.inputs[1].hint) if _weight_shared(node.inputs[1], site) else None
 
@@ -135,8 +138,16 @@ def _weight_shared(weight: Node, site: Site) -> bool:
     return site.shared(weight)
 
 
-def _finite_as_before(old: torch.Tensor, new: torch.Tensor) -> bool:
-    return old is new or _finite(new) or not _finite(old)
+def _overflows(w: Node, factor: torch.Tensor) -> bool:
+    """Whether a finite weight times `factor` is not finite any more: told by the largest of the elements that are multiplied alike, as
+    rounding keeps order."""
+    weight = value_of(w)
+    assert weight is not None
+    if not weight.numel():
+        return False
+    alike = [d for d in range(1, weight.dim()) if factor.shape[d] == 1]
+    largest = torch.maximum(weight.amax(alike, keepdim=True), -weight.amin(alike, keepdim=True))
+    return bool(largest.isfinite().all()) and not bool((largest.double() * factor).to(weight.dtype).isfinite().all())
 
 
 def _finite(x: torch.Tensor) -> bool:
@@ -158,14 +169,31 @@ def _per_channel(node: Node, product: Node, other: Node) -> torch.Tensor | None:
     return value.double().reshape(-1)
 
 
-def _scaled(node: Node, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The weight times one number per output channel, in float64."""
+def _factor(node: Node, scale: torch.Tensor) -> torch.Tensor:
+    """One number per output channel as what the weight of a product is multiplied by."""
+    weight = node.inputs[1]
     if not node.attrs.get("transposed"):
-        return weight.double() * scale.reshape(-1, *(1,) * (weight.dim() - 1))
-    channels, out, *kernel = weight.shape
-    groups = node.attrs["groups"]
-    grouped = weight.double().reshape(groups, channels // groups, out, *kernel) * scale.reshape(groups, 1, out, *(1,) * len(kernel))
-    return grouped.reshape(weight.shape)
+        return scale.reshape(-1, *(1,) * (weight.tensor.rank - 1))
+    (channels, out), groups = weight.shape[:2], node.attrs["groups"]
+    rows = scale.reshape(groups, 1, out).expand(groups, channels // groups, out)
+    return rows.reshape(channels, out, *(1,) * (weight.tensor.rank - 2))
+
+
+def _scale(out: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor) -> None:
+    """weight * factor in float64, rounded once."""
+    for part, rows, factors in zip(*(_blocks(t, weight) for t in (out, weight, factor))):
+        part.copy_(rows.double() * factors)
+
+
+def _times(weight: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """weight @ vector in float64."""
+    wide = vector.double()
+    return torch.cat([rows.double() @ wide for rows in _blocks(weight, weight)])
+
+
+def _blocks(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x, a few rows of the weight at a time: in float64 the whole would take twice the weight's memory."""
+    return x.split(max(1, BLOCK * weight.shape[0] // max(1, weight.numel())))
 
 
 def _offset(base: torch.Tensor | None, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor | None:
@@ -203,7 +231,7 @@ def fold_affine(graph: Graph, notes: Notes) -> Graph:
 
 def _unfoldable(norm: Node, readers: list[Node], graph: Graph, site: Site) -> Refusal | None:
     """Why the affine part of a norm must stay."""
-    if any(value_of(p) is None for p in norm.inputs[1:]):
+    if not all(map(is_constant, norm.inputs[1:])):
         return Refusal(Reason.NOT_CONSTANT, "scale or shift of the norm")
     outside = next((r for r in readers if r.op.name != "linear" or r.inputs[0] is not norm or norm in r.inputs[1:]), None)
     if outside is not None or norm in graph.roots:
@@ -213,7 +241,7 @@ def _unfoldable(norm: Node, readers: list[Node], graph: Graph, site: Site) -> Re
     if norm.dtype not in _WIDE:
         return Refusal(Reason.ROUNDING, str(norm.dtype).removeprefix("torch."))
     for reader in readers:
-        if any(value_of(p) is None for p in reader.inputs[1:]):
+        if not all(map(is_constant, reader.inputs[1:])):
             return Refusal(Reason.NOT_CONSTANT, describe(reader))
         if _weight_shared(reader.inputs[1], site):
             return Refusal(Reason.SHARED, reader.inputs[1].hint or "weight")
@@ -223,13 +251,11 @@ def _unfoldable(norm: Node, readers: list[Node], graph: Graph, site: Site) -> Re
 def _absorbed(linear: Node, bare: Node, maker: ConstantMaker) -> Node:
     """linear(norm(x) * g + h, w, b) as linear(norm(x), w * g, w @ h + b)."""
     norm, w, *bias = linear.inputs
-    weight = value_of(w)
-    gain, *shift = (value_of(p) for p in norm.inputs[1:])
-    assert weight is not None and gain is not None
-    made = [maker.derived([w], "scaled", lambda v: v * gain, linear.prov)]  # one rounding, as in float64
-    offset = weight.double() @ shift[0].double() if shift and shift[0] is not None else None
+    gain, *shift = norm.inputs[1:]  # the product with the gain is rounded once, as in float64
+    made = [maker.later([w, gain], "scaled", lambda out, v, g: torch.mul(v, g, out=out), w.shape, linear.prov)]
+    offset = computed([w, shift[0]], _times) if shift else None
     base = value_of(bias[0]) if bias else None
     total = offset if base is None else base.double() if offset is None else base.double() + offset
     if total is not None:
-        made.append(maker.derived([bias[0] if bias else w], "shifted", lambda _: total.to(weight.dtype), linear.prov))
+        made.append(maker.derived([bias[0] if bias else w], "shifted", lambda _: total.to(w.dtype), linear.prov))
     return OPS["linear"](bare, *made, hint=linear.hint, prov=linear.prov.with_rule("fold-norms"))

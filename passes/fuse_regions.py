@@ -16,7 +16,7 @@ from ..ir.op import Category
 from ..ir.rewrite import remap
 from .base import Notes, Pass, Reason
 from .fusion_cost import Price
-from .fusion_regions import Builder, Region, connect, inside_order, loose_sizes, merge, waits
+from .fusion_regions import Builder, Region, connect, dissolve, inside_order, loose_sizes, merge, waits
 from .fusion_units import FILLS, Units, find_units
 from .recurrences import recurrence_region
 
@@ -50,7 +50,9 @@ class FuseRegions(Pass):
         partition = _Partition(units, self.max_values, self.max_buffers)
         partition.grow()
         partition.note(notes)
-        return _assemble(units, partition)
+        made = _assemble(units, partition)
+        dissolve(partition.regions())
+        return made
 
 
 class _Partition:

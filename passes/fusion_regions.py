@@ -128,7 +128,7 @@ class Builder:
             try:
                 self.prices[key] = price(body, place(body))
             except Refusal as refusal:
-                self.prices[key] = refusal
+                self.prices[key] = refusal.with_traceback(None)  # its frames hold this builder, and so the graph
         return self.prices[key]
 
 
@@ -178,10 +178,18 @@ def merge(a: Region, b: Region, members: tuple[Node, ...], cost: Price, regions:
     for earlier in made.previous:
         earlier.next -= {a, b}
         earlier.next.add(made)
+    dissolve((a, b))
     for region in regions:
         if region.after & made.bits:
             region.after |= made.after | made.bits
     return made
 
 
-__all__ = ["Builder", "Region", "connect", "inside_order", "loose_sizes", "merge", "waits"]
+def dissolve(regions: Iterable[Region]) -> None:
+    """Takes regions that are needed no more out of each other's hands: the graph's constants would stay until Python looks for cycles."""
+    for region in regions:
+        region.next.clear()
+        region.previous.clear()
+
+
+__all__ = ["Builder", "Region", "connect", "dissolve", "inside_order", "loose_sizes", "merge", "waits"]

@@ -104,7 +104,7 @@ def _refusal(node: Node) -> Refusal | None:
     try:
         check_native(node)
     except Refusal as refusal:
-        return refusal
+        return refusal.with_traceback(None)  # its frames hold the graph
     tensors = [i for i in node.inputs if not is_scalar(i)]
     for x in tensors:
         if isinstance(x.type, tuple) or x.dtype not in NATIVE_DTYPES:

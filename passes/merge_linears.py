@@ -14,7 +14,7 @@ from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason, describe
-from .weights import ConstantMaker, value_of
+from .weights import ConstantMaker, is_constant, value_of
 
 _CALL_BYTES = 50_000
 """What starting one more product costs, as bytes that could be moved meanwhile (5 us at 10 GB/s)."""
@@ -88,7 +88,7 @@ def _mergeable(siblings: list[Node], readers: Mapping[Node, list[Node]], notes: 
     """Those with constant weights and bias that nobody else reads."""
     kept: list[Node] = []
     for node in siblings:
-        unknown = next((p for p in node.inputs[1:] if value_of(p) is None), None)
+        unknown = next((p for p in node.inputs[1:] if not is_constant(p)), None)
         shared = next((p for p in _chain(node.inputs[1]) if len(readers[p]) > 1), None)
         if unknown is not None:
             notes.decline("merge-linears", describe(node), Reason.NOT_CONSTANT, node, unknown.hint)
@@ -159,7 +159,9 @@ def _product(group: _Group, x: Node, maker: ConstantMaker) -> Node:
     """One linear for all members; a missing bias is zero."""
     first = group.members[0]
     prov = first.prov.union(*(m.prov for m in group.members[1:])).with_rule("merge-linears")
-    operands = [maker.derived([m.inputs[1] for m in group.members], "merged", lambda *ws: torch.cat(ws), prov)]
+    weights = [m.inputs[1] for m in group.members]
+    shape = (sum(int(w.shape[0]) for w in weights), *weights[0].shape[1:])
+    operands = [maker.later(weights, "merged", lambda out, *ws: torch.cat(ws, out=out), shape, prov)]
     if any(len(m.inputs) > 2 for m in group.members):
         source = next(m.inputs[2] for m in group.members if len(m.inputs) > 2)
         operands.append(maker.derived([source], "merged", lambda _: torch.cat([_bias(m) for m in group.members]), prov))
@@ -167,6 +169,7 @@ def _product(group: _Group, x: Node, maker: ConstantMaker) -> Node:
 
 
 def _bias(node: Node) -> torch.Tensor:
-    weight, bias = (*(value_of(p) for p in node.inputs[1:]), None)[:2]
-    assert weight is not None, "only linears with constant weights are merged"
-    return weight.new_zeros(weight.shape[0]) if bias is None else bias
+    _, weight, *bias = node.inputs
+    found = value_of(bias[0]) if bias else torch.zeros(int(weight.shape[0]), dtype=weight.dtype, device=weight.tensor.device)
+    assert found is not None, "only linears with constant bias are merged"
+    return found

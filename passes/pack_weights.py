@@ -15,7 +15,7 @@ from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason, describe
 from .contractions import PANELS, PRODUCTS, WINDOW_PANELS, has_few_rows
-from .weights import ConstantMaker, value_of
+from .weights import ConstantMaker, is_constant
 from .windows import is_native_window
 
 MIN_COLUMNS = 8
@@ -83,7 +83,7 @@ class PackWeights(Pass):
         weight = node.inputs[1]
         if node.tensor.device != "cpu" or node.dtype != torch.float32:
             return Reason.UNSUPPORTED_DTYPE, str(node.type)
-        if value_of(weight) is None:
+        if not is_constant(weight):
             return Reason.NOT_CONSTANT, weight.hint
         if constant_under(weight).attrs["data"].name in self.vendor:
             return Reason.LIBRARY_CALL, "faster by measurement"
@@ -170,22 +170,31 @@ def panel_of(columns: int, times: Mapping[int, float] = PANELS) -> int:
     return min(times, key=lambda width: -(-columns // width) * width * times[width])
 
 
-def panels(weight: torch.Tensor, times: Mapping[int, float] = PANELS) -> torch.Tensor:
-    """[n, ...] as [panels, ..., width], zeros behind the n-th row."""
-    width = panel_of(weight.shape[0], times)
-    padded = torch.nn.functional.pad(weight.reshape(weight.shape[0], -1), (0, 0, 0, -weight.shape[0] % width))
-    return padded.view(-1, width, *weight.shape[1:]).movedim(1, -1)
+def panels_shape(shape: Sequence[int], times: Mapping[int, float] = PANELS) -> tuple[int, ...]:
+    """Of [n, ...] as panels."""
+    width = panel_of(shape[0], times)
+    return (-(-shape[0] // width), *shape[1:], width)
+
+
+def fill_panels(out: torch.Tensor, weight: torch.Tensor) -> None:
+    """[n, ...] copied into [panels, ..., width], element by element: a weight laid out otherwise on the way would take its size again."""
+    width = out.shape[-1]
+    whole, rest = divmod(weight.shape[0], width)
+    out[:whole] = weight[: whole * width].unflatten(0, (whole, width)).movedim(1, -1)
+    if rest:
+        out[whole, ..., :rest] = weight[whole * width :].movedim(0, -1)
+        out[whole, ..., rest:] = 0
 
 
 def _linear(weight: Node, maker: ConstantMaker, node: Node) -> Node:
-    packed = maker.derived([weight], "panels", panels, node.prov)
+    packed = maker.later([weight], "panels", fill_panels, panels_shape(weight.shape), node.prov)
     return _rows(OPS["permute"](packed, dims=(0, 2, 1), prov=node.prov), weight.shape[0], node)
 
 
 def _matmul(weight: Node, maker: ConstantMaker, node: Node) -> Node:
     if weight.tensor.rank == 3:
         return _stack(weight, maker, node)
-    packed = maker.derived([weight], "panels", lambda w: panels(w.t()), node.prov)
+    packed = maker.later([weight], "panels", lambda out, w: fill_panels(out, w.t()), panels_shape(weight.shape[::-1]), node.prov)
     rows = _rows(OPS["permute"](packed, dims=(0, 2, 1), prov=node.prov), weight.shape[1], node)
     return OPS["permute"](rows, dims=(1, 0), prov=node.prov)
 
@@ -194,7 +203,13 @@ def _stack(weight: Node, maker: ConstantMaker, node: Node) -> Node:
     """Matrices [e, k, n] as [e, n / 32, k, 32], without padding where that is possible: the columns of all are then one row of panels."""
     count, depth, columns = weight.shape
     whole = {width: time for width, time in PANELS.items() if int(columns) % width == 0} or PANELS
-    packed = maker.derived([weight], "panels", lambda w: torch.stack([panels(m.t(), whole) for m in w]), node.prov)
+    shape = (count, *panels_shape((columns, depth), whole))
+
+    def fill(out: torch.Tensor, w: torch.Tensor) -> None:
+        for part, matrix in zip(out, w):
+            fill_panels(part, matrix.t())
+
+    packed = maker.later([weight], "panels", fill, shape, node.prov)
     turned = OPS["permute"](packed, dims=(0, 1, 3, 2), prov=node.prov)
     rows = OPS["reshape"](turned, shape=(count, int(turned.shape[1]) * int(turned.shape[2]), depth), prov=node.prov)
     if rows.shape[1] != columns:
@@ -205,10 +220,12 @@ def _stack(weight: Node, maker: ConstantMaker, node: Node) -> Node:
 def _conv(weight: Node, maker: ConstantMaker, node: Node) -> Node:
     """Channels innermost, as they lie in memory: [n / 48, *window, channels, 48]; of a depthwise convolution [*window, 1, n]."""
     if is_native_window(node):
-        taps = maker.derived([weight], "taps", lambda w: w.movedim((0, 1), (-1, -2)), node.prov)
+        shape = (*weight.shape[2:], weight.shape[1], weight.shape[0])
+        taps = maker.later([weight], "taps", lambda out, w: out.copy_(w.movedim((0, 1), (-1, -2))), shape, node.prov)
         rank = taps.tensor.rank
         return OPS["permute"](taps, dims=(rank - 1, rank - 2, *range(rank - 2)), prov=node.prov)
-    packed = maker.derived([weight], "panels", lambda w: panels(w.movedim(1, -1), WINDOW_PANELS), node.prov)
+    shape = panels_shape((weight.shape[0], *weight.shape[2:], weight.shape[1]), WINDOW_PANELS)
+    packed = maker.later([weight], "panels", lambda out, w: fill_panels(out, w.movedim(1, -1)), shape, node.prov)
     rank = packed.tensor.rank
     ordered = OPS["permute"](packed, dims=(0, rank - 1, rank - 2, *range(1, rank - 2)), prov=node.prov)
     return _rows(ordered, weight.shape[0], node)

@@ -24,7 +24,7 @@ from ..passes.fuse_regions import FuseRegions
 from ..passes.manager import run_passes
 from ..passes.plan_memory import PlanMemory
 from ..passes.split_bias import SplitBias
-from ..passes.weights import value_of
+from ..passes.weights import is_constant, value_of
 from .database import Database, Key
 from .examples import example_inputs
 from .tuner import Run, Verdict, remembered
@@ -84,7 +84,7 @@ def alone(region: Node, graph: Graph) -> Graph:
     inputs: list[Node] = []
     operands: list[Node] = []
     for inner, outer in zip(body.inputs, region.inputs):
-        if is_scalar(outer) or value_of(outer, generated=True) is not None:
+        if is_scalar(outer) or is_constant(outer, generated=True):
             operands.append(outer)
             continue
         operands.append(graph_input(inner.hint, inner.type, inner.attrs["strides"]))

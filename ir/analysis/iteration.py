@@ -77,7 +77,7 @@ def place(body: Graph) -> Placement:
         try:
             return _place(body, anchor)
         except Refusal as refusal:
-            problem = problem or refusal
+            problem = problem or refusal.with_traceback(None)  # it would hold this frame, which holds it
     assert problem is not None
     raise problem
 
