@@ -237,8 +237,8 @@ def _remove_stale(directory: Path) -> None:
 
 
 def _compile_all(directory: Path, missing: dict[str, Source], tools: Toolchain) -> dict[str, Loaded]:
-    units = _units(missing, _cores())
-    with ThreadPoolExecutor(max_workers=_cores()) as pool:
+    units = _units(missing, cores())
+    with ThreadPoolExecutor(max_workers=cores()) as pool:
         results = list(pool.map(lambda unit: _compile_unit(directory, unit, tools), units))
         failed = [unit for unit, result in zip(units, results) if isinstance(result, str) and len(unit) > 1]
         alone = [{k: s} for unit in failed for k, s in unit.items()]  # one bad function must not spoil its neighbours
@@ -250,7 +250,7 @@ def _compile_all(directory: Path, missing: dict[str, Source], tools: Toolchain) 
     return found
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

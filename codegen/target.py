@@ -88,7 +88,7 @@ def _compile_cpp(kernels: Sequence[Kernel], device: str) -> list[Union[Compiled,
 def _compile_triton(kernels: Sequence[Kernel], device: str) -> list[Union[Compiled, Failed]]:
     from .triton.toolchain import compile_kernels
 
-    return compile_kernels(kernels)
+    return compile_kernels(kernels, device)
 
 
 TARGETS: dict[str, Target] = {"cpu": Target("cpp", _compile_cpp), "cuda": Target("triton", _compile_triton)}

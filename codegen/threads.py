@@ -27,11 +27,16 @@ def threads() -> int:
 
 def gnu_openmp() -> list[str]:
     """The paths of GNU's OpenMP runtime as this process has loaded it; more than one where libraries brought their own."""
+    return loaded_libraries("libgomp")
+
+
+def loaded_libraries(name: str) -> list[str]:
+    """The paths of the libraries that this process has loaded whose file names begin so."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return []
-    return list(dict.fromkeys(re.findall(r"(/\S*/libgomp[^/\s]*)$", maps, re.MULTILINE)))
+    return list(dict.fromkeys(re.findall(rf"(/\S*/{re.escape(name)}[^/\s]*)$", maps, re.MULTILINE)))
 
 
 def _send_home() -> None:

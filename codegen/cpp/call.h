@@ -32,4 +32,39 @@ INLINE int64_t run(const int64_t* words, const int64_t* values) {
   return 0;
 }
 
+// A kernel of a GPU, and the functions of the driver's library that it is launched with. `place` is what the library calls the device
+// (CUDA: its context, HIP: its number): a thread has one chosen at a time.
+struct Launchable {
+  int (*launch)(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared, void* stream,
+                void** parameters, void** extra);
+  int (*chosen)(void** place);
+  int (*choose)(void* place);
+  void* place;
+  void* function;
+  int64_t threads, shared;
+};
+
+const int64_t MOST_PARAMETERS = 512, MOST_PROGRAMS = 2147483647;
+const int64_t INVALID_VALUE = 1;  // CUDA_ERROR_INVALID_VALUE, hipErrorInvalidValue
+
+// An entry that launches: its arguments are the parameters of the kernel, the three numbers of programs, the Launchable and the stream.
+// Launches are not waited for. Returns what the driver says: 0, or the number of an error.
+INLINE int64_t launch(const int64_t* values, const int64_t* places) {
+  const int64_t parameters = places[-1] - 5;
+  const int64_t *grid = places + parameters, x = values[grid[0]], y = values[grid[1]], z = values[grid[2]];
+  const Launchable& it = *(const Launchable*)values[grid[3]];
+  if (x <= 0 || y <= 0 || z <= 0) return 0;
+  if (x > MOST_PROGRAMS || y > MOST_PROGRAMS || z > MOST_PROGRAMS || parameters > MOST_PARAMETERS) return INVALID_VALUE;
+  void* addresses[MOST_PARAMETERS];
+  for (int64_t i = 0; i < parameters; i++) addresses[i] = (void*)&values[places[i]];
+  void* before = nullptr;
+  int error = it.chosen(&before);
+  const bool elsewhere = before != it.place;
+  if (!error && elsewhere) error = it.choose(it.place);
+  if (error) return error;
+  error = it.launch(it.function, x, y, z, it.threads, 1, 1, it.shared, (void*)values[grid[4]], addresses, nullptr);
+  if (elsewhere) it.choose(before);
+  return error;
+}
+
 }  // namespace tile

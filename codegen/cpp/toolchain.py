@@ -24,6 +24,14 @@ RUN = Source(
 )
 """The routine that makes a run of kernel calls."""
 
+LAUNCH = Source(
+    "launch_kernel",
+    "int64_t launch_kernel(const int64_t* values, const int64_t* places) { return launch(values, places); }\n",
+    (ctypes.c_void_p, ctypes.c_void_p),
+    ctypes.c_int64,
+)
+"""The entry that launches kernels of a GPU."""
+
 
 def compile_kernels(kernels: Sequence[Kernel], target: CpuTarget | None = None) -> list[Union[Compiled, Failed]]:
     """Every kernel as a C function, launch(*addresses, *sizes, threads), or why it could not be made one."""

@@ -16,11 +16,12 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from ...ir.errors import TilewrightError
 from ..kernel import Kernel
+from .binary import Binary, parameter_sizes
 from .program import Launch, Program
 from .runtime import load
 from .templates import build
@@ -36,6 +37,10 @@ _POINTERS: dict[torch.dtype, str] = {
     torch.uint64: "*u64", torch.uint32: "*u32", torch.uint16: "*u16", torch.uint8: "*u8", torch.bool: "*i1",
     torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
 }  # fmt: skip
+
+
+ASSEMBLY = {"cuda": "ptx", "hip": "amdgcn"}
+IMAGE = {"cuda": "cubin", "hip": "hsaco"}
 
 
 class OfflineError(TilewrightError):
@@ -73,7 +78,32 @@ def compile_program(program: Program, target: str) -> tuple[Compiled, ...]:
     return tuple(_compile(program, launch, target) for launch in program.launches)
 
 
-def _compile(program: Program, launch: Launch, target: str) -> Compiled:
+def gpu_target(name: str) -> GPUTarget:
+    """What Triton calls a GPU: of NVIDIA like "sm_90", of AMD like "gfx942"."""
+    if name in TARGETS:
+        return TARGETS[name]
+    if found := re.fullmatch(r"sm_(\d+)", name):
+        return GPUTarget("cuda", int(found[1]), 32)
+    generation = re.fullmatch(r"gfx(\d+)[0-9a-f]{2}", name)
+    return GPUTarget("hip", name, 64 if generation and int(generation[1]) < 10 else 32)
+
+
+def compile_binary(program: Program, launch: Launch, target: str) -> Binary:
+    """A launch of a program as data; raises OfflineError when Triton fails. Triton's cache on disk knows what it has compiled before."""
+    compiled = compile_launch(program, launch, target)
+    about = compiled.metadata
+    assembly, image = compiled.asm[ASSEMBLY[about.target.backend]], compiled.asm[IMAGE[about.target.backend]]
+    given = len(launch.buffers) + len(program.kernel.sizes)
+    extra = len(parameter_sizes(assembly)) - given
+    if extra < 0 or about.profile_scratch_size:
+        reason = f"the kernel takes {given + extra} parameters for {given} buffers and sizes" if extra < 0 else "it is instrumented"
+        raise OfflineError(kernel=program.kernel.name, target=target, reason=reason)
+    threads = about.num_warps * about.target.warp_size
+    return Binary(target, about.name, threads, about.shared, extra, about.global_scratch_size or 0, image)
+
+
+def compile_launch(program: Program, launch: Launch, target: str) -> CompiledKernel:
+    """A launch compiled by Triton. Buffers are taken to lie at multiples of 16 bytes."""
     kernel = program.kernel
     function = load(program.source)[launch.function]
     if not isinstance(function, JITFunction):
@@ -83,9 +113,13 @@ def _compile(program: Program, launch: Launch, target: str) -> Compiled:
     aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(pointers))}
     source = ASTSource(function, dict(zip(function.arg_names, kinds)), dict(launch.constants), aligned)
     try:
-        compiled = triton.compile(source, target=TARGETS[target], options=launch.options(kernel))
+        return triton.compile(source, target=gpu_target(target), options=launch.options(kernel))
     except Exception as error:
         raise OfflineError(kernel=kernel.name, target=target, reason=f"{type(error).__name__}: {error}") from error
+
+
+def _compile(program: Program, launch: Launch, target: str) -> Compiled:
+    compiled = compile_launch(program, launch, target)
     binary = compiled.asm["cubin" if "cubin" in compiled.asm else "hsaco"]
     stages = {name: text for name, text in compiled.asm.items() if isinstance(text, str)}
     registers, spills = _amd_usage(stages["amdgcn"]) if "amdgcn" in stages else _nvidia_usage(binary)

@@ -93,15 +93,21 @@ def launch(program: Program, tensors: Mapping[str, torch.Tensor], sizes: Mapping
     _check_blocks(program, sizes)
     device = next(iter(tensors.values())).device
     tensors = {**tensors, **{b.name: torch.empty(evaluate(b.size, sizes), dtype=b.dtype, device=device) for b in program.scratch}}
-    interpreted = any(t.device.type == "cpu" for t in tensors.values())
-    functions = load(program.source, interpreted)
     for one, grid in zip(program.launches, grids):
-        arguments = [*(tensors[name] for name in one.buffers), *(sizes[s] for s in kernel.sizes)]
-        if interpreted:
-            with _interpreting():
-                functions[one.function][grid](*arguments, **one.constants)
-        else:
-            functions[one.function][grid](*arguments, **one.constants, **one.options(kernel))
+        launch_one(program, one, grid, tensors, sizes)
+
+
+def launch_one(program: Program, one: Launch, grid: tuple[int, ...], tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> None:
+    """One launch of a program over that many programs; the tensors are as they must be, and those for scratch are among them."""
+    device = next(iter(tensors.values())).device
+    arguments = [*(tensors[name] for name in one.buffers), *(sizes[s] for s in program.kernel.sizes)]
+    function = load(program.source, device.type == "cpu")[one.function]
+    if device.type == "cpu":
+        with _interpreting():
+            function[grid](*arguments, **one.constants)
+        return
+    with torch.cuda.device(device):
+        function[grid](*arguments, **one.constants, **one.options(program.kernel))
 
 
 def _grid(program: Program, one: Launch, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -1,36 +1,136 @@
-"""From kernels to callables: print for Triton, launch on tensors."""
+"""From kernels to callables: print for Triton, compile for the device in hand, load, and describe the launches to the host program.
+
+    compile_kernels([kernel], "cuda:0")  -->  Compiled: native calls that launch its binaries on the current stream
+
+Where there is no C++ compiler, which makes the routine that launches, or no device, Triton launches: on CPU tensors its interpreter runs.
+"""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Union
 
-from ..kernel import Kernel
-from ..target import Compiled, Failed
+import torch
+
+from ...ir.dims import Dim, dim, product, symbol
+from ..build import BuildError, build, cores
+from ..cpp.schedule import detect_target
+from ..cpp.toolchain import LAUNCH, RUN
+from ..kernel import Buffer, Kernel
+from ..target import Address, Compiled, Failed, Native, NativeCall
+from .binary import Binary
+from .driver import DoesNotFit, Driver, DriverError, Launchable, driver_of
 from .legalize import UnsupportedByTriton
-from .program import Program
+from .offline import OfflineError, compile_binary
+from .program import Launch, Program
 from .runtime import launch
-from .templates import build
+from .smaller import smaller
+from .templates import build as print_program
+
+ALIGNMENT = 16  # bytes: the widest load
+TRIES = 4  # schedules for one kernel
 
 
-def compile_kernels(kernels: Sequence[Kernel]) -> list[Union[Compiled, Failed]]:
-    """Every kernel as launch(*tensors, *sizes), or why it has no Triton form. Triton compiles at the first launch."""
-    return [_compile(k) for k in kernels]
-
-
-def _compile(kernel: Kernel) -> Compiled | Failed:
+def compile_kernels(kernels: Sequence[Kernel], device: str = "cuda", driver: Driver | None = None) -> list[Union[Compiled, Failed]]:
+    """Every kernel ready to run on a device ("cuda:1"), or why it cannot be. driver: instead of that of the machine."""
     try:
-        program = build(kernel)
+        driver = driver or _driver(device)
+        routines = build([RUN, LAUNCH], detect_target().level) if driver is not None else [BuildError(function="run", reason="")]
+    except DriverError as error:
+        return [Failed(kernel, str(error)) for kernel in kernels]
+    if driver is None or any(isinstance(routine, BuildError) for routine in routines):
+        return [_for_triton(kernel) for kernel in kernels]
+    run, entry = routines
+    with ThreadPoolExecutor(cores()) as pool:
+        return list(pool.map(lambda kernel: _compile(kernel, driver, run, _address(entry)), kernels))
+
+
+def _driver(device: str) -> Driver | None:
+    """The driver of torch's device of that name; None where it has none."""
+    place = torch.device(device)
+    if place.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return driver_of(torch.cuda.current_device() if place.index is None else place.index)
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _compile(kernel: Kernel, driver: Driver, run: Callable[..., int], entry: int) -> Compiled | Failed:
+    """Under the schedule of its template; where the device has not enough for it, or Triton fails, under smaller ones."""
+    tried: list[str] = []
+    schedule: Any = None
+    try:
+        while len(tried) < TRIES:
+            program = print_program(kernel, schedule)
+            if reason := _unknown_block(program):
+                return Failed(kernel, reason)
+            try:
+                native = _native(program, driver, run, entry)
+                return Compiled(kernel, program.source, _launcher(program), native, tuple(tried))
+            except (OfflineError, DoesNotFit) as error:
+                tried.append(f"{program.schedule}: {error}")
+            schedule = smaller(program.schedule)
+            if schedule is None:
+                break
+    except (UnsupportedByTriton, DriverError) as error:
+        tried.append(str(error))
+    return Failed(kernel, "; ".join(tried))
+
+
+def _unknown_block(program: Program) -> str:
+    """Why the program might not be launched for some sizes; "" where it always may."""
+    unknown = [extent for extent, _ in program.whole if not isinstance(extent, int)]
+    return f"an inner extent of {unknown[0]} must fit one block, and is not known" if unknown else ""
+
+
+def _native(program: Program, driver: Driver, run: Callable[..., int], entry: int) -> Native:
+    binaries = [compile_binary(program, one, driver.facts.architecture) for one in program.launches]
+    loaded = [driver.load(binary) for binary in binaries]
+    own = [_scratch(one, binary, i) for i, (one, binary) in enumerate(zip(program.launches, binaries))]
+    calls = tuple(_call(program, *parts, entry) for parts in zip(program.launches, binaries, loaded, own))
+    scratch = (*program.scratch, *(b for b in own if b is not None))
+    return Native(run, calls, driver.stream, f"stream_{driver.index}", scratch, ALIGNMENT, driver.failed)
+
+
+def _scratch(one: Launch, binary: Binary, number: int) -> Buffer | None:
+    """Memory of the compiler's own for a launch, if it takes some."""
+    if not binary.scratch:
+        return None
+    return Buffer(f"{one.function}_{number}_scratch", torch.uint8, dim(product(one.grid) * binary.scratch))
+
+
+def _call(program: Program, one: Launch, binary: Binary, loaded: Launchable, own: Buffer | None, entry: int) -> NativeCall:
+    """Parameters, numbers of programs and the kernel: the arguments of `launch` in cpp/call.h."""
+    extra: list[str | Dim | Address] = [0] * binary.extra
+    if own is not None:
+        extra[0] = own.name
+    grid = (*one.grid, 1, 1)[:3]
+    described = Address(f"{one.function}_at", loaded.address)
+    return NativeCall(one.function, entry, (*one.buffers, *map(symbol, program.kernel.sizes), *extra, *grid, described))
+
+
+# -- by Triton's own launches
+
+
+def _for_triton(kernel: Kernel) -> Compiled | Failed:
+    """Triton compiles at the first launch."""
+    try:
+        program = print_program(kernel)
     except UnsupportedByTriton as error:
         return Failed(kernel, str(error))
     return Compiled(kernel, program.source, _launcher(program))
 
 
 def _launcher(program: Program) -> Callable[..., None]:
+    """launch(*tensors, *sizes)."""
     names = [b.name for b in (*program.kernel.inputs, *program.kernel.outputs)]
-    sizes = program.kernel.sizes
+    return partial(_launch, program, names)
 
-    def run(*arguments: Any) -> None:
-        launch(program, dict(zip(names, arguments)), dict(zip(sizes, arguments[len(names) :])))
 
-    return run
+def _launch(program: Program, names: Sequence[str], *arguments: Any) -> None:
+    launch(program, dict(zip(names, arguments)), dict(zip(program.kernel.sizes, arguments[len(names) :])))

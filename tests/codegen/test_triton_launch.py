@@ -1,0 +1,167 @@
+"""Launches: binaries, words, grids, streams, scratch and errors. Against a driver library that stands for a GPU, and on a GPU if there is one."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from support import NATIVE, in_threads
+
+pytest.importorskip("triton")
+
+from fake_driver import CONTEXT, STREAM, FakeGpu
+from test_program import ANY_S, S, assert_same, fused, t
+from tilewright.codegen.lower import lower
+from tilewright.codegen.program import compile_program
+from tilewright.codegen.triton import toolchain
+from tilewright.codegen.triton.binary import parameter_sizes, runs_on
+from tilewright.codegen.triton.driver import DriverError
+from tilewright.ir.graph import graph_input, make_graph
+from tilewright.ir.ops import OPS
+
+pytestmark = NATIVE
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    made = FakeGpu("sm_90", tmp_path)
+    made.watch(monkeypatch)
+    return made
+
+
+def chain():
+    """Two kernels around a product of the library, over s rows."""
+    x, w = graph_input("x", t(S, 8)), graph_input("w", t(8, 8))
+    return fused([x, w], [OPS["softmax"](OPS["linear"](OPS["gelu"](x), w), dim=-1)], symbols=ANY_S)
+
+
+def test_kernels_are_launched_with_their_words(gpu):
+    graph = chain()
+    program = compile_program(graph, gpu.targets)
+    assert [k.name for k in program.kernels] and not program.fallbacks
+    for n in (3, 50):
+        gpu.launches.clear()
+        x, w = torch.randn(n, 8), torch.randn(8, 8)
+        assert_same(program, graph, [x, w])
+        first, second = gpu.launches
+        assert first.words[2:] == (n, 0, 0) == second.words[2:]  # pointers; the size; memory of the compiler's own: none
+        assert {one.stream for one in gpu.launches} == {STREAM} and {one.context for one in gpu.launches} == {CONTEXT}
+        assert all(one.threads % 32 == 0 and one.grid[1:] == (1, 1) for one in gpu.launches)
+
+
+def test_grids_follow_sizes(gpu):
+    x = graph_input("x", t(S, 64))
+    graph = fused([x], [OPS["softmax"](x, dim=-1)], symbols=ANY_S)
+    program = compile_program(graph, gpu.targets)
+    (call,) = [c for c in program.source.splitlines() if "# calls_0" in c]
+    assert call.strip() == "# calls_0: k0_softmax(x_dense, softmax, s)"
+    for n in (1, 16, 33):
+        assert_same(program, graph, [torch.randn(n, 64)])
+    grids = [one.grid[0] for one in gpu.launches]
+    block = -(-33 // grids[-1])
+    assert grids == [-(-n // block) for n in (1, 16, 33)] or grids == [1, 1, 3]
+    gpu.launches.clear()
+    assert program([torch.randn(0, 64)])[0].shape == (0, 64)
+    assert not gpu.launches, "no programs: nothing is launched"
+
+
+def test_the_stream_is_asked_for_at_every_call(gpu):
+    graph = chain()
+    program = compile_program(graph, gpu.targets)
+    for stream in (0, 7, STREAM):
+        gpu.stream = stream
+        program([torch.randn(4, 8), torch.randn(8, 8)])
+    assert [one.stream for one in gpu.launches] == [0, 0, 7, 7, STREAM, STREAM]
+
+
+def test_a_binary_is_loaded_once(gpu):
+    graph = chain()
+    compile_program(graph, gpu.targets)
+    before = gpu.library.fake_modules()
+    compile_program(graph, gpu.targets)
+    assert before == gpu.library.fake_modules() > 0
+
+
+def test_threads_launch_at_the_same_time(gpu):
+    graph = chain()
+    program = compile_program(graph, gpu.targets)
+    values = [[torch.randn(n + 1, 8), torch.randn(8, 8)] for n in range(4)]
+    in_threads(lambda i: assert_same(program, graph, values[i]))  # none of them has a context of its own
+    assert {one.context for one in gpu.launches} == {CONTEXT}
+
+
+def test_the_chosen_device_stays_chosen(gpu):
+    program = compile_program(chain(), gpu.targets)
+    elsewhere = 0x1001
+    gpu.library.cuCtxSetCurrent(elsewhere)
+    try:
+        program([torch.randn(4, 8), torch.randn(8, 8)])
+        assert {one.context for one in gpu.launches} == {CONTEXT}
+        now = ctypes.c_void_p()
+        gpu.library.cuCtxGetCurrent(ctypes.byref(now))
+        assert now.value == elsewhere
+    finally:
+        gpu.library.cuCtxSetCurrent(None)
+
+
+def test_what_does_not_lie_at_16_bytes_is_copied(gpu):
+    x = graph_input("x", t(64))
+    graph = fused([x], [OPS["exp"](x)])
+    program = compile_program(graph, gpu.targets)
+    assert program.copies == ("x",)
+    values = torch.randn(65)
+    for start in (0, 1):
+        assert_same(program, graph, [values[start : start + 64]])
+    straight, moved = gpu.launches
+    assert straight.words[0] % 16 == moved.words[0] % 16 == 0
+
+
+def test_errors_of_the_driver(gpu):
+    program = compile_program(chain(), gpu.targets)
+    gpu.library.fake_fail(700)
+    message = r"cannot launch k0\w* on device 0 \(sm_90\): CUDA_ERROR_ILLEGAL_ADDRESS \(an illegal memory access was encountered\)"
+    with pytest.raises(DriverError, match=message):
+        program([torch.randn(4, 8), torch.randn(8, 8)])
+    assert program([torch.randn(4, 8), torch.randn(8, 8)])[0].shape == (4, 8)
+    gpu.library.fake_fail(12345)
+    with pytest.raises(DriverError, match="error 12345"):
+        program([torch.randn(4, 8), torch.randn(8, 8)])
+
+
+def test_a_binary_of_another_target_is_one_sentence(gpu):
+    x = graph_input("x", t(4))
+    program = toolchain.print_program(lower(make_graph("g", [x], [OPS["exp"](x)]), "k_exp"))
+    binary = toolchain.compile_binary(program, program.launches[0], "sm_80")
+    with pytest.raises(DriverError, match="it was compiled for sm_80, and device 0 is sm_90; compile it for sm_90"):
+        gpu.driver.load(binary)
+
+
+def test_a_driver_that_refuses_a_binary_leaves_the_region_to_eager(gpu):
+    graph = chain()
+    gpu.library.fake_fail(209)
+    program = compile_program(graph, gpu.targets)
+    assert [f.reason.partition(": ")[2] for f in program.fallbacks] == ["CUDA_ERROR_NO_BINARY_FOR_GPU"]
+    assert_same(program, graph, [torch.randn(4, 8), torch.randn(8, 8)])
+
+
+@pytest.mark.parametrize(
+    "target, device, right",
+    [("sm_80", "sm_80", True), ("sm_80", "sm_86", True), ("sm_80", "sm_90", False), ("sm_86", "sm_80", False), ("sm_90", "sm_90", True),
+     ("sm_100", "sm_103", False), ("gfx942", "gfx942", True), ("gfx942", "gfx90a", False), ("sm_90", "gfx942", False)],
+)  # fmt: skip
+def test_what_runs_where(target, device, right):
+    assert runs_on(target, device) is right
+
+
+def test_parameters_are_read_from_assembly():
+    ptx = """.visible .entry softmax(
+	.param .u64 .ptr .global .align 1 softmax_param_0,
+	.param .u32 softmax_param_1,
+	.param .b64 softmax_param_2
+)"""
+    assert parameter_sizes(ptx) == (8, 4, 8)
+    with pytest.raises(ValueError, match="cannot be read"):
+        parameter_sizes(ptx.replace(".u32", ".align 64 .b8"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        parameter_sizes("; nothing")
