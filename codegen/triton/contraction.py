@@ -35,6 +35,8 @@ from .scalars import ATOM, TYPES, Text
 from .schedule import default_schedule
 from .tiles import Tiles, refusal
 
+_INLINE_LENGTH = 32
+
 
 def build_contraction(kernel: Kernel, tiles: Tiles) -> Program:
     """The program of a kernel with contractions. Raises UnsupportedByTriton, also where the tiles are not legal."""
@@ -215,11 +217,12 @@ class _Operand(Expressions):
             return "0.0" if value.dtype.is_floating_point else "0"
         return super()._other(value)
 
-    def block(self, value: Scalar, dtype: torch.dtype) -> Text:
-        """The operand as a whole block of a dtype that is multiplied."""
+    def block(self, value: Scalar, dtype: torch.dtype, word: str) -> Text:
+        """The operand as a whole block of a dtype that is multiplied; what is long has a variable."""
         self.prepare(value)
         zero = None if value in self._zeroed else Text("0.0" if dtype.is_floating_point else "0")
-        return self._block(value, dtype, tuple(a.name for a in self.depth.span.axes), zero, full=True)
+        block = self._block(value, dtype, tuple(a.name for a in self.depth.span.axes), zero, full=True)
+        return block if len(block.code) <= _INLINE_LENGTH else Text(self._variable(word, block.code, self.body or self.outer))
 
 
 class _DotPrinter(_Printer):
@@ -266,13 +269,13 @@ class _DotPrinter(_Printer):
         outer, dtypes = left.outer.lines, [dtype for *_, dtype in self.found.multiplied]
         names = [left.fresh("acc") for _ in dtypes]
         for name, dtype in zip(names, dtypes):
-            outer.append(f"{name} = tl.full([BLOCK_M, BLOCK_N], 0, {TYPES[_accumulator(self.kernel, dtype)]})")
+            outer.append(f"{name} = tl.full([BLOCK_M, BLOCK_N], 0, {TYPES[ACCUMULATORS[dtype]]})")
         body = left.enter().lines if self.k.looped else outer
         right.body = left.body and left.body.shared()
         body.extend(() if all(self.turned) else self.depth_lines(self.k, "[None, :]"))
         body.extend(self.depth_lines(self.down, "[:, None]") if any(self.turned) else ())
         for name, dtype, one, other in zip(names, dtypes, left.kernel.stores, right.kernel.stores):
-            a, b = left.block(one.value, dtype), right.block(other.value, dtype)
+            a, b = left.block(one.value, dtype, "left"), right.block(other.value, dtype, "right")
             first = f"{a.at(ATOM)}.T" if self.turned[0] else a.code
             second = b.code if self.turned[1] else f"{b.at(ATOM)}.T"
             precision = ', input_precision="ieee"' if dtype == torch.float32 else ""
@@ -295,12 +298,6 @@ def _is_turned(found: Product, side: int) -> bool:
         return sum(any(abs(stride(found.kernel, v.index, a)) == 1 for a in axes) for v in loads)
 
     return contiguous(fixed) > contiguous(found.depth)
-
-
-def _accumulator(kernel: Kernel, dtype: torch.dtype) -> torch.dtype:
-    if dtype not in ACCUMULATORS:
-        raise UnsupportedByTriton(what=kernel.name, reason=f"matrix units do not multiply {dtype}")
-    return ACCUMULATORS[dtype]
 
 
 class _SumPrinter(_Printer):

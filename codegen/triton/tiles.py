@@ -12,7 +12,7 @@ import torch
 from ...ir.dims import Dim, SymbolRange, symbol
 from ..kernel import Kernel, Load, cone
 from ..space import Limit, Space
-from .product import FEW, Product, find_product, stride
+from .product import ACCUMULATORS, FEW, Product, find_product, stride
 from .schedule import LARGEST_BLOCK, is_wide, next_power_of_two
 
 PROCESSORS = 128
@@ -104,6 +104,7 @@ def _dot_space(found: Product, unit: Unit) -> Space:
         Limit("a block is one that Triton takes", sympy.Max(m * n, m * k, n * k), LARGEST_BLOCK),
         *_common(found, unit),
     ]
+    limits.extend(Limit(f"matrix units multiply no {d}".replace("torch.", ""), 1) for d in dtypes if d not in ACCUMULATORS)
     if found.reduces:
         limits.append(Limit("a program has all columns that are reduced", found.size(found.columns), n))
         limits.append(Limit("what is reduced over columns is not split", split, 1))
@@ -121,7 +122,7 @@ def _sum_space(found: Product, unit: Unit) -> Space:
         *_common(found, unit),
     ]
     if found.reduces:
-        limits.append(Limit("what is reduced over columns is multiplied by matrix units", 1, 0))
+        limits.append(Limit("what is reduced over columns is multiplied by matrix units", 1))
     return Space({"block_m": _powers(1, FEW), "block_n": _powers(1, 256), "block_k": _powers(FEW, 2048)} | _FREE, tuple(limits))
 
 
