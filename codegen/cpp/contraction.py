@@ -24,7 +24,7 @@ from .lanes import stride_along
 from .plan import Phase, plan_block
 from .printer import KernelPrinter, print_kernel
 from .product import Rewrite, Right, dots, find_product, flatten, merge, plan_right, without_matrix
-from .runs import Runs, find_runs
+from .runs import Runs, find_images, find_runs
 from .schedule import CpuTarget, Schedule, default_schedule
 from .windows import print_reduction
 
@@ -79,8 +79,13 @@ class ContractionPrinter(KernelPrinter):
         if runs is None:
             self.line(f"{call}<{rows}, {self.kind}>({', '.join(sizes)}, threads, left, right, finish);")
             return
-        pieces, sizes[2:] = self.size(*((runs.step,) if runs.step else ())), [self.size(*runs.taps), str(runs.size)]
         data = self.names.buffers[runs.load.buffer]
+        images = find_images(found, runs)
+        if images is not None:
+            points = ", ".join(map(str, images))
+            self.line(f"winograd<{rows}>(Images{{{points}}}, {sizes[1]}, {runs.size}, threads, {data}, left, right, finish);")
+            return
+        pieces, sizes[2:] = self.size(*((runs.step,) if runs.step else ())), [self.size(*runs.taps), str(runs.size)]
         self.line(f"product_of_runs<{rows}, {pieces}>({', '.join(sizes)}, threads, {data}, left, right, finish);")
 
     # ---- positions

@@ -3,11 +3,14 @@
 x[m, k]                                     one run
 inside ? x[b, y + s, x + t, c] : 0          a run over c for each (s, t), all or nothing of which is inside
 the same with few channels                  a run over (t, c) for each s, of which a part may be inside
+
+Windows of 3 x 3 neighbouring points over enough of an image need fewer products than terms (winograd.h).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 
@@ -20,6 +23,8 @@ FEW_ROWS = 8  # so few have paths of their own
 FEW_TILES, DEEP = 8, 6144  # a product of so few tiles and so many terms is divided along its depth
 SHORT = 16  # a shorter run is joined with its neighbours, though parts of it may then be outside
 SHORTEST = 4  # elements of a run that are worth its start
+FEW_CHANNELS, FEW_COLUMNS = 16, 32  # turning fewer into tiles takes what the products save
+MANY_TILES = 128  # of 2 x 2 points; fewer do not pay for turning the weights
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,28 @@ def find_runs(kernel: Kernel, found: Product, right: Right) -> Runs | None:
         return None
     start = value.index.subs({a.symbol: 0 for a in axes[len(taps) :]})
     return Runs(value, taps, step, size, start)  # type: ignore[arg-type]
+
+
+def find_images(found: Product, runs: Runs) -> tuple[int, int, int] | None:
+    """(images, height, width) of the results of a convolution that is faster in tiles (winograd.h); None for other products."""
+    if len(found.rows) < 2 or runs.step is not None or [a.extent for a in runs.taps] != [3, 3]:
+        return None
+    *outer, down, across = found.rows
+    images, height, width, columns = (product(a.extent for a in axes) for axes in (outer, [down], [across], found.columns))
+    if not (isinstance(images, int) and isinstance(height, int) and isinstance(width, int) and isinstance(columns, int)):
+        return None
+    tiles = images * -(-height // 2) * -(-width // 2)
+    if tiles < MANY_TILES or runs.size < FEW_CHANNELS or columns < FEW_COLUMNS:
+        return None
+    together = all(_moves_together(runs.load, point, tap) for point, tap in zip((down, across), runs.taps))
+    return (images, height, width) if together else None
+
+
+def _moves_together(load: Load, point: Axis, tap: Axis) -> bool:
+    """Does one step along the points read what one step along the window reads?"""
+    moved: Any = {point.symbol: point.symbol + 1, tap.symbol: tap.symbol - 1}  # type: ignore[operator]
+    indices = [load.index, *(v.index for v in cone([load.mask] if load.mask else []) if isinstance(v, Position))]
+    return all(sympy.expand(i.subs(moved, simultaneous=True) - i) == 0 for i in map(sympy.sympify, indices))
 
 
 def _divided(load: Load, axes: tuple[Axis, ...]) -> tuple[tuple[Axis, ...], Axis | None, int]:

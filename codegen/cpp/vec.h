@@ -409,6 +409,7 @@ template <class T> struct Row {
 #include "dot.h"
 #include "windows.h"
 #include "runs.h"
+#include "winograd.h"
 #include "recurrence.h"
 #include "attention.h"
 #include "call.h"

@@ -26,7 +26,7 @@ CONTRACTIONS = (
     "heads_epilogue", "gathered_rows", "convolution_channels_last", "convolution_channels_first", "batched", "thin_bfloat16_packed",
 )  # fmt: skip
 ATTENTIONS = ("causal, fewer keys than queries", "narrow heads", "padding", "decode, grouped", "bfloat16", "sizes known at run time")
-CONVOLUTIONS = ("stem", "border_only", "longer_than_registers")
+CONVOLUTIONS = ("stem", "border_only", "longer_than_registers", "tiles_beyond_the_image")
 WINDOWS = ("tails", "stride_dilation", "wide_padding", "symbolic", "max_ceil", "avg_ceil_uncounted")
 
 

@@ -85,7 +85,14 @@ CASES: dict[str, tuple[Kernel, list[dict[str, int]]]] = {
     "any_batch": (convolution(16, 50, (7, 7), images=b, sizes="b"), [{"b": 1}, {"b": 0}, {"b": 5}]),
     "any_image": (convolution(16, 50, (i, j), sizes="ij"), [{"i": 5, "j": 9}, {"i": 1, "j": 1}, {"i": 16, "j": 2}]),
     "any_image_stem": (convolution(3, 50, (i, j), (7, 7), pad=3, sizes="ij"), [{"i": 5, "j": 9}, {"i": 1, "j": 1}, {"i": 16, "j": 12}]),
-    "several_blocks": (convolution(16, 32, (24, 24), width=32), [{}]),
+    "several_blocks": (convolution(16, 24, (24, 24), width=32), [{}]),
+    "tiles": (convolution(16, 32, (24, 24), width=32), [{}]),
+    "tiles_beyond_the_image": (convolution(21, 100, (33, 15)), [{}]),
+    "no_tiles_without_border": (convolution(24, 50, (30, 21), pad=0, images=1), [{}]),
+    "tiles_of_doubles": (convolution(20, 64, (25, 24), images=1, dtype=F64, width=64), [{}]),
+    "tiles_in_blocks": (convolution(256, 40, (24, 24), pad=2, images=1), [{}]),
+    "no_tiles_of_strides": (convolution(16, 40, (48, 48), step=2), [{}]),
+    "no_tiles_of_dilated": (convolution(16, 40, (24, 24), dilation=2, pad=2), [{}]),
 }  # fmt: skip
 COPIED = {"bfloat16"}
 """What is widened when it is read."""
@@ -117,7 +124,8 @@ def test_convolution_computes_what_the_reference_does(name: str, compiled: dict[
 @pytest.mark.parametrize("name", CASES)
 def test_windows_are_not_copied(name: str) -> None:
     text = print_any(CASES[name][0], CpuTarget(64))
-    assert ("product_of_runs" in text) == (name not in COPIED)
+    assert ("winograd" in text) == name.startswith("tiles")
+    assert ("product_of_runs" in text or "winograd" in text) == (name not in COPIED)
 
 
 def test_what_lies_outside_of_the_image_is_not_read() -> None:
@@ -135,16 +143,32 @@ def test_what_lies_outside_of_the_image_is_not_read() -> None:
     torch.testing.assert_close(out, reference.run(made, inputs, {})[0], rtol=1e-4, atol=1e-4)
 
 
-def test_long_sums_are_as_exact_as_the_library() -> None:
-    """More terms than are summed up at once."""
+def test_what_is_not_finite_stays_where_it_is() -> None:
+    """Points of a tile share what is computed; numbers near the largest are finite in the windows that they belong to alone."""
+    made = replace(convolution(16, 48, (24, 24), images=1), name="k_special")
+    (function,) = compile_kernels([made])
+    assert isinstance(function, Compiled) and "winograd" in function.source
+    image, weight, *rest = inputs_of(Case(made, {}, {}), 0)
+    points = image.view(24, 24, 16)
+    points[3, 4, 5], points[10, 11, 2], points[23, 23, 0] = float("inf"), float("nan"), -float("inf")
+    points[16:18, 6:8, 3] = 3e38 * torch.tensor([[1, -1], [-1, 1]])
+    inputs = [image, weight * 1e-2, *rest]
+    actual, expected = launch(function, Case(made, {}, {}), inputs)[0], reference.run(made, inputs, {})[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert not expected.isfinite().all() and expected.isfinite().sum() > 0.9 * expected.numel()
+
+
+@pytest.mark.parametrize("size", [6, 24])
+def test_long_sums_are_as_exact_as_the_library(size: int) -> None:
+    """More terms than are summed up at once; and tiles."""
     channels, out = 512, 64
-    made = replace(convolution(channels, out, (6, 6), images=1, width=64), name="k_long")
+    made = replace(convolution(channels, out, (size, size), images=1, width=64), name="k_long")
     (function,) = compile_kernels([made])
     assert isinstance(function, Compiled), function.reason
     image, weight, *_ = inputs_of(Case(made, {}, {}), 0)
     zeros = [torch.zeros(x.size) for x in made.inputs[2:]]  # type: ignore[arg-type]
-    ours = launch(function, Case(made, {}, {}), [image, weight, *zeros])[0].view(6, 6, out).double()
-    operands = image.view(1, 6, 6, channels).permute(0, 3, 1, 2), weight.view(3, 3, channels, out).permute(3, 2, 0, 1)
+    ours = launch(function, Case(made, {}, {}), [image, weight, *zeros])[0].view(size, size, out).double()
+    operands = image.view(1, size, size, channels).permute(0, 3, 1, 2), weight.view(3, 3, channels, out).permute(3, 2, 0, 1)
     exact, theirs = (torch.conv2d(*(v.to(d) for v in operands), padding=1).relu()[0].permute(1, 2, 0).double() for d in (F64, F32))
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
     assert (ours - exact).square().mean() <= 4 * (theirs - exact).square().mean()
