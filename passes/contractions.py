@@ -1,11 +1,16 @@
-"""Contractions that become kernels of ours: those whose constant weight lies in panels. `pack-weights` puts it there: that decides.
+"""Contractions that become kernels of ours: a table entry for each type of device.
+
+On a CPU those whose constant weight lies in panels. `pack-weights` puts it there: that decides.
 
     w [n, k]  -->  panels [n / 48, k, 48]
 
-The 48 columns that one register block of a kernel reads stand together for each k.
+The 48 columns that one register block of a kernel reads stand together for each k. On a GPU those that a pointwise value follows, which
+then costs no memory traffic; the library's are faster where nothing does, and at convolutions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -30,9 +35,38 @@ MIN_WEIGHT_BYTES = 1 << 16
 """A smaller weight is in the cache, where the library's start is all that counts."""
 
 
+GPU_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+"""What matrix units, or as many multipliers, take."""
+
+
 def is_native(node: Node) -> bool:
-    """Whether the contraction is a kernel of ours: its weight is packed, or few rows stream it."""
-    return node.op.name in PRODUCTS and (is_packed(node.inputs[1]) or has_few_rows(node))
+    """Whether the contraction can be a kernel of ours."""
+    if node.op.name not in PRODUCTS:
+        return False
+    rule = NATIVE.get(_device_type(node))
+    return rule is not None and rule(node)
+
+
+def needs_follower(node: Node) -> bool:
+    """Whether a contraction is the library's where no pointwise value follows it."""
+    return _device_type(node) == "cuda"
+
+
+def _device_type(node: Node) -> str:
+    return node.tensor.device.split(":")[0]
+
+
+def _on_cpu(node: Node) -> bool:
+    """Its weight is packed, or few rows stream it."""
+    return is_packed(node.inputs[1]) or has_few_rows(node)
+
+
+def _on_gpu(node: Node) -> bool:
+    return node.op.name != "conv" and node.dtype in GPU_DTYPES
+
+
+NATIVE: dict[str, Callable[[Node], bool]] = {"cpu": _on_cpu, "cuda": _on_gpu}
+"""Device type -> which contractions can be kernels of ours there."""
 
 
 def has_few_rows(node: Node) -> bool:

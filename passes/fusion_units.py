@@ -14,7 +14,7 @@ from ..ir.graph import Graph, Node, is_scalar, order, scalar_value, users
 from ..ir.op import Category
 from ..ir.reasons import Reason
 from .attentions import attention_refusal, is_native_attention, merging_reshapes
-from .contractions import is_native
+from .contractions import is_native, needs_follower
 from .facts import readers_through
 from .windows import is_native_window
 
@@ -69,6 +69,9 @@ def find_units(graph: Graph) -> Units:
             refusal = _refusal(node)
             if refusal is not None or not _computes(node) and node not in merging:
                 units.barriers[node] = refusal
+    for node in units.nodes:
+        if is_native(node) and units.computes(node) and needs_follower(node) and not _is_followed(node, units):
+            units.barriers[node] = None
     _inline_cheap(units)
     for node in units.nodes:
         if node not in units.transparent:
@@ -112,6 +115,12 @@ def _refusal(node: Node) -> Refusal | None:
         if x.tensor.device != node.tensor.device:
             return Refusal(Reason.DIFFERENT_DEVICE, node, f"{x.type} and {node.type}")
     return None
+
+
+def _is_followed(node: Node, units: Units) -> bool:
+    """Whether a pointwise value reads the node, as it is or through views, and can be in its kernel."""
+    readers = readers_through(node, units.readers, set(units.graph.roots), lambda n: n.op.name in VIEW_INDEX)
+    return any(r is not None and r.op.category is Category.POINTWISE and units.computes(r) for r in readers)
 
 
 def _inline_cheap(units: Units) -> None:

@@ -1,0 +1,71 @@
+"""Contractions of a graph on a GPU: which become kernels of ours, and that these have a Triton form. No GPU is needed."""
+
+from __future__ import annotations
+
+import pytest
+from fusion_checks import kernels
+from tilewright.codegen.lower import lower
+from tilewright.ir.graph import order
+from tilewright.ir.text import parse
+from tilewright.passes.contractions import NATIVE
+from tilewright.passes.fuse_regions import FuseRegions
+
+LAYER = """
+    graph g(x: {t}[b, 256]@cuda:0, w: {t}[512, 256]@cuda:0, c: {t}[512]@cuda:0, r: {t}[b, 512]@cuda:0) where b in 1..4096
+    stage canonical {{
+      h = linear(x, w, c)
+      g = gelu(h)
+      a = add(g, r)
+      return a
+    }}"""
+
+
+def on_gpu(text: str):
+    return FuseRegions().run(parse(text))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_a_linear_and_what_follows_it_is_one_kernel(dtype: str) -> None:
+    after = on_gpu(LAYER.format(t=dtype))
+    assert kernels(after) == ["linear+gelu+add"]
+
+
+def test_one_that_nothing_follows_is_the_librarys() -> None:
+    after = on_gpu(
+        """
+        graph g(x: bf16[64, 256]@cuda:0, w: bf16[512, 256]@cuda:0, v: bf16[512, 512]@cuda:0) stage canonical {
+          h = linear(x, w)
+          y = relu(linear(h, v))
+          return y
+        }""".replace("relu(linear(h, v))", "linear(h, v)\n          z = relu(y)").replace("return y", "return z")
+    )
+    assert [n.op.name for n in order(after) if n.op.name != "input"] == ["linear", "region"]
+    assert kernels(after) == ["linear+relu"]
+
+
+def test_other_dtypes_and_convolutions_are_the_librarys() -> None:
+    assert kernels(on_gpu(LAYER.format(t="f64"))) == ["gelu+add"]
+    after = on_gpu("""
+        graph g(x: f32[2, 8, 16, 16]@cuda:0, w: f32[8, 8, 3, 3]@cuda:0) stage canonical {
+          h = conv(x, w, stride=[1, 1], padding=[1, 1], dilation=[1, 1], groups=1)
+          y = relu(h)
+          return y
+        }""")
+    assert kernels(after) == ["relu"]
+
+
+def test_the_cpu_has_its_own_rule() -> None:
+    assert set(NATIVE) == {"cpu", "cuda"}
+    assert kernels(FuseRegions().run(parse(LAYER.format(t="f32").replace("@cuda:0", "")))) == ["gelu+add"]
+
+
+def test_the_kernel_has_a_triton_form() -> None:
+    pytest.importorskip("triton")
+    from tilewright.codegen.triton.offline import compile_program
+    from tilewright.codegen.triton.templates import build
+
+    (region,) = (n for n in order(on_gpu(LAYER.format(t="bf16"))) if n.op.name == "region")
+    program = build(lower(region.attrs["body"], "layer"))
+    assert "tl.dot" in program.source and "libdevice.erf" in program.source
+    (compiled,) = compile_program(program, "sm_90")
+    assert compiled.spills == 0 and "wgmma" in compiled.stages["ptx"]
