@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 Frame = tuple[Any, ...]
 MAX_FRAMES = 64  # sets of sizes that one arena remembers
+MAX_STREAMS = 64  # whose arenas are kept
 
 
 class Arena:
@@ -34,6 +36,42 @@ class Arena:
             self._frames.clear()
         self._frames[sizes] = made = prepare(self._memory, *sizes)
         return made
+
+
+class PerStream:
+    """The arenas that no call is using, apart for each stream of a GPU: what is enqueued on one may still work in the arenas of its calls.
+
+    streams: ask for the current ones of the devices. capturing: whether they are being captured; then a graph owns what is allocated, and
+    no later call may have it.
+    """
+
+    def __init__(self, streams: Sequence[Callable[[], int]], capturing: Callable[[], bool]) -> None:
+        self._streams = tuple(streams)
+        self._capturing = capturing
+        self._free: dict[tuple[int, ...], list[Arena]] = {}
+
+    def __call__(self) -> list[Arena]:
+        """Those of the current streams; new ones are added to the list."""
+        if self._capturing():
+            return []
+        key = tuple(stream() for stream in self._streams)
+        if key not in self._free and len(self._free) >= MAX_STREAMS:
+            self._free.clear()
+        return self._free.setdefault(key, [])
+
+
+def per_stream(devices: Sequence[str]) -> PerStream | None:
+    """For the GPUs among the devices; None where there is none."""
+    places = [torch.device(d) for d in devices if d.startswith("cuda")]
+    if not places:
+        return None
+    indices = sorted({torch.cuda.current_device() if place.index is None else place.index for place in places})
+    return PerStream([functools.partial(raw_stream, index) for index in indices], torch.cuda.is_current_stream_capturing)
+
+
+def raw_stream(index: int) -> int:
+    """The address of the current stream of a GPU, as Triton's launches ask for it: a tenth of the cost of torch.cuda.current_stream."""
+    return torch._C._cuda_getCurrentRawStream(index)  # type: ignore[attr-defined]
 
 
 def slot(memory: torch.Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

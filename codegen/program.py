@@ -17,7 +17,7 @@ from ..ir.graph import Graph, Node, is_scalar, order
 from ..ir.op import Category
 from ..ir.ops.views import laid_out
 from ..ir.types import ScalarType, TensorType
-from .arena import Arena, slot
+from .arena import Arena, per_stream, slot
 from .host import Host, Scope, Value
 from .regions import Built, KernelInfo, build_regions, cost, covered, emit_region
 from .steps import emit_call, emit_constant, emit_view, is_library_call
@@ -65,6 +65,7 @@ class Program:
         self.seconds = dict(built.seconds)
         self._device = next((n.tensor.device for n in graph.arena), "cpu")
         self._arenas: list[Arena] = []
+        self._arenas_of_streams = per_stream(_devices(graph))
         names = host.names
         filename = f"<tilewright {graph.name} {id(self):x}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
@@ -93,14 +94,15 @@ class Program:
             torch._C._set_grad_enabled(False)  # torch.no_grad() takes five times as long
         try:
             sizes = self._sizes(inputs)
+            free = self._arenas if self._arenas_of_streams is None else self._arenas_of_streams()
             try:
-                arena = self._arenas.pop()
+                arena = free.pop()
             except IndexError:  # every arena is in use by another call
                 arena = Arena(self._device)
             try:
                 return self._call(inputs, arena.frame(sizes, self._nbytes, self._prepare), *sizes)
             finally:
-                self._arenas.append(arena)
+                free.append(arena)
         finally:
             if recording:
                 torch._C._set_grad_enabled(True)
@@ -230,6 +232,11 @@ def _reads_any(node: Node, inputs: set[Node]) -> bool:
             return True
         stack.extend(may_share(node))
     return False
+
+
+def _devices(graph: Graph) -> list[str]:
+    types = [t for node in order(graph) for t in (node.type if isinstance(node.type, tuple) else (node.type,))]
+    return sorted({t.device for t in types if isinstance(t, TensorType)})
 
 
 def _runs(graph: Graph, built: Built) -> tuple[list[Fallback], list[LibraryCall]]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ...ir.errors import TilewrightError
+from ..arena import raw_stream
 from ..threads import loaded_libraries
 from .binary import Binary, runs_on
 
@@ -196,8 +197,7 @@ def driver_of(index: int) -> Driver | None:
     library = _library(functions)
     if library is None:
         return None
-    stream = functools.partial(torch._C._cuda_getCurrentRawStream, index)  # type: ignore[attr-defined]  # what Triton's launches ask too
-    return Driver(functions, library, index, _facts(index), stream)
+    return Driver(functions, library, index, _facts(index), functools.partial(raw_stream, index))
 
 
 def _library(functions: Functions) -> ctypes.CDLL | None:

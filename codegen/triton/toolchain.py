@@ -41,9 +41,9 @@ def compile_kernels(kernels: Sequence[Kernel], device: str = "cuda", driver: Dri
         routines = build([RUN, LAUNCH], detect_target().level) if driver is not None else [BuildError(function="run", reason="")]
     except DriverError as error:
         return [Failed(kernel, str(error)) for kernel in kernels]
-    if driver is None or any(isinstance(routine, BuildError) for routine in routines):
+    run, entry = routines[0], routines[-1]
+    if driver is None or isinstance(run, BuildError) or isinstance(entry, BuildError):
         return [_for_triton(kernel) for kernel in kernels]
-    run, entry = routines
     with ThreadPoolExecutor(cores()) as pool:
         return list(pool.map(lambda kernel: _compile(kernel, driver, run, _address(entry)), kernels))
 

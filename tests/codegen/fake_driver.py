@@ -1,13 +1,15 @@
 """A GPU of memory that the CPU has: its driver library is fake_driver.cc, and kernels run in Triton's interpreter.
 
-gpu = FakeGpu("sm_90", tmp_path)
+gpu = FakeGpu("sm_90")
 program = compile_program(graph, gpu.targets)      # everything but the device is real: binaries, words, grids, streams, errors
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
+import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,19 +45,23 @@ class Launched:
     words: tuple[int, ...]
 
 
-def build_library(folder: Path) -> ctypes.CDLL:
+@functools.cache
+def library() -> ctypes.CDLL:
     compiler = find_compiler()
     assert compiler is not None
-    library = folder / "fake_driver.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-std=c++20", str(Path(__file__).with_suffix(".cc")), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fake_driver.so"
+        subprocess.run([compiler, "-shared", "-fPIC", "-std=c++20", str(Path(__file__).with_suffix(".cc")), "-o", str(path)], check=True)
+        return ctypes.CDLL(str(path))
 
 
 class FakeGpu:
     """launches: what was launched, in order. Kernels with a program that `run` is told of are computed."""
 
-    def __init__(self, architecture: str, folder: Path, shared: int = 232_448, index: int = 0) -> None:
-        self.library = build_library(folder)
+    def __init__(self, architecture: str, shared: int = 232_448, threads: int = 1024, index: int = 0) -> None:
+        self.library = library()
+        self.library.fake_fail(0)
+        self.library.fake_most_threads(threads)
         self.launches: list[Launched] = []
         self.stream = STREAM
         self.driver = Driver(FUNCTIONS["cuda"], self.library, index, Facts(architecture, shared), lambda: self.stream)
@@ -90,9 +96,8 @@ class FakeGpu:
 def _compute(program: Program, one: Launch, grid: tuple[int, ...], words: tuple[int, ...]) -> None:
     """What the kernel does, on the memory that it was given."""
     sizes = dict(zip(program.kernel.sizes, words[len(one.buffers) :]))
-    tensors = {
-        name: _tensor(at, evaluate(program.buffer(name).size, sizes), program.buffer(name).dtype) for name, at in zip(one.buffers, words)
-    }
+    buffers = [program.buffer(name) for name in one.buffers]
+    tensors = {b.name: _tensor(address, evaluate(b.size, sizes), b.dtype) for b, address in zip(buffers, words)}
     launch_one(program, one, grid, tensors, sizes)
 
 

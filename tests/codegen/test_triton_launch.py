@@ -1,8 +1,9 @@
-"""Launches: binaries, words, grids, streams, scratch and errors. Against a driver library that stands for a GPU, and on a GPU if there is one."""
+"""Launches: binaries, words, grids, streams, scratch and errors, by a driver library that stands for a GPU, and on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,20 +13,23 @@ pytest.importorskip("triton")
 
 from fake_driver import CONTEXT, STREAM, FakeGpu
 from test_program import ANY_S, S, assert_same, fused, t
+from tilewright.codegen.arena import Arena, PerStream
+from tilewright.codegen.build import BuildError
 from tilewright.codegen.lower import lower
 from tilewright.codegen.program import compile_program
 from tilewright.codegen.triton import toolchain
 from tilewright.codegen.triton.binary import parameter_sizes, runs_on
-from tilewright.codegen.triton.driver import DriverError
-from tilewright.ir.graph import graph_input, make_graph
+from tilewright.codegen.triton.driver import SHARED_BYTES_FREELY, DriverError
+from tilewright.codegen.triton.tiles import Tiles
+from tilewright.ir.graph import Stage, graph_input, make_graph
 from tilewright.ir.ops import OPS
 
 pytestmark = NATIVE
 
 
 @pytest.fixture
-def gpu(tmp_path, monkeypatch):
-    made = FakeGpu("sm_90", tmp_path)
+def gpu(monkeypatch):
+    made = FakeGpu("sm_90")
     made.watch(monkeypatch)
     return made
 
@@ -143,6 +147,104 @@ def test_a_driver_that_refuses_a_binary_leaves_the_region_to_eager(gpu):
     program = compile_program(graph, gpu.targets)
     assert [f.reason.partition(": ")[2] for f in program.fallbacks] == ["CUDA_ERROR_NO_BINARY_FOR_GPU"]
     assert_same(program, graph, [torch.randn(4, 8), torch.randn(8, 8)])
+
+
+def product(m, n, k):
+    """A region that is a product: one kernel of ours."""
+    x, w = graph_input("x", t(m, k)), graph_input("w", t(k, n))
+    a, b = graph_input("a", t(m, k)), graph_input("b", t(k, n))
+    body = make_graph("body", [a, b], [OPS["matmul"](a, b)])
+    return make_graph("g", [x, w], [OPS["region"](x, w, body=body)], stage=Stage.FUSED)
+
+
+def test_launches_of_one_kernel_share_memory(gpu, monkeypatch):
+    """The depth of a product in two parts: sums of each in memory of its own, added by a second launch."""
+    halves = Tiles(16, 16, 16, split_k=2, num_warps=1, num_stages=1)
+    printed = toolchain.print_program
+    monkeypatch.setattr(toolchain, "print_program", lambda kernel, schedule=None: printed(kernel, halves))
+    graph = product(24, 16, 70)
+    program = compile_program(graph, gpu.targets)
+    assert_same(program, graph, [torch.randn(24, 70), torch.randn(70, 16)], rtol=1e-4, atol=1e-4)
+    first, second = gpu.launches
+    assert first.grid[:2] == (2, 2) and second.grid[1:] == (1, 1)
+    assert set(first.words[:3]) & set(second.words[:2]), "what the second reads is what the first wrote"
+    assert program.source.count("run(calls_") == 1
+
+
+def test_memory_of_the_compiler(gpu, monkeypatch):
+    """A kernel that Triton wants memory for, some bytes for every program of its grid."""
+    compiled = toolchain.compile_binary
+    monkeypatch.setattr(toolchain, "compile_binary", lambda *parts: replace(compiled(*parts), scratch=48))
+    x = graph_input("x", t(S, 64))
+    graph = fused([x], [OPS["softmax"](x, dim=-1)], symbols=ANY_S)
+    program = compile_program(graph, gpu.targets)
+    assert_same(program, graph, [torch.randn(40, 64)])
+    (one,) = gpu.launches
+    assert one.words[-2] % 16 == 0 and one.words[-2] not in (0, *one.words[:2]) and one.words[-1] == 0
+    assert "uint8" in program.source
+
+
+def test_a_smaller_schedule_is_taken_where_the_device_has_not_enough(gpu, monkeypatch):
+    graph, values = product(128, 128, 128), [torch.randn(128, 128), torch.randn(128, 128)]
+    compile_program(graph, gpu.targets)(values)
+    shared = gpu.launches[0].shared - 1
+    small = FakeGpu("sm_90", shared=shared)
+    small.watch(monkeypatch)
+    program = compile_program(graph, small.targets)
+    (kernel,) = program.kernels
+    assert f"it takes {shared + 1} bytes of shared memory, and device 0 (sm_90) has {shared} for one program" in kernel.notes[0]
+    assert_same(program, graph, values, rtol=1e-4, atol=1e-4)
+    assert small.launches[0].shared <= shared
+
+
+def test_a_kernel_that_no_schedule_fits_runs_by_eager():
+    gpu = FakeGpu("sm_80", shared=100)
+    graph = product(128, 128, 128)
+    program = compile_program(graph, gpu.targets)
+    assert not program.kernels and program.fallbacks[0].reason.count("bytes of shared memory") == toolchain.TRIES
+    assert_same(program, graph, [torch.randn(128, 128), torch.randn(128, 128)])
+
+
+def test_more_threads_than_registers_are_for():
+    program = compile_program(chain(), FakeGpu("sm_90", threads=16).targets)
+    assert "threads per program, and has registers for 16" in program.fallbacks[0].reason
+
+
+def test_shared_memory_is_asked_for(gpu):
+    graph = product(256, 256, 256)
+    program = compile_program(graph, gpu.targets)
+    assert_same(program, graph, [torch.randn(256, 256), torch.randn(256, 256)], rtol=1e-4, atol=1e-4)
+    (one,) = gpu.launches
+    assert one.shared <= SHARED_BYTES_FREELY or gpu.library.fake_allowed_shared() == one.shared
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_without_a_device_triton_launches(device):
+    x = graph_input("x", t(4))
+    (compiled,) = toolchain.compile_kernels([lower(make_graph("g", [x], [OPS["exp"](x)]), "k_exp")], device)
+    assert compiled.native is None or torch.cuda.is_available()
+
+
+def test_without_a_compiler_triton_launches(gpu, monkeypatch):
+    monkeypatch.setattr(toolchain, "build", lambda sources, level: [BuildError(function=s.name, reason="none") for s in sources])
+    graph = chain()
+    program = compile_program(graph, gpu.targets)
+    assert_same(program, graph, [torch.randn(4, 8), torch.randn(8, 8)])
+    assert not gpu.launches and not program.fallbacks
+
+
+def test_arenas_belong_to_streams():
+    now, capturing = [1], [False]
+    free = PerStream([lambda: now[0]], lambda: capturing[0])
+    first = Arena("cpu")
+    free().append(first)
+    now[0] = 2
+    assert free() == []
+    now[0] = 1
+    assert free() == [first]
+    capturing[0] = True
+    free().append(Arena("cpu"))
+    assert free() == []
 
 
 @pytest.mark.parametrize(
