@@ -96,11 +96,12 @@ def _dot_space(found: Product, unit: Unit) -> Space:
     m, n, k, warps, stages, split = _symbols("block_m", "block_n", "block_k", "num_warps", "num_stages", "split_k")
     dtypes = [dtype for *_, dtype in found.multiplied]
     size, several = max(d.itemsize for d in dtypes), len(dtypes)
+    lefts, rights = (len({pair[side] for pair in found.operands}) for side in (0, 1))
     least = max(_LEAST_DEPTH.get(d, FEW) for d in dtypes)
     threads = unit.lanes * warps
     limits = [
         Limit("the sums fit half of the registers", m * n * several * max(size // 4, 1), unit.registers // 2 * threads),
-        Limit("operand blocks fit shared memory", size * several * (stages - unit.unbuffered) * k * (m + n), unit.shared),
+        Limit("operand blocks fit shared memory", size * (stages - unit.unbuffered) * k * (lefts * m + rights * n), unit.shared),
         Limit("a block is one that Triton takes", sympy.Max(m * n, m * k, n * k), LARGEST_BLOCK),
         *_common(found, unit),
     ]
@@ -160,7 +161,7 @@ def _tiled(found: Product, dtypes: list[torch.dtype], wide: bool) -> Tiles:
     sizes = {name: found.size(axes) for name, axes in (("m", found.rows), ("n", found.columns), ("k", found.depth))}
     m, n, k = min((_BLOCKS.get(d, _BLOCKS[torch.float32]) for d in dtypes), key=lambda b: b[0] * b[1])
     m, n = (max(FEW, min(block, _above(sizes[name]))) for name, block in (("m", m), ("n", n)))
-    k = max(_LEAST_DEPTH.get(dtypes[0], FEW), min(k, _above(sizes["k"])))
+    k = max(_LEAST_DEPTH.get(dtypes[0], FEW), min(k // next_power_of_two(len(dtypes)), _above(sizes["k"])))
     if found.reduces:
         n = max(FEW, _above(sizes["n"]))
         m = max(FEW, min(m, 8192 // n))

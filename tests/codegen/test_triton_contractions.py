@@ -175,6 +175,12 @@ def test_programs_fill_the_device() -> None:
     assert tiles(64, 512, tall[1]).split_k > 1
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_start_is_legal_everywhere(target: str) -> None:
+    for kernel in (*(c.kernel for c in HAND.values()), *(kernel for kernel, _ in _compiled().values())):
+        assert refusal(kernel, default_tiles(kernel), target) is None, kernel.name
+
+
 REFUSED = {
     "block_m is one of 16, 32, 64, 128, 256, not 8": Tiles(8, 16, 16),
     "block_k is one of 16, 32, 64, 128, 256, not 24": Tiles(16, 16, 24),
