@@ -29,10 +29,13 @@ BUSY = 256
 SHARE = 256
 """Keys that are worth a program of their own."""
 
+_IN_FLIGHT = 16 << 10
+"""Bytes of keys and values that few queries wait for at a time."""
+
 _DEFAULTS: dict[int, tuple[tuple[int, tuple[int, int, int, int]], ...]] = {
-    2: ((64, (128, 64, 4, 3)), (128, (128, 64, 8, 2)), (256, (64, 32, 4, 2))),
-    4: ((64, (64, 32, 4, 2)), (128, (64, 32, 8, 2)), (256, (32, 16, 4, 1))),
-    8: ((64, (32, 16, 4, 1)), (128, (32, 16, 8, 1)), (256, (16, 16, 8, 1))),
+    2: ((64, (128, 64, 8, 3)), (128, (128, 64, 8, 2)), (256, (64, 32, 8, 2))),
+    4: ((64, (64, 32, 8, 2)), (128, (32, 16, 8, 2)), (256, (32, 16, 8, 1))),
+    8: ((64, (32, 16, 8, 1)), (128, (16, 16, 8, 1)), (256, (16, 16, 8, 1))),
 }
 """Bytes of an element -> (widest head, (block_m, block_n, num_warps, num_stages)): without spills for sm_80, sm_90 and gfx942."""
 
@@ -68,7 +71,7 @@ def space(kernel: Kernel, found: Attention) -> Space:
     limits = (
         Limit("keys and values in flight fit shared memory", stages * n * (depth + width) * element_size(kernel, found), SHARED_BYTES),
         Limit("what is attended and its scores fit registers", m * (n + width) * words, 32 * REGISTERS * warps),
-        Limit("every warp has a part of the scores", 64 * warps, m * n),
+        Limit("every thread has a score", 32 * warps, m * n),
     )
     powers = (16, 32, 64, 128)
     splits = tuple(1 << k for k in range(8))
@@ -94,7 +97,9 @@ def default_tiles(kernel: Kernel, found: Attention, ranges: Mapping[str, SymbolR
     rows = product(a.extent for a in found.rows)
     if isinstance(rows, int) and rows < m:
         m = padded(rows)
-        warps = 4
+    if m == LEAST:  # the keys set the time
+        flight = _IN_FLIGHT // ((padded(found.depth.extent) + padded(found.column.extent)) * size)
+        n, warps, stages = max(LEAST, min(128, next_power_of_two(flight + 1) // 2)), 4, 3 if flight >= LEAST else 1
     tiles = AttentionTiles(m, n, warps, stages, wide=is_wide(kernel, ranges or {}))
     return replace(tiles, splits=_splits(found, tiles))
 
