@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,26 +11,44 @@ from ..ir.analysis.points import Refusal
 from ..ir.dims import same
 from ..ir.graph import Node
 from ..ir.reasons import Reason
+from .facts import device_type
 
-_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 MOST_COLUMNS = 256
 """Wider heads do not fit the tiles."""
 
 
+@dataclass(frozen=True)
+class Walked:
+    """What the template of a device walks. multiple: of which the columns of a head are."""
+
+    dtypes: frozenset[torch.dtype]
+    multiple: int
+
+
+WALKED: dict[str, Walked] = {
+    "cpu": Walked(frozenset({torch.float32, torch.bfloat16, torch.float16}), 4),
+    "cuda": Walked(frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}), 1),
+}
+"""Device type -> attentions that are kernels of ours there."""
+
+
 def is_native_attention(node: Node) -> bool:
-    return node.op.name == "attention" and node.tensor.device == "cpu" and attention_refusal(node) is None
+    return node.op.name == "attention" and device_type(node) in WALKED and attention_refusal(node) is None
 
 
 def attention_refusal(node: Node) -> Refusal | None:
-    """Why an attention on a CPU is left to the library."""
+    """Why an attention is left to the library; nothing where we have no template for the device."""
+    walked = WALKED.get(device_type(node))
+    if walked is None:
+        return None
     _, k, v = node.inputs[:3]
-    if node.dtype not in _DTYPES:
+    if node.dtype not in walked.dtypes:
         return Refusal(Reason.UNSUPPORTED_DTYPE, node, str(node.type))
     widths = (k.shape[-1], v.shape[-1])
-    if any(not isinstance(d, int) or d > MOST_COLUMNS or d % 4 for d in widths):
+    if any(not isinstance(d, int) or d > MOST_COLUMNS or d % walked.multiple for d in widths):
         return Refusal(Reason.LIBRARY_CALL, node, f"heads of {widths[0]} and {widths[1]} columns")
-    if any(same(k.shape[-2], n) for n in (0, 1)):
-        return Refusal(Reason.LIBRARY_CALL, node, f"{k.shape[-2]} keys")
+    if any(same(k.shape[-2], n) for n in (0, 1)) or any(d == 1 for d in widths):
+        return Refusal(Reason.LIBRARY_CALL, node, f"{k.shape[-2]} keys of {widths[0]} and {widths[1]} columns")
     return None
 
 

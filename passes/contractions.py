@@ -17,6 +17,7 @@ import torch
 from ..ir.dims import product
 from ..ir.graph import Node
 from ..ir.op import Category
+from .facts import device_type
 
 PANELS = {48: 1.0, 32: 1.04, 16: 1.35}
 """Columns of a panel -> time for one column, relative: narrower ones leave registers idle, a wider one (64) comes from the second-level
@@ -43,17 +44,13 @@ def is_native(node: Node) -> bool:
     """Whether the contraction can be a kernel of ours."""
     if node.op.name not in PRODUCTS:
         return False
-    rule = NATIVE.get(_device_type(node))
+    rule = NATIVE.get(device_type(node))
     return rule is not None and rule(node)
 
 
 def needs_follower(node: Node) -> bool:
     """Whether a contraction is the library's where no pointwise value follows it."""
-    return _device_type(node) == "cuda"
-
-
-def _device_type(node: Node) -> str:
-    return node.tensor.device.split(":")[0]
+    return device_type(node) == "cuda"
 
 
 def _on_cpu(node: Node) -> bool:

@@ -26,6 +26,11 @@ def literal(node: Node) -> Number | None:
     return value if isinstance(value, (bool, int, float, complex)) else None
 
 
+def device_type(node: Node) -> str:
+    """ "cuda" of a tensor on "cuda:0"."""
+    return node.tensor.device.split(":")[0]
+
+
 def is_literal(node: Node, value: Number) -> bool:
     """`node` is exactly `value` everywhere; 0.0 and -0.0 differ."""
     found = literal(node)

@@ -100,7 +100,7 @@ def _refusal(node: Node) -> Refusal | None:
     """Why a node that could be fused by its kind cannot by its types or layout."""
     if node.op.name == "as_strided":
         return Refusal(Reason.LAYOUT, node, f"strides {list(node.attrs['of'])} of {node.inputs[0].type}")
-    if node.op.name == "attention" and node.tensor.device == "cpu":
+    if node.op.name == "attention":
         return attention_refusal(node)
     if not _computes(node):
         return None
