@@ -44,7 +44,7 @@ class Trial:
 class KernelLine:
     """A generated kernel: what it computes, from which source lines, how many ops one call covers, how many places call it.
 
-    flops and bytes are those of all its calls together.
+    flops and bytes are those of all its calls together. notes: the schedules that were tried before, each with what was wrong.
     """
 
     name: str
@@ -54,6 +54,7 @@ class KernelLine:
     uses: int
     flops: int
     bytes: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def make_receipt(program: Program, notes: Notes, seconds: Mapping[str, float]) -
     """The receipt of a compiled graph. seconds: of each pass."""
     return Receipt(
         graph=program.name,
-        kernels=tuple(KernelLine(k.name, k.label, k.sources, k.nodes, k.uses, k.flops, k.bytes) for k in program.kernels),
+        kernels=tuple(KernelLine(k.name, k.label, k.sources, k.nodes, k.uses, k.flops, k.bytes, k.notes) for k in program.kernels),
         library=tuple(program.library),
         fallbacks=tuple(program.fallbacks),
         applied=tuple(notes.applied),

@@ -89,7 +89,7 @@ def _coverage(receipt: Receipt) -> Table:
 def _kernels(receipt: Receipt, details: bool) -> Table:
     table = _grid(("name", "left"), ("ops", "right"), ("calls", "right"), ("moves", "right"), ("from", "left"))
     for k in receipt.kernels:
-        name = f"{k.name}\n  {k.label}" if details else k.name
+        name = "\n  ".join((k.name, k.label, *k.notes)) if details else k.name
         sources = "\n".join(k.sources) if details else _few(k.sources)
         _row(table, name, k.nodes, k.uses, f"{_scaled(k.bytes)}B", sources)
     return table

@@ -1,5 +1,5 @@
-// A driver library without a device: what codegen/triton/driver.py and the launches in cpp/call.h call of CUDA's. It counts modules, keeps
-// what each launch was given, and hands it to a function of the test, which computes what the kernel would have.
+// A driver library without a device: what codegen/triton/driver.py and the launches in cpp/call.h call of CUDA's, and of HIP's. It counts
+// modules, and hands what each launch was given to a function of the test, which computes what the kernel would have.
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -57,4 +57,21 @@ int cuGetErrorName(int error, const char** text) {
 int cuGetErrorString(int error, const char** text) {
   return *text = error == 700 ? "an illegal memory access was encountered" : nullptr, *text ? 0 : 1;
 }
+
+// HIP: threads choose a device by its number, and one is always chosen.
+int hipInit(unsigned flags) { return cuInit(flags); }
+int hipGetDevice(int* device) { return *device = (int)(intptr_t)context, 0; }
+int hipSetDevice(int device) { return context = (void*)(intptr_t)device, 0; }
+int hipModuleLoadData(void** module, const void* image) { return *module = new Module{image}, modules++, taken(); }
+int hipModuleGetFunction(void** function, void* module, const char* name) { return cuModuleGetFunction(function, module, name); }
+int hipFuncGetAttribute(int* value, int attribute, void* function) { return cuFuncGetAttribute(value, attribute, function); }
+int hipModuleLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared,
+                          void* stream, void** parameters, void** extra) {
+  if (extra) return 1;
+  const Seen seen{((Function*)function)->name.c_str(), {x, y, z}, threads, shared, stream, context, parameters};
+  if (handler) handler(&seen);
+  return taken();
+}
+int hipDrvGetErrorName(int error, const char** text) { return *text = error == 719 ? "hipErrorLaunchFailure" : nullptr, 0; }
+int hipDrvGetErrorString(int, const char** text) { return *text = nullptr, 0; }
 }

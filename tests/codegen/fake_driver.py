@@ -64,7 +64,8 @@ class FakeGpu:
         self.library.fake_most_threads(threads)
         self.launches: list[Launched] = []
         self.stream = STREAM
-        self.driver = Driver(FUNCTIONS["cuda"], self.library, index, Facts(architecture, shared), lambda: self.stream)
+        functions = FUNCTIONS["hip" if architecture.startswith("gfx") else "cuda"]
+        self.driver = Driver(functions, self.library, index, Facts(architecture, shared), lambda: self.stream)
         self.targets = {"cpu": Target("triton", lambda kernels, device: toolchain.compile_kernels(kernels, device, self.driver))}
         self._one_at_a_time = threading.Lock()  # as the interpreter works
         self._programs: dict[str, tuple[Program, Launch, int]] = {}

@@ -133,6 +133,23 @@ def test_errors_of_the_driver(gpu):
         program([torch.randn(4, 8), torch.randn(8, 8)])
 
 
+def test_kernels_of_amd(monkeypatch):
+    gpu = FakeGpu("gfx942", shared=65_536, index=2)
+    gpu.watch(monkeypatch)
+    gpu.library.hipSetDevice(1)
+    graph = chain()
+    program = compile_program(graph, gpu.targets)
+    assert_same(program, graph, [torch.randn(5, 8), torch.randn(8, 8)])
+    assert [one.context for one in gpu.launches] == [2, 2] and all(one.threads % 64 == 0 for one in gpu.launches)
+    now = ctypes.c_int()
+    gpu.library.hipGetDevice(ctypes.byref(now))
+    gpu.library.fake_fail(719)
+    with pytest.raises(DriverError, match=r"cannot launch k0\w* on device 2 \(gfx942\): hipErrorLaunchFailure$"):
+        program([torch.randn(5, 8), torch.randn(8, 8)])
+    gpu.library.hipSetDevice(0)
+    assert now.value == 1, "the device that was chosen stays chosen"
+
+
 def test_a_binary_of_another_target_is_one_sentence(gpu):
     x = graph_input("x", t(4))
     program = toolchain.print_program(lower(make_graph("g", [x], [OPS["exp"](x)]), "k_exp"))
