@@ -39,7 +39,7 @@ from .schedule import default_schedule
 LOG2_E = 1.4426950408889634
 Writer = TypeVar("Writer", bound=Tile)
 _NAMES = (
-    "query", "dot", "score", "most", "base", "weights", "decay", "largest", "total", "attended",
+    "dot", "score", "weights", "decay", "largest", "total", "attended",
     "blocks", "block", "part", "begin", "end", "clear_begin", "clear_end", "share", "clear", "at",
 )  # fmt: skip
 """Variables of a printed function; what a kernel's own names take is numbered."""
@@ -256,8 +256,8 @@ class AttentionPrinter:
         before = first.names()
         body = first.enter().lines
         score, unit = self.scores(walk, across, down)
-        self.soften(score, unit, body)
-        self.attend(down, body)
+        self.soften(score, unit)
+        self.attend(down)
         first.leave()
         first.forget(first.names() - before)
         positions = [line for d, along in ((down, "[:, None]"), (across, "[None, :]")) for line in self.positions(d, start, along)]
@@ -274,7 +274,7 @@ class AttentionPrinter:
     def scores(self, walk: Walk, across: Dimension, down: Dimension) -> tuple[str, float]:
         """(variable of the scores, what they are to be multiplied by to be exponents of 2)."""
         keys, (right,) = self.tile(Operand, (self.right,), (down, self.depth))
-        product = f"tl.dot({self.query}, tl.trans({keys.operand(right)}){_precision(right)})"
+        product = f"tl.dot({self.query}, {keys.operand(right)}.T{_precision(right)})"
         dot = self.found.dot
         self.first.assign(self.names["dot"], product)
         factor, score = unscaled(self.limits.inside if walk.within else self.found.attend.score, dot)
@@ -284,27 +284,19 @@ class AttentionPrinter:
             return code, factor * LOG2_E
         return self.first.assign(self.names["score"], code), factor * LOG2_E
 
-    def soften(self, score: str, unit: float, body: list[str]) -> None:
-        """The running softmax: weights are 2^(unit * score - most), and what came before decays where `most` grows."""
+    def soften(self, score: str, unit: float) -> None:
+        """The running softmax; what came before decays where a score is the largest so far."""
         n = self.names
-        double = self.found.attend.dtype == torch.float64
-        exp2 = "libdevice.exp2" if double else "tl.exp2"
-        exponent = f"{score} * {unit!r} - {n['base']}" if double else f"tl.fma({score}, {unit!r}, -{n['base']})"
-        body += [
-            f"{n['most']} = tl.maximum({n['largest']}, tl.max({score}, axis=1, keep_dims=True) * {unit!r})",
-            f'{n["base"]} = tl.where({n["most"]} == float("-inf"), 0.0, {n["most"]})  # nothing to attend to yet: all weights are 0',
-            f"{n['weights']} = {exp2}({exponent})",
-            f"{n['decay']} = {exp2}({n['largest']} - {n['base']})",
-            f"{n['total']} = {n['total']} * {n['decay']} + tl.sum({n['weights']}, axis=1, keep_dims=True)",
-            f"{n['largest']} = {n['most']}",
-        ]
+        function = "_soften_wide" if self.found.attend.dtype == torch.float64 else "_soften"
+        state = f"{n['largest']}, {n['total']}"
+        self.first.assign(f"{n['weights']}, {n['decay']}, {state}", f"{function}({score}, {unit!r}, {state})")
 
-    def attend(self, down: Dimension, body: list[str]) -> None:
+    def attend(self, down: Dimension) -> None:
         n = self.names
         tile, (value,) = self.tile(Operand, (self.weighted,), (down, self.columns))
         values = tile.operand(value)
         weights = f"{n['weights']}.to({TYPES[value.dtype]})" if value.dtype in NARROW else n["weights"]
-        body.append(f"{n['attended']} = tl.dot({weights}, {values}, {n['attended']} * {n['decay']}{_precision(value)})")
+        self.first.assign(n["attended"], f"tl.dot({weights}, {values}, {n['attended']} * {n['decay']}{_precision(value)})")
 
     # ---- results
 

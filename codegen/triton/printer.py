@@ -56,7 +56,7 @@ def module(functions: Sequence[str]) -> str:
     """The module of these functions: with the imports and helpers that they use."""
     body = "\n\n".join(functions)
     helpers = [text.strip("\n") + "\n" for name, text in HELPERS.items() if f"{name}(" in body or f"combine_fn={name}" in body]
-    imports = _HEADER + (_LIBDEVICE if "libdevice." in body else "")
+    imports = _HEADER + (_LIBDEVICE if any("libdevice." in text for text in (body, *helpers)) else "")
     return "\n\n".join([imports, *helpers, body])
 
 

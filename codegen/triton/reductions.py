@@ -59,6 +59,26 @@ def _ipow(a, b):
         power = power * power
     return result
 ''',
+    "_soften": '''
+@triton.jit
+def _soften(scores, unit: tl.constexpr, largest, total):
+    """Weights 2^(unit * score - largest), by what to scale what earlier ones gave, and the largest and total up to now."""
+    most = tl.maximum(largest, tl.max(scores, axis=1, keep_dims=True) * unit)
+    base = tl.where(most == float("-inf"), 0.0, most)  # nothing to attend to yet: all weights are 0
+    weights = tl.exp2(tl.fma(scores, unit, -base))
+    decay = tl.exp2(largest - base)
+    return weights, decay, most, total * decay + tl.sum(weights, axis=1, keep_dims=True)
+''',
+    "_soften_wide": '''
+@triton.jit
+def _soften_wide(scores, unit: tl.constexpr, largest, total):
+    """Weights 2^(unit * score - largest), by what to scale what earlier ones gave, and the largest and total up to now."""
+    most = tl.maximum(largest, tl.max(scores, axis=1, keep_dims=True) * unit)
+    base = tl.where(most == float("-inf"), 0.0, most)  # nothing to attend to yet: all weights are 0
+    weights = libdevice.exp2(scores * unit - base)
+    decay = libdevice.exp2(largest - base)
+    return weights, decay, most, total * decay + tl.sum(weights, axis=1, keep_dims=True)
+''',
 }
 
 
