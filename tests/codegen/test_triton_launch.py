@@ -17,12 +17,14 @@ from tilewright.codegen.arena import Arena, PerStream
 from tilewright.codegen.build import BuildError
 from tilewright.codegen.lower import lower
 from tilewright.codegen.program import compile_program
+from tilewright.codegen.target import TARGETS
 from tilewright.codegen.triton import toolchain
 from tilewright.codegen.triton.binary import parameter_sizes, runs_on
 from tilewright.codegen.triton.driver import SHARED_BYTES_FREELY, DriverError
 from tilewright.codegen.triton.tiles import Tiles
 from tilewright.ir.graph import Stage, graph_input, make_graph
 from tilewright.ir.ops import OPS
+from tilewright.ir.types import TensorType
 
 pytestmark = NATIVE
 
@@ -284,3 +286,97 @@ def test_parameters_are_read_from_assembly():
         parameter_sizes(ptx.replace(".u32", ".align 64 .b8"))
     with pytest.raises(ValueError, match="cannot be read"):
         parameter_sizes("; nothing")
+
+
+def encoder():
+    """Norm, attention, a product of ours or the library's, residuals: what a model is made of."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.qkv, self.out = torch.nn.LayerNorm(32), torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+            self.mlp = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 32))
+
+        def forward(self, x):
+            heads = self.qkv(self.norm(x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            x = x + self.out(torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2))
+            return x + self.mlp(x)
+
+    return Block().eval()
+
+
+def check_model(device):
+    torch._dynamo.reset()
+    model = encoder().to(device)
+    compiled = torch.compile(model, backend="tilewright")
+    for rows in (5, 9):
+        x = torch.randn(2, rows, 32, device=device)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    for ours, theirs in zip(torch.autograd.grad(compiled(x).square().sum(), list(model.parameters())), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_and_its_gradients(gpu, monkeypatch):
+    monkeypatch.setitem(TARGETS, "cpu", gpu.targets["cpu"])
+    check_model("cpu")
+    assert len({one.name for one in gpu.launches}) > 5
+
+
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
+def exponential(device):
+    x = graph_input("x", TensorType(torch.float32, (S, 8), device))
+    graph = fused([x], [OPS["exp"](x)], symbols=ANY_S)
+    program = compile_program(graph)
+    assert program.kernels and not program.fallbacks and "stream_" in program.source, "by our launches, not by Triton's"
+    return program
+
+
+@on_gpu
+def test_a_model_on_a_gpu():
+    check_model("cuda")
+
+
+@on_gpu
+def test_streams_and_threads_on_a_gpu():
+    program = exponential("cuda:0")
+    x = torch.randn(50, 8, device="cuda:0")
+    torch.cuda.synchronize()
+
+    def work(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                torch.testing.assert_close(program([x + i])[0], (x + i).exp())
+
+    in_threads(work)
+    torch.testing.assert_close(program([x[1:].reshape(-1)[1:-7].view(48, 8)])[0], x[1:].reshape(-1)[1:-7].view(48, 8).exp())
+
+
+@on_gpu
+def test_a_graph_of_cuda_replays_the_launches():
+    program = exponential("cuda:0")
+    x = torch.randn(50, 8, device="cuda:0")
+    program([x])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (y,) = program([x])
+    x.normal_()
+    graph.replay()
+    torch.testing.assert_close(y, x.exp())
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_their_tensors_are():
+    programs = {device: exponential(device) for device in ("cuda:0", "cuda:1")}
+    for chosen in (0, 1):
+        with torch.cuda.device(chosen):
+            for device, program in programs.items():
+                x = torch.randn(50, 8, device=device)
+                torch.testing.assert_close(program([x])[0], x.exp())
+            assert torch.cuda.current_device() == chosen
