@@ -84,7 +84,7 @@ def _key(value: Scalar) -> Any:
     if isinstance(value, Position):
         return (*head, value.index)
     if isinstance(value, (Dot, Attend)):
-        return (*head, *map(id, operands(value)), value.axes if isinstance(value, Dot) else value.axis)
+        return (*head, *map(id, operands(value)), value.axes if isinstance(value, Dot) else (value.axis, value.rounded))
     assert isinstance(value, (Reduce, Scan))
     where = value.axes if isinstance(value, Reduce) else value.axis
     return (*head, value.op, id(value.value), where)

@@ -129,11 +129,13 @@ class Attend(Scalar):
     """Sum over the inner `axis` of softmax(score) * value: one element of an attention. 0 where every score is -inf.
 
     `score` depends on the row (usually a Dot of query and key under masks), `value` on the column. Both on `axis` and the batch.
+    rounded: the dtype of the operation's tensors, to which the weights may be rounded before they meet the values.
     """
 
     score: Scalar
     value: Scalar
     axis: str
+    rounded: torch.dtype | None = None
 
 
 @dataclass(frozen=True, eq=False)

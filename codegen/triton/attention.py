@@ -109,7 +109,8 @@ class AttentionPrinter:
         self.limits = find_limits(kernel, found.attend.score, found.key.name)
         left, right = (narrowed(kernel, v) for v in (found.dot.left, found.dot.right))
         self.left, self.right = (left, right) if left.dtype == right.dtype else (found.dot.left, found.dot.right)
-        self.weighted = narrowed(kernel, found.attend.value)
+        value = narrowed(kernel, found.attend.value)
+        self.weighted = value if value.dtype == found.attend.rounded else found.attend.value
         written = kernel.outputs if parts is None else parts.buffers
         self.buffers = tuple(b.name for b in (*kernel.inputs, *written))
         blocks = {d.constant: d.block for d in (self.rows, self.depth, self.columns)}

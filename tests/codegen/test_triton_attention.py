@@ -60,8 +60,14 @@ def scored(q: Node, k: Node, v: Node, gate: Node) -> Node:
     return ops.cast(ops.add(ops.mul(attention(q, k, v), ops.op("sigmoid")(gate)), q), dtype=BF16)
 
 
-def rotated(q: Node, k: Node, v: Node) -> Node:
+def widened(q: Node, k: Node, v: Node) -> Node:
+    """Attention in float32 of what has 16 bits."""
     return ops.cast(causal(*(ops.cast(t, dtype=torch.float32) for t in (q, k, v))), dtype=BF16)
+
+
+def stored_narrow(q: Node, k: Node, v: Node) -> Node:
+    """Attention in float32 over a cache in bfloat16: weights keep their 24 bits."""
+    return attention(q, *(ops.cast(t, dtype=torch.float32) for t in (k, v)))
 
 
 LENGTHS = torch.tensor([0, 0, 0, 3, 3, 5, 5, 5, 5, 5] + [10] * 40)
@@ -80,7 +86,8 @@ MORE: dict[str, Case] = {
         ("documents by id", documents, (*(x(2, 50, 16) for _ in range(3)), LENGTHS)),
         ("cache in slots", gathered, (x(1, 4, 3, 16), x(60, 32), x(60, 32), torch.arange(50).flip(0) + 4)),
         ("gate and residual", scored, (x(2, 3, 40, 16), x(2, 3, 50, 16), x(2, 3, 50, 16), x(2, 3, 40, 16))),
-        ("widened operands", rotated, tuple(x(1, 2, 40, 16, dtype=BF16) for _ in range(3))),
+        ("widened operands", widened, tuple(x(1, 2, 40, 16, dtype=BF16) for _ in range(3))),
+        ("float32 over bfloat16", stored_narrow, (x(1, 2, 40, 16), *(x(1, 2, 40, 16, dtype=BF16) for _ in range(2)))),
         ("lengths known at run time", causal, (x(2, 40, 16), x(2, 70, 16), x(2, 70, 16)),
          ((2, m, 16), (2, n, 16), (2, n, 16)), SIZES),
         ("bool mask, bfloat16", attention, (*(x(2, 3, 40, 32, dtype=BF16) for _ in range(3)), kept(2, 1, 40, 40))),
@@ -221,10 +228,17 @@ def test_keys_that_tile_need_one_loop() -> None:
 
 
 def test_narrow_operands_stay_narrow() -> None:
-    for name, dtype in (("bfloat16", "bfloat16"), ("float16", "float16"), ("widened operands", "bfloat16")):
-        text = source(EVERY[name])
-        assert f"weights.to(tl.{dtype})" in text and 'input_precision="ieee"' not in text, name
+    for name in ("bfloat16", "float16"):
+        text = source(CASES[name])
+        assert f"weights.to(tl.{name})" in text and 'input_precision="ieee"' not in text, name
     assert 'input_precision="ieee"' in source(CASES["causal"])
+
+
+def test_weights_of_a_wide_attention_are_not_rounded() -> None:
+    (loop,) = loops(source(MORE["float32 over bfloat16"], replace(SMALL, block_n=64)))
+    assert "weights.to" not in loop and loop.count('input_precision="ieee"') == 2
+    (loop,) = loops(source(MORE["widened operands"], replace(SMALL, block_n=64)))
+    assert "weights.to" not in loop and loop.count('input_precision="ieee"') == 1
 
 
 def test_heads_that_share_keys_share_a_block() -> None:
