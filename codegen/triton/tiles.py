@@ -23,25 +23,31 @@ SEVERAL_ROWS = 4
 
 
 class Unit(NamedTuple):
-    """What a target has for one program: bytes of shared memory, threads of a warp, 32-bit registers of a thread, most threads.
+    """What a target has for one program: bytes of shared memory, threads of a warp, 32-bit registers of a thread and of all, most threads.
 
-    unbuffered: stages of a pipeline that hold no block of their own.
+    unbuffered: stages of a pipeline that hold no block of their own. plain: dtypes that it multiplies without matrix units.
     """
 
     shared: int
-    lanes: int
-    registers: int
+    lanes: int = 32
+    registers: int = 256
+    file: int = 65_536
     threads: int = 1024
     unbuffered: int = 0
+    plain: tuple[torch.dtype, ...] = (torch.float32,)
+
+    def room(self, warps: sympy.Expr) -> sympy.Expr:
+        """Registers of a program."""
+        return sympy.Min(self.registers * self.lanes * warps, self.file)  # type: ignore[return-value]
 
 
 UNITS: dict[str, Unit] = {
-    "sm_80": Unit(166_912, 32, 256),
-    "sm_90": Unit(232_448, 32, 256),
-    "gfx942": Unit(65_536, 64, 512, unbuffered=1),
+    "sm_80": Unit(166_912),
+    "sm_90": Unit(232_448),
+    "gfx942": Unit(65_536, lanes=64, registers=512, file=131_072, unbuffered=1, plain=()),
 }
-ANY = Unit(1 << 30, 32, 256)
-"""What is legal where the target is not known yet: shared memory is its own affair."""
+ANY = Unit(1 << 30, lanes=64, registers=512, file=131_072, plain=())
+"""What is legal on some target."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,16 @@ def _dot_space(found: Product, unit: Unit) -> Space:
     size, several = max(d.itemsize for d in dtypes), len(dtypes)
     lefts, rights = (len({pair[side] for pair in found.operands}) for side in (0, 1))
     least = max(_LEAST_DEPTH.get(d, FEW) for d in dtypes)
-    threads = unit.lanes * warps
+    sums, operands = m * n * several * max(size // 4, 1), k * (lefts * m + rights * n)
     limits = [
-        Limit("the sums fit half of the registers", m * n * several * max(size // 4, 1), unit.registers // 2 * threads),
-        Limit("operand blocks fit shared memory", size * (stages - unit.unbuffered) * k * (lefts * m + rights * n), unit.shared),
+        Limit("the sums fit half of the registers", 2 * sums, unit.room(warps)),
+        Limit("operand blocks fit shared memory", size * (stages - unit.unbuffered) * operands, unit.shared),
+        Limit("a block of results fits shared memory", size * m * n, unit.shared),
         Limit("a block is one that Triton takes", sympy.Max(m * n, m * k, n * k), LARGEST_BLOCK),
         *_common(found, unit),
     ]
+    if set(dtypes) & set(unit.plain):  # threads hold what they multiply; with more than this they spill
+        limits.append(Limit("sums and operands fit half of the registers", 2 * (sums + operands), unit.room(warps)))
     limits.extend(Limit(f"matrix units multiply no {d}".replace("torch.", ""), 1) for d in dtypes if d not in ACCUMULATORS)
     if found.reduces:
         limits.append(Limit("a program has all columns that are reduced", found.size(found.columns), n))
@@ -115,13 +124,8 @@ def _dot_space(found: Product, unit: Unit) -> Space:
 
 def _sum_space(found: Product, unit: Unit) -> Space:
     m, n, k, warps = _symbols("block_m", "block_n", "block_k", "num_warps")
-    size = max(d.dtype.itemsize for d in found.dots)
-    limits = [
-        Limit(
-            "the sums fit half of the registers", m * n * k * len(found.dots) * max(size // 4, 1), unit.registers // 2 * unit.lanes * warps
-        ),
-        *_common(found, unit),
-    ]
+    registers = len(found.dots) * max(1, max(d.dtype.itemsize for d in found.dots) // 4)
+    limits = [Limit("the sums fit half of the registers", 2 * m * n * k * registers, unit.room(warps)), *_common(found, unit)]
     if found.reduces:
         limits.append(Limit("what is reduced over columns is multiplied by matrix units", 1))
     return Space({"block_m": _powers(1, FEW), "block_n": _powers(1, 256), "block_k": _powers(FEW, 2048)} | _FREE, tuple(limits))

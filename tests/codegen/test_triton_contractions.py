@@ -185,7 +185,7 @@ REFUSED = {
     "block_m is one of 16, 32, 64, 128, 256, not 8": Tiles(8, 16, 16),
     "block_k is one of 16, 32, 64, 128, 256, not 24": Tiles(16, 16, 24),
     "num_warps is one of 1, 2, 4, 8, 16, not 64": Tiles(16, 16, 16, num_warps=64),
-    "the sums fit half of the registers": Tiles(256, 256, 16, num_warps=4),
+    "the sums fit half of the registers": Tiles(256, 256, 16, num_warps=2),
     "every program has a part of the depth": Tiles(16, 16, 16, split_k=8),
 }
 
@@ -202,6 +202,12 @@ def test_shared_memory_depends_on_the_target() -> None:
     kernel, tiles = kernel_of(CASES["layer_bf16"]), Tiles(128, 128, 64, num_warps=8, num_stages=5)
     assert refusal(kernel, tiles) is None and refusal(kernel, tiles, "sm_90") is None
     assert "shared memory" in (refusal(kernel, tiles, "gfx942") or "")
+
+
+def test_registers_depend_on_the_target() -> None:
+    kernel, tiles = kernel_of(CASES["layer_f32"]), Tiles(128, 64, 64, num_stages=2)
+    assert refusal(kernel, tiles) is None and refusal(kernel, tiles, "gfx942") is None
+    assert "sums and operands" in (refusal(kernel, tiles, "sm_90") or "")
 
 
 def test_columns_that_are_reduced_are_one_block() -> None:
