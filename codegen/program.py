@@ -19,6 +19,7 @@ from ..ir.ops.views import laid_out
 from ..ir.types import ScalarType, TensorType
 from .arena import Arena, per_stream, slot
 from .host import Host, Scope, Value
+from .pool import empty
 from .regions import Built, KernelInfo, build_regions, cost, covered, emit_region
 from .steps import emit_call, emit_constant, emit_view, is_library_call
 from .target import TARGETS, Target
@@ -115,16 +116,13 @@ def compile_program(graph: Graph, targets: Mapping[str, Target] = TARGETS) -> Pr
     """
     built = build_regions(graph, targets)
     host = Host(graph)
-    host.names.update(empty=_EMPTY, slot=slot, dense=dense, strided=strided, aligned=aligned, laid_out=laid_out)
+    host.names.update(empty=empty, slot=slot, dense=dense, strided=strided, aligned=aligned, laid_out=laid_out)
     _emit_inputs(host)
     given = emit_targets(host)
     for node in order(graph):
         _emit(host, node, built)
     results, kept = _emit_results(host, given)
     return Program(graph, host, host.source(_peak(graph), results, kept), built)
-
-
-_EMPTY = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]  # (shape, strides, dtype): a third of the cost of torch.empty_strided
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:

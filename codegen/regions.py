@@ -228,6 +228,8 @@ def _emit_kernel(host: Host, node: Node, compiled: Compiled) -> None:
         text = f"{host.bind(kernel.name, compiled.launch)}({', '.join([*(v.name for v in (*operands, *results)), *kernel.sizes])})"
         host.line(text, reads=[*operands, *results])
         return
+    if native.empty is not None:
+        host.names["empty"] = native.empty
     scratch = [host.memory(None, TensorType(b.dtype, (b.size,), _device(node)), f"{kernel.name}_{b.name}") for b in native.scratch]
     names = [b.name for b in (*kernel.inputs, *kernel.outputs, *native.scratch)]
     buffers = dict(zip(names, map(host.operand_of_kernel, [*operands, *results, *scratch]), strict=True))

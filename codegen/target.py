@@ -8,6 +8,7 @@ from typing import Any, Union
 
 from ..ir.dims import Dim
 from .kernel import Buffer, Kernel
+from .pool import Empty
 from .threads import threads
 
 
@@ -35,6 +36,7 @@ class Native:
     asked: what every call of a program asks for, and the C functions take last: the number of threads, or the stream; named `asking`.
     scratch: buffers that the calls hand to each other. alignment: in bytes, of every buffer. failed(name of the call, number): the error
     that a result other than 0 stands for; None where it is a fault of the kernel (`Kernel.faults`), or there is none.
+    empty: what makes new tensors of a program on the CPU; None leaves it as it is.
     """
 
     run: Callable[..., int]
@@ -44,6 +46,7 @@ class Native:
     scratch: tuple[Buffer, ...] = ()
     alignment: int = 1
     failed: Callable[[str, int], Exception] | None = None
+    empty: Empty | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from ...ir.dims import symbol
 from ..attentions import attentions
 from ..build import BuildError, Loaded, Source, build, entry_address
 from ..kernel import Kernel
+from ..pool import START, Empty, allocator
 from ..target import Compiled, Failed, Native, NativeCall
 from .attention import print_attention
 from .contraction import print_any
@@ -38,9 +39,9 @@ def compile_kernels(kernels: Sequence[Kernel], target: CpuTarget | None = None) 
     target = target or detect_target()
     printed = [_print(k, target) for k in kernels]
     sources = [p for p in printed if isinstance(p, Source)]
-    run, *built = build([RUN, *sources], target.level)
-    functions = iter(built)
-    return [p if isinstance(p, Failed) else _loaded(k, p, next(functions), run) for k, p in zip(kernels, printed)]
+    run, start, *built = build([RUN, START, *sources], target.level)
+    functions, empty = iter(built), allocator(start)
+    return [p if isinstance(p, Failed) else _loaded(k, p, next(functions), run, empty) for k, p in zip(kernels, printed)]
 
 
 def _print(kernel: Kernel, target: CpuTarget) -> Source | Failed:
@@ -59,8 +60,9 @@ def _printer(kernel: Kernel) -> Callable[[Kernel, CpuTarget], str]:
     return print_attention if attentions(kernel) else print_any
 
 
-def _loaded(kernel: Kernel, source: Source, function: Loaded, run: Loaded) -> Compiled | Failed:
+def _loaded(kernel: Kernel, source: Source, function: Loaded, run: Loaded, empty: Empty) -> Compiled | Failed:
     if isinstance(function, BuildError) or isinstance(run, BuildError):
         return Failed(kernel, str(function if isinstance(function, BuildError) else run))
     arguments = (*(b.name for b in (*kernel.inputs, *kernel.outputs)), *map(symbol, kernel.sizes))
-    return Compiled(kernel, source.text, function, Native(run, (NativeCall(kernel.name, entry_address(function), arguments),)))
+    calls = (NativeCall(kernel.name, entry_address(function), arguments),)
+    return Compiled(kernel, source.text, function, Native(run, calls, empty=empty))
