@@ -69,6 +69,8 @@ def checked_options(mode: str | None, options: Mapping[str, Any] | None) -> Opti
         if not isinstance(value, (int, float) if kind is float else kind) or (kind is float and isinstance(value, bool)):
             raise BadOption(option=f"options[{name!r}]", reason=f"it must be a {kind.__name__}, not {value!r}")
     made = Options(**{**MODES[mode or "default"], **(options or {})})
+    if made.offload and not made.freeze:
+        raise BadOption(option="options['offload']", reason="it moves what freezing leaves over: it needs options['freeze'] too")
     _passes(made)
     return made
 

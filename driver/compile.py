@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,16 +12,15 @@ from ..codegen.program import Program, compile_program
 from ..ir.analysis.inplace import in_place
 from ..ir.analysis.memory import Owner, may_share, owners, views
 from ..ir.dims import contiguous_strides
-from ..ir.graph import Graph, Node, constants, is_scalar, order
+from ..ir.graph import Graph, Node, is_scalar, order
 from ..ir.ops import OPS
 from ..ir.verify import verify
 from ..passes.base import Notes, Pass
 from ..passes.manager import Callback, run_passes
+from .memory import constant_bytes, return_free_memory
+from .offload import offload
 from .pipeline import passes_from
 from .receipt import Receipt, make_receipt
-
-LARGE_BYTES = 32 << 20
-"""Weights that are worth 30 ms of tidying up."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +28,16 @@ class Options:
     """passes: as on the command line, None for the default list. verify: check the graph after every pass.
 
     dump: a directory that gets the graph after every pass and the generated program, as text. freeze: parameters and buffers that a
-    graph for inference only reads become constants of it (torch.compile; `optimize` always has them so). max_autotune: measure the
-    rewrites, and take back those that do not gain (`driver.tune`); a list of passes of the user's own is not questioned. tuning_seconds:
-    how long that may take for one graph, the compilation of what is compared included.
+    graph for inference only reads become constants of it (torch.compile; `optimize` always has them so). offload: those of them that the
+    graph needs in another form only move to a file (`driver.offload`). max_autotune: measure the rewrites, and take back those that do
+    not gain (`driver.tune`); a list of passes of the user's own is not questioned. tuning_seconds: how long that may take for one graph,
+    the compilation of what is compared included.
     """
 
     passes: str | None = None
     verify: bool = False
     freeze: bool = False
+    offload: bool = False
     max_autotune: bool = False
     tuning_seconds: float = 30.0
     dump: str | None = None
@@ -66,22 +65,15 @@ def compile_graph(graph: Graph, options: Options = Options(), notes: Notes | Non
     start = time.perf_counter()
     passes = passes_from(options.passes) if passes is None else passes
     fused = kept_apart(graph, run_passes(graph, passes, notes, _between(options, seconds)))
+    if options.offload:
+        offload(graph, fused)
     program = build_program(fused)
-    return_free_memory(fused)
+    return_free_memory(constant_bytes(fused))
     receipt = make_receipt(program, notes, {**seconds, "total": time.perf_counter() - start})
     if options.dump is not None:
         _write(options.dump, f"{graph.name}.program", program.source)
         _write(options.dump, f"{graph.name}.receipt.json", receipt.to_json())
     return Compiled(fused, program, receipt)
-
-
-def return_free_memory(graph: Graph) -> None:
-    """Gives the system back what passes left free: a weight that was scaled, then packed, leaves a hole that glibc's heap keeps."""
-    if sum(int(d.value.nbytes) for d in constants(graph).values() if d.value is not None) <= LARGE_BYTES:
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def build_program(graph: Graph) -> Program:

@@ -98,7 +98,7 @@ def with_constants(graph: Graph, values: Mapping[int, torch.Tensor]) -> Graph:
         node = graph.inputs[i]
         name = node.hint if node.hint not in names else f"{node.hint}.{i}"
         names.add(name)
-        constants[node] = OPS["constant"](data=Data(name, value.detach()), type=node.type, hint=node.hint, prov=node.prov)
+        constants[node] = OPS["constant"](data=Data(name, value), type=node.type, hint=node.hint, prov=node.prov)
 
     def bind(node: Node, inputs: tuple[Node, ...]) -> Node | None:
         operands = tuple(constants.get(i, i) for i in inputs)
@@ -178,7 +178,9 @@ class _Freezer:
     def _made(self, tensors: tuple[torch.Tensor, ...]) -> _Frozen:
         seen = contents(tensors)
         graph = with_constants(self._graph, dict(zip(self._places, tensors)))
-        return _Frozen(self._compile(graph, _notes(self._graph, self._places, self._kept), {}), tensors, seen)
+        run = self._compile(graph, _notes(self._graph, self._places, self._kept), {})
+        addresses = contents(tensors)[: len(tensors)]  # offloading moves them
+        return _Frozen(run, tensors, addresses + seen[len(tensors) :])
 
 
 def _getter(places: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -27,7 +27,9 @@ from ..passes.pack_weights import PackWeights
 from ..search.database import Database, Key
 from ..search.providers import VENDOR, Provided, providers
 from ..search.tuner import LEAST_ROUNDS, Run, Verdict, remembered
-from .compile import Compiled, Options, compile_graph, return_free_memory
+from .compile import Compiled, Options, compile_graph
+from .memory import constant_bytes, return_free_memory
+from .offload import offload
 from .pipeline import passes_from
 from .receipt import Receipt, Trial
 
@@ -65,7 +67,9 @@ def compile_tuned(graph: Graph, options: Options, inputs: Sequence[Any], notes: 
     """
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         made = _Tuner(graph, options, inputs, notes or Notes()).run()
-    return_free_memory(made.graph)
+    if options.offload:
+        offload(graph, made.graph)
+    return_free_memory(constant_bytes(made.graph))
     return made
 
 
@@ -87,7 +91,7 @@ class _Tuner:
                 self.try_passes(group.name, tuple(p for p in self.passes if p.name not in group.passes))
         self.try_passes("all rewrites", (), always=True)
         if self.options.dump is not None:  # what was compiled last is not what was chosen
-            self.current = compile_graph(self.graph, self.options, self.copied_notes(), self.passes)
+            self.current = compile_graph(self.graph, replace(self.options, offload=False), self.copied_notes(), self.passes)
         receipt = self.current.receipt
         seconds = {**receipt.seconds, "tune": time.perf_counter() - self.start}
         return replace(self.current, receipt=replace(receipt, trials=tuple(self.trials), seconds=seconds))
@@ -96,7 +100,7 @@ class _Tuner:
         return Notes(list(self.notes.applied), list(self.notes.declined))
 
     def compiled(self, passes: Sequence[Pass]) -> Compiled:
-        return compile_graph(self.graph, replace(self.options, dump=None), self.copied_notes(), passes)
+        return compile_graph(self.graph, replace(self.options, dump=None, offload=False), self.copied_notes(), passes)
 
     # -- what is tried
 
@@ -127,7 +131,7 @@ class _Tuner:
         else:
             self.trials.append(_trial(what, verdict))
         del other
-        return_free_memory(self.graph)  # before the next is built
+        return_free_memory(constant_bytes(self.graph))  # before the next is built
 
     def verdict(self, what: str, other: Callable[[], Compiled]) -> Verdict:
         def candidates() -> dict[str, Run]:

@@ -63,13 +63,19 @@ class Data:
 
     `value` is None in a graph that was parsed without weights (`known` is false): such a graph can be rewritten and printed, not run.
     With `make` the tensor is computed when it is first read, so that a weight that is scaled, merged and packed by three passes exists
-    in one form at a time; `make` is then let go of, with what it is computed from.
+    in one form at a time; `make` is then let go of, with `sources`, what it computes it from.
     """
 
-    __slots__ = ("__weakref__", "_make", "_value", "name")
+    __slots__ = ("__weakref__", "_make", "_value", "name", "sources")
 
-    def __init__(self, name: str, value: torch.Tensor | None = None, make: Callable[[], torch.Tensor] | None = None) -> None:
-        self.name, self._value, self._make = name, value, make
+    def __init__(
+        self,
+        name: str,
+        value: torch.Tensor | None = None,
+        make: Callable[[], torch.Tensor] | None = None,
+        sources: tuple[Data, ...] = (),
+    ) -> None:
+        self.name, self._value, self._make, self.sources = name, value, make, sources
 
     @property
     def known(self) -> bool:
@@ -81,7 +87,7 @@ class Data:
         make = self._make
         if make is not None:
             self._value = make()
-            self._make = None
+            self._make, self.sources = None, ()
         return self._value
 
     def __repr__(self) -> str:

@@ -15,7 +15,7 @@ from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason, describe
 from .contractions import PANELS, PRODUCTS, WINDOW_PANELS, has_few_rows
-from .weights import ConstantMaker, is_constant
+from .weights import ConstantMaker, constant_under, is_constant
 from .windows import is_native_window
 
 MIN_COLUMNS = 8
@@ -95,13 +95,6 @@ class PackWeights(Pass):
         if _picks_too_many(weight, readers[weight], graph):
             return Reason.NO_GAIN, "picking rows out of panels takes longer"
         return _conv_refusal(node) if node.op.name == "conv" else _product_refusal(node)
-
-
-def constant_under(weight: Node) -> Node:
-    """The constant that a weight is a view of."""
-    while weight.inputs:
-        weight = weight.inputs[0]
-    return weight
 
 
 def _other_reader(weight: Node, readers: Mapping[Node, list[Node]], roots: Sequence[Node]) -> str:

@@ -97,7 +97,8 @@ class ConstantMaker:
             computed(sources, lambda *values: fill(result, *values))
             return result
 
-        data = Data(self._fresh(f"{source_name(sources[0])}.{suffix}"), make=made)
+        under = tuple(n.attrs["data"] for n in map(constant_under, sources) if n.op.name == "constant")
+        data = Data(self._fresh(f"{source_name(sources[0])}.{suffix}"), make=made, sources=under)
         return OPS["constant"](data=data, type=kind, prov=prov)
 
     def _fresh(self, base: str) -> str:
@@ -125,8 +126,14 @@ def memory(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Ten
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
-def source_name(node: Node) -> str:
-    """The name of the first constant under `node`."""
+def constant_under(node: Node) -> Node:
+    """The first constant under `node`."""
     while node.op.name != "constant" and node.inputs:
         node = node.inputs[0]
+    return node
+
+
+def source_name(node: Node) -> str:
+    """The name of the first constant under `node`."""
+    node = constant_under(node)
     return node.attrs["data"].name if node.op.name == "constant" else node.hint or node.op.name

@@ -305,7 +305,7 @@ def test_a_fault_of_ours_runs_by_eager_and_says_so(monkeypatch):
     "mode, options, message",
     [
         ("reduce-overhead", None, "mode='reduce-overhead': not available yet; modes are default, max-autotune"),
-        (None, {"colour": 1}, "there is no such option; options are passes, verify, freeze, max_autotune, tuning_seconds, dump"),
+        (None, {"colour": 1}, "there is no such option; options are passes, verify, freeze, offload, max_autotune, tuning_seconds, dump"),
         (None, {"tuning_seconds": True}, "it must be a float, not True"),
         (None, {"verify": "yes"}, "it must be a bool, not 'yes'"),
         (None, {"passes": "fuse-everything"}, "there is no pass 'fuse-everything'"),
