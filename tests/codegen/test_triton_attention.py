@@ -10,15 +10,19 @@ import pytest
 import torch
 from attentions import CASES, INF, Case, attention, causal, heads, kept, positions, x
 from lowering import assert_close, graph_of, memory
+from support import NATIVE
 from test_attention_refusals import CASES as REFUSED
 from test_attention_refusals import made
+from test_program import ANY_S, S, assert_same, fused, t
 from triton_kernels import OLD_INTERPRETER
 
 pytest.importorskip("triton")
 
+from fake_driver import FakeGpu
 from tilewright.codegen.attentions import find_attention
 from tilewright.codegen.kernel import Kernel
 from tilewright.codegen.lower import lower
+from tilewright.codegen.program import compile_program as compile_graph
 from tilewright.codegen.triton.attention_tiles import AttentionTiles, default_tiles, refusal, space
 from tilewright.codegen.triton.legalize import UnsupportedByTriton
 from tilewright.codegen.triton.offline import compile_program
@@ -26,7 +30,7 @@ from tilewright.codegen.triton.runtime import run
 from tilewright.codegen.triton.templates import build
 from tilewright.ir import ops
 from tilewright.ir.dims import SymbolRange, symbol
-from tilewright.ir.graph import Graph, Node
+from tilewright.ir.graph import Graph, Node, graph_input
 from tilewright.ir.interpret import bind_sizes, interpret
 from tilewright.search.tiles import schedules
 
@@ -250,6 +254,20 @@ def test_few_programs_split_the_keys() -> None:
     program = build(lower(graph_of(attention, (x(1, 8, 1, 64), x(1, 2, 8192, 64), x(1, 2, 8192, 64))), "k"))
     assert program.schedule.splits == 32 and [launch.function for launch in program.launches] == ["k", "k_join"]
     assert program.launches[0].grid == (64,) and len(program.scratch) == 3
+
+
+@NATIVE
+def test_parts_are_launched_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu("sm_90")
+    gpu.watch(monkeypatch)
+    q, k, v = (graph_input(name, t(1, heads, length, 16)) for name, heads, length in (("q", 4, 1), ("k", 2, S), ("v", 2, S)))
+    body = fused([q, k, v], [attention(q, k, v)], symbols=ANY_S)
+    program = compile_graph(body, gpu.targets)
+    for keys in (9, 70):
+        gpu.launches.clear()
+        assert_same(program, body, [x(1, 4, 1, 16), x(1, 2, keys, 16), x(1, 2, keys, 16)])
+        first, second = gpu.launches
+        assert second.name == f"{first.name}_join" and first.grid == (64, 1, 1)
 
 
 # ---- what is refused
