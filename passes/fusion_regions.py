@@ -38,6 +38,7 @@ class Builder:
     position: dict[Node, int] = field(default_factory=dict)
     bodies: dict[Any, Graph] = field(default_factory=dict)
     prices: dict[Any, Price | Refusal] = field(default_factory=dict)
+    priced: dict[tuple[Node, ...], Price | Refusal] = field(default_factory=dict)
     heads: dict[Node, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -122,6 +123,11 @@ class Builder:
 
     def price(self, members: tuple[Node, ...]) -> Price | Refusal:
         """What one kernel for all of them costs, or why there is none."""
+        if members not in self.priced:  # a merge is asked for when it is offered and when it is made
+            self.priced[members] = self._price(members)
+        return self.priced[members]
+
+    def _price(self, members: tuple[Node, ...]) -> Price | Refusal:
         key = self.key(members)
         if key not in self.prices:
             body = self.body(members)

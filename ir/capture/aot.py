@@ -12,7 +12,7 @@ import torch.fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..graph import Graph
-from .decompositions import decompositions
+from .decompositions import traced_decompositions
 from .direct import direct
 from .fx import Binding, capture_fx
 from .origin import input_names
@@ -62,7 +62,7 @@ def compile_fx(
 
     backend = aot_autograd(
         fw_compiler=compiler(TRAINING[0]), bw_compiler=compiler(TRAINING[1]), inference_compiler=compiler(""),
-        decompositions=decompositions(), partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
+        decompositions=traced_decompositions(), partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
     )  # fmt: skip
     wrapped = backend(gm, example_inputs)
     return (direct(*inference[0], len(example_inputs)) if inference else None) or wrapped

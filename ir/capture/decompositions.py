@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._decomp import core_aten_decompositions, decomposition_table
+from torch._decomp import _core_aten_decompositions_post_autograd, core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload
 
 # kept whole: we have them as one op, or a better way of saying them
@@ -35,9 +35,19 @@ _ADDED = (
 
 @functools.lru_cache(maxsize=1)
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """ATen overload -> its decomposition."""
+    """ATen overload -> its decomposition, for torch.export: composite ops are in it."""
+    return _without_kept(core_aten_decompositions())
+
+
+@functools.lru_cache(maxsize=1)
+def traced_decompositions() -> dict[Any, Callable[..., Any]]:
+    """The same for AOTAutograd, below which composite ops take themselves apart: to list those too takes a tenth of a second."""
+    return _without_kept(_core_aten_decompositions_post_autograd())
+
+
+def _without_kept(core: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
     kept = {*_KEPT, *_RANDOM}
-    table = {op: rule for op, rule in core_aten_decompositions().items() if _base_name(op) not in kept}
+    table = {op: rule for op, rule in core.items() if _base_name(op) not in kept}
     added = {op: rule for op, rule in decomposition_table.items() if isinstance(op, OpOverload) and _base_name(op) in _ADDED}
     no_stats = torch.ops.aten._native_batch_norm_legit.no_stats  # its other overloads write into the running statistics
     return {**table, **added, no_stats: decomposition_table[no_stats]}
