@@ -35,3 +35,5 @@ class Reason(enum.Enum):
     WRITTEN = "the graph writes to it"
     RETURNED = "the graph returns its memory"
     CHANGES = "it changes between calls"
+    VARYING_SIZE = "a size differs between calls"
+    NOT_ON_ONE_GPU = "not everything is on one GPU"

@@ -1,0 +1,145 @@
+"""mode="reduce-overhead": what is recorded and what is declined; recordings by one that needs no GPU, and by CUDA graphs on a GPU."""
+
+import pytest
+import torch
+from support import in_threads
+from tilewright.driver.replay import Replayed, device_to_record, refusal
+from tilewright.ir.dims import SymbolRange, symbol
+from tilewright.ir.graph import graph_input, make_graph
+from tilewright.ir.ops import OPS
+from tilewright.ir.types import TensorType
+from tilewright.passes.base import Notes, Reason
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def t(*shape, device="cuda:0"):
+    return TensorType(torch.float32, shape, device)
+
+
+def graph(outputs, *kinds, name="model", **fields):
+    inputs = [graph_input(f"x{i}", kind) for i, kind in enumerate(kinds)]
+    made = outputs(*inputs)
+    return make_graph(name, inputs, made if isinstance(made, list) else [made], **fields)
+
+
+def exp(x):
+    return OPS["exp"](x)
+
+
+REFUSED = {
+    "sizes": (lambda: graph(exp, t(symbol("s"), 4), symbols={"s": SymbolRange(1, 9)}), Reason.VARYING_SIZE, "s"),
+    "cpu": (lambda: graph(exp, t(4, device="cpu")), Reason.NOT_ON_ONE_GPU, "cpu"),
+    "two": (lambda: graph(lambda x, y: [exp(x), exp(y)], t(4), t(4, device="cuda:1")), Reason.NOT_ON_ONE_GPU, "cuda:0, cuda:1"),
+    "training": (lambda: graph(exp, t(4), name="model_forward"), Reason.TRAINING, "model_forward"),
+    "a view of an input": (lambda: graph(lambda x: OPS["permute"](x, dims=(1, 0)), t(2, 3)), Reason.RETURNED, "permute"),
+    "an output twice": (lambda: graph(lambda x: [y := exp(x), OPS["permute"](y, dims=(1, 0))], t(2, 3)), Reason.RETURNED, "permute"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make, reason, value", REFUSED.values(), ids=REFUSED)
+def test_declined(make, reason, value):
+    notes, made = Notes(), make()
+    assert refusal(made) == (reason, value)
+    assert device_to_record(made, notes) is None
+    assert [(d.reason, d.value) for d in notes.declined] == [(reason, value)] and not notes.applied
+
+
+def test_declined_where_an_input_is_written():
+    x = graph_input("cache", t(4))
+    made = make_graph("model", [x], [exp(x)], writes=[(x, OPS["add"](x, 1.0))])
+    assert refusal(made) == (Reason.WRITTEN, "cache")
+
+
+def test_taken():
+    notes = Notes()
+    assert device_to_record(graph(lambda x, y: [exp(x), OPS["add"](x, y)], t(4), t(4)), notes) == "cuda:0"
+    assert [a.what for a in notes.applied] == ["the launches of model on cuda:0"] and not notes.declined
+
+
+class Fake:
+    """Records nothing: runs again on the same tensors, and leaves the results in the same memory, as a recording does."""
+
+    def __init__(self, fails=False):
+        self.recorded, self.replays, self.fails = 0, 0, fails
+
+    def record(self, run, inputs, held):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.recorded += 1
+        own = [x if i in held else torch.empty_like(x) for i, x in enumerate(inputs)]
+        return FakeRecording(self, run, own, run(list(inputs)))
+
+    def ordered(self, work):
+        return work()
+
+
+class FakeRecording:
+    def __init__(self, recorder, run, inputs, outputs):
+        self.recorder, self.run, self.inputs, self.outputs = recorder, run, inputs, outputs
+
+    def replay(self):
+        self.recorder.replays += 1
+        for old, new in zip(self.outputs, self.run(list(self.inputs))):
+            old.copy_(new)
+
+
+def scaled(inputs):
+    x, w = inputs
+    inputs.clear()
+    return [(x * w).t(), x + w]
+
+
+def test_replays():
+    fake, w = Fake(), torch.randn(3, 4)
+    called = Replayed(scaled, [1], 2, fake)
+    results = []
+    for n in range(4):
+        x = torch.full((3, 4), float(n))
+        given = [x, w]
+        results.append((called(given), (x * w).t(), x + w))
+        assert given == []
+    for got, first, second in results:  # outputs of earlier calls stay what they are
+        assert torch.equal(got[0], first) and torch.equal(got[1], second) and got[0].stride() == first.stride()
+    assert (fake.recorded, fake.replays) == (1, 3)
+
+
+def test_other_parameters_are_recorded_for_themselves():
+    fake, x = Fake(), torch.randn(3, 4)
+    called = Replayed(scaled, [1], 2, fake)
+    layers = [torch.randn(3, 4) for _ in range(2)]
+    for _ in range(3):
+        for w in layers:
+            assert torch.equal(called([x, w])[1], x + w)
+    assert (fake.recorded, fake.replays) == (2, 4)
+    layers[0].add_(1)  # changed where it lies: read there
+    assert torch.equal(called([x, layers[0]])[1], x + layers[0]) and fake.recorded == 2
+
+
+def test_inputs_of_any_layout():
+    called = Replayed(scaled, [1], 2, Fake())
+    w = torch.randn(3, 4)
+    for x in (torch.randn(3, 4), torch.randn(4, 3).t(), torch.randn(1, 4).expand(3, 4)):
+        assert torch.equal(called([x, w])[1], x + w)
+
+
+def test_what_cannot_be_recorded_runs_as_ever():
+    called = Replayed(scaled, [1], 2, Fake(fails=True))
+    x, w = torch.randn(3, 4), torch.randn(3, 4)
+    called([x, w])
+    with pytest.warns(RuntimeWarning, match="cannot be recorded, and run as ever: operation not permitted"):
+        called([x, w])
+    assert torch.equal(called([x, w])[1], x + w)
+
+
+def test_threads_share_a_recording():
+    fake, w = Fake(), torch.randn(3, 4)
+    called = Replayed(scaled, [1], 2, fake)
+
+    def work(i):
+        for n in range(20):
+            x = torch.full((3, 4), float(10 * i + n))
+            assert torch.equal(called([x, w])[1], x + w)
+
+    in_threads(work)
+    assert fake.recorded == 1
