@@ -61,8 +61,8 @@ class _Printer:
         self._taken = {a.name for a in self.kernel.axes} | set(self.kernel.sizes)
         self.words = {word: self.unused(word) for word in ("tile", "first", "height")}
         self.batch = self.span(self.found.batch, "batch")
-        self.m = Dimension(self.span(self.found.rows, "m"), "BLOCK_M", tiles.block_m)
-        self.n = Dimension(self.span(self.found.columns, "n"), "BLOCK_N", tiles.block_n)
+        self.m = Dimension(self.span(self.found.rows, "m"), "BLOCK_M", tiles.block_m, shared=True)
+        self.n = Dimension(self.span(self.found.columns, "n"), "BLOCK_N", tiles.block_n, shared=True)
         depth = self.span(self.found.depth, "k")
         whole = tiles.split_k == 1 and isinstance(depth.extent, int) and 0 < depth.extent <= tiles.block_k
         self.k = Dimension(depth, "BLOCK_K", tiles.block_k, looped=not whole)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...ir.dims import to_source
+import sympy
+
+from ...ir.dims import Mod, to_source
 from ..kernel import Axis, Kernel
 from .indices import Span
 from .schedule import Schedule, group_block, inner_groups
@@ -15,7 +17,8 @@ from .schedule import Schedule, group_block, inner_groups
 class Dimension:
     """One dimension of the block. `constant`: name of its constexpr length; `block`: that length; looped: walked in chunks.
 
-    within: only those chunks are walked that lie in the extent as a whole.
+    within: only those chunks are walked that lie in the extent as a whole. shared: its blocks are of several programs, and of none where
+    the extent is 0.
     """
 
     span: Span
@@ -23,6 +26,7 @@ class Dimension:
     block: int
     looped: bool = False
     within: bool = False
+    shared: bool = False
 
     @property
     def masked(self) -> bool:
@@ -30,9 +34,10 @@ class Dimension:
         if self.within:
             return False
         extent = self.span.extent
-        if not isinstance(extent, int):
-            return True
-        return extent % self.block != 0 if extent else True
+        if isinstance(extent, int):
+            return extent % self.block != 0 if extent else True
+        several = self.looped or self.shared  # a single block has points where the extent has none
+        return not several or Mod(extent, sympy.Integer(self.block)) != 0
 
     @property
     def mask(self) -> str:
@@ -79,7 +84,7 @@ def layout_of(kernel: Kernel, schedule: Schedule) -> Layout:
     groups = inner_groups(kernel)
     grid = Span(kernel.grid, _flat(kernel.grid, "point", kernel))
     scalar = not kernel.grid or (schedule.xblock == 1 and bool(groups))
-    points = None if scalar else Dimension(grid, "XBLOCK", schedule.xblock)
+    points = None if scalar else Dimension(grid, "XBLOCK", schedule.xblock, shared=True)
     dimensions = []
     for n, group in enumerate(groups):
         span = Span(group, _flat(group, f"inner{n or ''}", kernel))

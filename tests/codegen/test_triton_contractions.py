@@ -120,6 +120,13 @@ def test_blocks_that_tile_have_no_masks() -> None:
     assert re.findall(r"mask_\w+ =", source("layer_f32", Tiles(16, 16, 8 * 2))) == ["mask_m =", "mask_n_down =", "mask_k =", "mask_n ="]
 
 
+def test_sizes_that_blocks_divide_have_no_masks() -> None:
+    b = symbol("b")
+    x, w = (graph_input(s, TensorType(F32, shape)) for s, shape in (("x", (b, 32, 64)), ("w", (32, 64))))
+    kernel = lower(Graph("g", (x, w), (ops.relu(ops.linear(x, w)),)), "k")
+    assert "mask" not in build(kernel, Tiles(32, 16, 16)).source and "mask_m = m < 32*b" in build(kernel, Tiles(64, 16, 16)).source
+
+
 def test_narrow_operands_stay_narrow() -> None:
     text = source("layer_bf16", Tiles(16, 16, 16))
     assert "x0 = tl.load(x0_ptr + 40*m + k, mask_m & mask_k, other=0.0)\n" in text
