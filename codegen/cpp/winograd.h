@@ -79,7 +79,7 @@ struct Images {
   template <class F> INLINE void points(int64_t tile, F f) const {
     const int64_t columns = ceil_div(across, 2), line = tile / columns, lines = ceil_div(height, 2);
     const int64_t x = tile % columns * 2, y = line % lines * 2, first = (line / lines * height + y) * across + x;
-    UNROLL for (int64_t p = 0; p < 4; p++)
+    for (int64_t p = 0; p < 4; p++)
       if (y + p / 2 < height && x + p % 2 < across) f(p, first + p / 2 * across + p % 2);
   }
 };
@@ -97,23 +97,25 @@ void winograd(Images images, int64_t columns, int64_t channels, int threads, con
   });
   const T* const turned = weights;
   const auto spots = panels<N, L>(width, [=](int64_t n) { return turned + n * channels; });
+  const auto place = [](int64_t p, int64_t t) { return 4 * (p / 2 + t / 3) + p % 2 + t % 3; };  // in a tile of what point p reads
   const int64_t groups = ceil_div(tiles, R), fitting = TILE_SUMS / (SPOTS * (ld + width) * R) + 1;
   parallel(groups, 1, threads, [&](int64_t begin, int64_t end) {
     const int64_t most = ceil_div(end - begin, ceil_div(end - begin, fitting)) * R;
     Row<T> block(SPOTS * most * ld), products(SPOTS * most * width), zeros(channels);
+    Row<const T*> points(SPOTS * most);
     for (int64_t c = 0; c < channels; c++) zeros[c] = T(0);
     alignas(64) T sums[4 * width];
     for (int64_t first = begin * R; first < end * R; first += most) {
       const int64_t rows = least_of(most, end * R - first), there = least_of(rows, tiles - first);
-      for (int64_t i = 0; i < there; i++) {
-        const T *window[9], *points[SPOTS];
-        for (auto& p : points) p = zeros;
-        images.points(first + i, [&](int64_t p, int64_t m) {
+      for (int64_t i = 0; i < rows; i++) {  // tiles that do not exist are zeros
+        const T *window[9], **const tile = points + i * SPOTS;
+        for (int64_t s = 0; s < SPOTS; s++) tile[s] = zeros;
+        if (i < there) images.points(first + i, [&](int64_t p, int64_t m) {
           RowOfRuns<1, 1, T> row{window, data, zeros, nullptr, channels};
           left(row, m);
-          for (int64_t t = 0; t < 9; t++) points[4 * (p / 2 + t / 3) + p % 2 + t % 3] = window[t];
+          for (int64_t t = 0; t < 9; t++) tile[place(p, t)] = window[t];
         });
-        turn_points<L>(points, channels, block + i * ld, most * ld);
+        turn_points<L>(tile, channels, block + i * ld, most * ld);
       }
       for (int64_t n = 0; n < columns; n += width) {
         for (int64_t s = 0; s < SPOTS; s++)
@@ -125,8 +127,7 @@ void winograd(Images images, int64_t columns, int64_t channels, int threads, con
           images.points(first + i, [&](int64_t p, int64_t m) {
             if (!finite) {
               const T* window[9];
-              RowOfRuns<1, 1, T> row{window, data, zeros, nullptr, channels};
-              left(row, m);
+              for (int64_t t = 0; t < 9; t++) window[t] = points[i * SPOTS + place(p, t)];
               const auto panel = right.panel(n);
               micro_runs<1, N, L>(window, 9, 0, channels, panel, right.ld, (const char*)panel, sums + p * width, false);
             }
