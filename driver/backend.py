@@ -18,8 +18,9 @@ from .compile import Compiled, Options, compile_graph
 from .errors import BadOption
 from .freeze import declined, freeze
 from .receipt import failed_receipt, record
+from .replay import device_to_record, replayed
 
-MODES = {"default": {}, "max-autotune": {"max_autotune": True}}
+MODES = {"default": {}, "max-autotune": {"max_autotune": True}, "reduce-overhead": {"cuda_graphs": True}}
 """Mode -> the options that it sets."""
 
 trace_recurrences()  # when the backend is loaded: Dynamo decides what it traces before it calls one
@@ -33,15 +34,17 @@ def tilewright(
     options={"freeze": True}: see `driver.freeze`; for inference only, a graph that records gradients keeps its parameters as inputs.
     mode="max-autotune", or options={"max_autotune": True}: see `driver.tune`; it does not freeze, as torch.compile's own mode does not:
     whoever wants both says options={"max_autotune": True, "freeze": True}.
+    mode="reduce-overhead", or options={"cuda_graphs": True}: see `driver.replay`; for inference on one GPU with sizes that stay.
 
     Every graph leaves a receipt (`tilewright.receipts()`). One that cannot be captured or compiled runs by eager, and its receipt says why.
     """
     checked = checked_options(mode, options)
 
     def compiled(graph: Graph, notes: Notes, held: Held) -> CompiledGraph:
+        place = device_to_record(graph, notes) if checked.cuda_graphs else None
         made = _tuned(graph, checked, notes, held) if checked.tunes else compile_graph(graph, checked, notes)
         record(made.receipt)
-        return made.program.run
+        return made.program.run if place is None else replayed(made.program.run, graph, held, place)
 
     def frozen(graph: Graph, held: Held) -> CompiledGraph:
         if not checked.freeze:
@@ -60,7 +63,7 @@ def tilewright(
 def checked_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     """The options in normal form; raises BadOption, one sentence that names what exists."""
     if (mode or "default") not in MODES:
-        raise BadOption(option=f"mode={mode!r}", reason=f"not available yet; modes are {', '.join(MODES)}")
+        raise BadOption(option=f"mode={mode!r}", reason=f"not available; modes are {', '.join(MODES)}")
     fields = {f.name: f for f in dataclasses.fields(Options)}
     for name, value in (options or {}).items():
         if name not in fields:

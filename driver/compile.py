@@ -31,7 +31,7 @@ class Options:
     graph for inference only reads become constants of it (torch.compile; `optimize` always has them so). offload: those of them that the
     graph needs in another form only move to a file (`driver.offload`). max_autotune: measure the rewrites, and take back those that do
     not gain (`driver.tune`); a list of passes of the user's own is not questioned. tuning_seconds: how long that may take for one graph,
-    the compilation of what is compared included.
+    the compilation of what is compared included. cuda_graphs: launches are recorded once and replayed (torch.compile; `driver.replay`).
     """
 
     passes: str | None = None
@@ -40,6 +40,7 @@ class Options:
     offload: bool = False
     max_autotune: bool = False
     tuning_seconds: float = 30.0
+    cuda_graphs: bool = False
     dump: str | None = None
 
     @property

@@ -304,8 +304,12 @@ def test_a_fault_of_ours_runs_by_eager_and_says_so(monkeypatch):
 @pytest.mark.parametrize(
     "mode, options, message",
     [
-        ("reduce-overhead", None, "mode='reduce-overhead': not available yet; modes are default, max-autotune"),
-        (None, {"colour": 1}, "there is no such option; options are passes, verify, freeze, offload, max_autotune, tuning_seconds, dump"),
+        ("fastest", None, "mode='fastest': not available; modes are default, max-autotune, reduce-overhead"),
+        (
+            None,
+            {"colour": 1},
+            "there is no such option; options are passes, verify, freeze, offload, max_autotune, tuning_seconds, cuda_graphs",
+        ),
         (None, {"tuning_seconds": True}, "it must be a float, not True"),
         (None, {"verify": "yes"}, "it must be a bool, not 'yes'"),
         (None, {"passes": "fuse-everything"}, "there is no pass 'fuse-everything'"),

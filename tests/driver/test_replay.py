@@ -3,14 +3,13 @@
 import pytest
 import torch
 from support import in_threads
+from tilewright.driver.receipt import receipts
 from tilewright.driver.replay import Replayed, device_to_record, refusal
 from tilewright.ir.dims import SymbolRange, symbol
 from tilewright.ir.graph import graph_input, make_graph
 from tilewright.ir.ops import OPS
 from tilewright.ir.types import TensorType
 from tilewright.passes.base import Notes, Reason
-
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def t(*shape, device="cuda:0"):
@@ -130,6 +129,38 @@ def test_what_cannot_be_recorded_runs_as_ever():
     with pytest.warns(RuntimeWarning, match="cannot be recorded, and run as ever: operation not permitted"):
         called([x, w])
     assert torch.equal(called([x, w])[1], x + w)
+
+
+def test_on_a_cpu_the_mode_is_declined():
+    torch._dynamo.reset()
+    model = torch.nn.Linear(3, 4)
+    with torch.no_grad():
+        x = torch.randn(2, 3)
+        got = torch.compile(model, backend="tilewright", mode="reduce-overhead")(x)
+        torch.testing.assert_close(got, model(x))
+    assert ("record-launches", "not everything is on one GPU", "cpu") in [(r.rule, r.reason, r.value) for r in receipts()[-1].refused]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("freeze", [False, True])
+def test_on_a_gpu(freeze):
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.LayerNorm(64), torch.nn.Linear(64, 8)).cuda().eval()
+    compiled = torch.compile(model, backend="tilewright", options={"cuda_graphs": True, "freeze": freeze})
+    with torch.no_grad():
+        results = [(compiled(x), model(x)) for x in (torch.randn(5, 64, device="cuda") for _ in range(5))]
+        for ours, theirs in results:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        side, x = torch.cuda.Stream(), torch.randn(5, 64, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            first = compiled(x)
+        second = compiled(x + 1)
+        side.synchronize()
+        torch.testing.assert_close(first, model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(second, model(x + 1), rtol=1e-4, atol=1e-5)
+    assert "record-launches" in [a.rule for a in receipts()[-1].applied]
 
 
 def test_threads_share_a_recording():
