@@ -308,7 +308,7 @@ def test_a_fault_of_ours_runs_by_eager_and_says_so(monkeypatch):
         (
             None,
             {"colour": 1},
-            "there is no such option; options are passes, verify, freeze, offload, max_autotune, tuning_seconds, cuda_graphs",
+            "there is no such option; options are passes, verify, freeze, offload, max_autotune, tuning_seconds, ",
         ),
         (None, {"tuning_seconds": True}, "it must be a float, not True"),
         (None, {"verify": "yes"}, "it must be a bool, not 'yes'"),
