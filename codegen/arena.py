@@ -69,6 +69,13 @@ def per_stream(devices: Sequence[str]) -> PerStream | None:
     return PerStream([functools.partial(raw_stream, index) for index in indices], torch.cuda.is_current_stream_capturing)
 
 
+def finish(devices: Sequence[str]) -> None:
+    """Waits for what the GPUs among the devices are doing: what is made once, on one stream, is read by calls on any."""
+    for device in devices:
+        if device.startswith("cuda") and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize(device)
+
+
 def raw_stream(index: int) -> int:
     """The address of the current stream of a GPU, as Triton's launches ask for it: a tenth of the cost of torch.cuda.current_stream."""
     return torch._C._cuda_getCurrentRawStream(index)  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from ..ir.graph import Graph, Node, is_scalar, order
 from ..ir.op import Category
 from ..ir.ops.views import laid_out
 from ..ir.types import ScalarType, TensorType
-from .arena import Arena, per_stream, slot
+from .arena import Arena, finish, per_stream, slot
 from .host import Host, Scope, Value
 from .pool import empty
 from .regions import Built, KernelInfo, build_regions, cost, covered, emit_region
@@ -72,6 +72,7 @@ class Program:
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
         weakref.finalize(self, linecache.cache.pop, filename, None)
         exec(compile(source, filename, "exec"), names)  # our own text; nothing of the user's is in it but sanitised names
+        finish(_devices(graph))
         # out of their globals: else they would hold each other, and weights would outlive the program until Python looks for cycles
         self._call: Callable[..., list[Any]] = names.pop("call")
         self._sizes: Callable[[Sequence[Any]], tuple[int, ...]] = names.pop("sizes")

@@ -39,6 +39,9 @@ _POINTERS: dict[torch.dtype, str] = {
 }  # fmt: skip
 
 
+TENSOR_COLUMNS = 512
+"""Of tensor memory, where a GPU has some."""
+
 ASSEMBLY = {"cuda": "ptx", "hip": "amdgcn"}
 IMAGE = {"cuda": "cubin", "hip": "hsaco"}
 
@@ -95,11 +98,21 @@ def compile_binary(program: Program, launch: Launch, target: str) -> Binary:
     assembly, image = compiled.asm[ASSEMBLY[about.target.backend]], compiled.asm[IMAGE[about.target.backend]]
     given = len(launch.buffers) + len(program.kernel.sizes)
     extra = len(parameter_sizes(assembly)) - given
-    if extra < 0 or about.profile_scratch_size:
-        reason = f"the kernel takes {given + extra} parameters for {given} buffers and sizes" if extra < 0 else "it is instrumented"
+    reason = f"it takes {given + extra} parameters for {given} buffers and sizes" if extra < 0 else _unlaunchable(about)
+    if reason:
         raise OfflineError(kernel=program.kernel.name, target=target, reason=reason)
     threads = about.num_warps * about.target.warp_size
     return Binary(target, about.name, threads, about.shared, extra, about.global_scratch_size or 0, image)
+
+
+def _unlaunchable(about: Any) -> str:
+    """What of a compiled kernel's needs no plain launch gives it; "" for none."""
+    if about.profile_scratch_size:
+        return "it is instrumented"
+    if about.num_ctas > 1 or about.launch_cooperative_grid or getattr(about, "launch_pdl", False):
+        return "its programs work together"
+    columns = getattr(about, "tmem_size", None) or 0
+    return f"it takes {columns} columns of tensor memory, and there are {TENSOR_COLUMNS}" if columns > TENSOR_COLUMNS else ""
 
 
 def compile_launch(program: Program, launch: Launch, target: str) -> CompiledKernel:

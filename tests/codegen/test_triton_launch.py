@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tilewright.codegen.build import BuildError
 from tilewright.codegen.lower import lower
 from tilewright.codegen.program import compile_program
 from tilewright.codegen.target import TARGETS
-from tilewright.codegen.triton import toolchain
+from tilewright.codegen.triton import offline, toolchain
 from tilewright.codegen.triton.binary import parameter_sizes, runs_on
 from tilewright.codegen.triton.driver import SHARED_BYTES_FREELY, DriverError
 from tilewright.codegen.triton.tiles import Tiles
@@ -227,6 +228,27 @@ def test_a_kernel_that_no_schedule_fits_runs_by_eager():
 def test_more_threads_than_registers_are_for():
     program = compile_program(chain(), FakeGpu("sm_90", threads=16).targets)
     assert "threads per program, and has registers for 16" in program.fallbacks[0].reason
+
+
+NEEDS = {"profile_scratch_size": (8, "it is instrumented"), "num_ctas": (2, "its programs work together"),
+         "tmem_size": (576, "it takes 576 columns of tensor memory, and there are 512")}  # fmt: skip
+
+
+@pytest.mark.parametrize("need", NEEDS)
+def test_what_a_plain_launch_does_not_give(need, monkeypatch):
+    value, reason = NEEDS[need]
+    compiled = offline.compile_launch
+
+    def needing(*parts):
+        made = compiled(*parts)
+        about = SimpleNamespace(**{**made.metadata._asdict(), need: value})
+        return SimpleNamespace(metadata=about, asm=made.asm)
+
+    monkeypatch.setattr(offline, "compile_launch", needing)
+    x = graph_input("x", t(4))
+    program = toolchain.print_program(lower(make_graph("g", [x], [OPS["exp"](x)]), "k_exp"))
+    with pytest.raises(offline.OfflineError, match=f"cannot compile k_exp for sm_90: {reason}"):
+        offline.compile_binary(program, program.launches[0], "sm_90")
 
 
 def test_shared_memory_is_asked_for(gpu):
