@@ -1,10 +1,11 @@
 """Contractions that become kernels of ours: a table entry for each type of device.
 
-On a CPU those whose constant weight lies in panels. `pack-weights` puts it there: that decides.
+On a CPU mostly those whose constant weight lies in panels. `pack-weights` puts it there: that decides.
 
     w [n, k]  -->  panels [n / 48, k, 48]
 
-The 48 columns that one register block of a kernel reads stand together for each k. On a GPU those that a pointwise value follows, which
+The 48 columns that one register block of a kernel reads stand together for each k. Linears of many rows turn any weight into panels as
+they go. On a GPU those that a pointwise value follows, which
 then costs no memory traffic; the library's are faster where nothing does, and at convolutions.
 """
 
@@ -35,6 +36,10 @@ FEW_ROWS = 4
 MIN_WEIGHT_BYTES = 1 << 16
 """A smaller weight is in the cache, where the library's start is all that counts."""
 
+MANY_ROWS, LONGEST_DEPTH = 512, 2048
+"""So many rows pay for turning a weight that is an input into panels with every call, and what follows joins the kernel. Longer depths
+leave too few rows near the core."""
+
 
 GPU_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 """What matrix units, or as many multipliers, take."""
@@ -54,8 +59,8 @@ def needs_follower(node: Node) -> bool:
 
 
 def _on_cpu(node: Node) -> bool:
-    """Its weight is packed, or few rows stream it."""
-    return is_packed(node.inputs[1]) or has_few_rows(node)
+    """Its weight is packed, few rows stream it, or many rows share what turning it takes."""
+    return is_packed(node.inputs[1]) or has_few_rows(node) or has_many_rows(node)
 
 
 def _on_gpu(node: Node) -> bool:
@@ -74,6 +79,17 @@ def has_few_rows(node: Node) -> bool:
     size = weight.tensor.nbytes
     in_memory = weight.op.name in ("input", "constant")
     return in_memory and isinstance(rows, int) and 0 < rows <= FEW_ROWS and isinstance(size, int) and size >= MIN_WEIGHT_BYTES
+
+
+def has_many_rows(node: Node) -> bool:
+    """Whether a linear with a matrix that is an input has MANY_ROWS rows, and sizes that fill registers."""
+    if node.op.name != "linear" or node.tensor.device != "cpu" or node.dtype != torch.float32:
+        return False
+    rows, weight = product(node.shape[:-1]), node.inputs[1]
+    if weight.op.name != "input" or not isinstance(rows, int) or rows < MANY_ROWS or not all(isinstance(d, int) for d in weight.shape):
+        return False
+    columns, depth = weight.shape
+    return columns >= max(PANELS) and depth <= LONGEST_DEPTH and weight.tensor.nbytes >= MIN_WEIGHT_BYTES
 
 
 def is_packed(weight: Node) -> bool:

@@ -86,7 +86,8 @@ class ContractionPrinter(KernelPrinter):
             self.line(f"winograd<{rows}>(Images{{{points}}}, {sizes[1]}, {runs.size}, threads, {data}, left, right, finish);")
             return
         pieces, sizes[2:] = self.size(*((runs.step,) if runs.step else ())), [self.size(*runs.taps), str(runs.size)]
-        self.line(f"product_of_runs<{rows}, {pieces}>({', '.join(sizes)}, threads, {data}, left, right, finish);")
+        walk = "product_of_runs" if self.plan.kind == "panels" else "product_of_runs_packed"
+        self.line(f"{walk}<{rows}, {pieces}>({', '.join(sizes)}, threads, {data}, left, right, finish);")
 
     # ---- positions
 

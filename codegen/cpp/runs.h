@@ -123,4 +123,24 @@ void product_of_runs(int64_t rows, int64_t columns, int64_t count, int64_t size,
   });
 }
 
+// The same, of a right operand that is copied into panels, as many at a time as stay near.
+template <int R, int S, class T, class Left, class From, class Finish>
+void product_of_runs_packed(int64_t rows, int64_t columns, int64_t count, int64_t size, int threads, const T* data, const Left& left,
+                            const From& from, const Finish& finish) {
+  constexpr int64_t width = From::vectors * From::lanes;
+  const int64_t depth = count * S * size, panel = width * depth, fitting = BLOCK_BYTES / (int64_t(sizeof(T)) * panel) + 1;
+  const int64_t most = least_of(fitting, ceil_div(columns, width));
+  Row<T> memory(most * panel);
+  T* const packed = memory;
+  for (int64_t first = 0; first < columns; first += most * width) {
+    const int64_t there = least_of(most * width, columns - first);
+    parallel(ceil_div(there, width), 1, int(useful_threads(rows * there * depth, threads)), [=](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++) from.pack(packed + p * panel, first + p * width);
+    });
+    const auto right = panels<From::vectors, From::lanes>(width, [=](int64_t n) { return (const T*)packed + n * depth; });
+    product_of_runs<R, S>(rows, there, count, size, threads, data, left, right,
+                          [=](const T* sums, int64_t m, int64_t begin, int64_t end) LANES { finish(sums, m, first + begin, first + end); });
+  }
+}
+
 }  // namespace tile

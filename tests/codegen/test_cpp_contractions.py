@@ -129,6 +129,14 @@ def bias_gelu_residual() -> Kernel:
 
 
 @case()
+def residual_of_several_rounds_of_panels() -> Kernel:
+    """Contiguous columns that are turned as many at a time as stay near: here in two rounds, the last panel has a tail."""
+    y = dot(load("x", 801 * i + r), load("w", 801 * j + r)) + load("b", j) + load("y", 403 * i + j)
+    inputs = {"x": (F32, 70 * 801), "w": (F32, 403 * 801), "b": (F32, 403), "y": (F32, 70 * 403)}
+    return kernel({"i": 70, "j": 403}, {"r": 801}, inputs, {"out": (403 * i + j, y, 70 * 403)})
+
+
+@case()
 def residual_in_place() -> Kernel:
     y = dot(load("x", 48 * i + r), load("w", 48 * j + r)) + load("y", 100 * i + j)
     inputs = {"x": (F32, 70 * 48), "w": (F32, 4800), "y": (F32, 7000)}

@@ -50,3 +50,16 @@ def test_refused(lines: list[str], reason: Reason) -> None:
 def test_narrow_types_round_once(kind: str) -> None:
     old, new, _ = run(SplitBias(), body(INPUTS.replace("f32", kind), "h = linear(x, w, c)", "y = relu(h)", "y"))
     assert_becomes(new, old)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth", "native"), [(512, 128, 128, True), (511, 128, 128, False), (512, 128, 2052, False), (512, 40, 512, False)]
+)
+def test_linears_of_many_rows_are_kernels_of_ours_and_keep_their_bias(rows: int, columns: int, depth: int, native: bool) -> None:
+    signature = f"x: f32[4, {rows // 4}, {depth}], w: f32[{columns}, {depth}], c: f32[{columns}]"
+    if rows % 4:
+        signature = signature.replace(f"x: f32[4, {rows // 4}, {depth}]", f"x: f32[{rows}, {depth}]")
+    _, new, notes = run(SplitBias(), body(signature, "h = linear(x, w, c)", "y = relu(h)", "y"))
+    assert bool(notes.applied) is not native
+    (region,) = FuseRegions().run(new).outputs
+    assert region.attrs["label"] == ("linear+relu" if native else "add+relu")
