@@ -30,8 +30,9 @@ from .attention_tiles import AttentionTiles, default_tiles, padded, refusal
 from .indices import Span
 from .layout import Dimension, Layout, extent_source, mask_lines
 from .legalize import UnsupportedByTriton, legalize, rewritten
-from .operands import NARROW, Operand, Tile, narrowed
+from .operands import Operand, Tile
 from .printer import build_blocks, comment, module, parameters_of, print_function
+from .product import NARROW, multiplied, narrow
 from .program import Launch, Program, blocks_of, function_name
 from .scalars import TYPES
 from .schedule import default_schedule
@@ -103,13 +104,12 @@ class AttentionPrinter:
         rows = tuple(a for a in found.rows if a.extent != 1) or (Axis(_unused("row", taken), 1, inner=True),)
         self.kernel = replace(kernel, axes=(*kernel.axes, *(a for a in rows if a not in kernel.axes)))
         self.heads = Span(found.batch, _flat(found.batch, "head", taken))
-        self.rows = Dimension(Span(rows, _flat(rows, "row", taken)), "BLOCK_M", tiles.block_m)
+        self.rows = Dimension(Span(rows, _flat(rows, "row", taken)), "BLOCK_M", tiles.block_m, shared=True)
         self.depth = _whole(found.depth, "BLOCK_D")
         self.columns = _whole(found.column, "BLOCK_E")
         self.limits = find_limits(kernel, found.attend.score, found.key.name)
-        left, right = (narrowed(kernel, v) for v in (found.dot.left, found.dot.right))
-        self.left, self.right = (left, right) if left.dtype == right.dtype else (found.dot.left, found.dot.right)
-        value = narrowed(kernel, found.attend.value)
+        self.left, self.right, _ = multiplied(kernel, found.dot.left, found.dot.right, found.dot.dtype)
+        value = narrow(kernel, found.attend.value)
         self.weighted = value if value.dtype == found.attend.rounded else found.attend.value
         written = kernel.outputs if parts is None else parts.buffers
         self.buffers = tuple(b.name for b in (*kernel.inputs, *written))
@@ -206,7 +206,7 @@ class AttentionPrinter:
             begin = self.define("begin", start)
             end = self.define("end", f"tl.minimum({end}, {begin} + {share})")
         if clear_end is None:
-            return [Walk(begin, end, within=not self.key(False).masked)]
+            return [Walk(begin, end, within=not self.key(within=False).masked)]
         if self.parts:
             clear_end = self.define("clear_end", f"tl.minimum({clear_end}, {end})")
         if clear_begin is None:
@@ -220,8 +220,8 @@ class AttentionPrinter:
 
     def clear(self, begins: Sequence[Scalar], ends: Sequence[Scalar], begin: str, extent: str) -> tuple[str | None, str | None]:
         """Where the blocks without masks begin (None: where all do) and end (None: all blocks are alike)."""
-        keys = self.found.key.extent
-        if isinstance(keys, int) and (keys <= self.tiles.block_n or not begins and not ends and keys % self.tiles.block_n == 0):
+        keys, alike = self.found.key.extent, not self.limits.any and not self.key(within=False).masked
+        if alike or isinstance(keys, int) and keys <= self.tiles.block_n:
             return None, None
         most = _joined("tl.minimum", (*self.extremes(ends, "min", extent), extent))
         clear_end = self.define("clear_end", f"{_bracketed(most)} // BLOCK_N * BLOCK_N")

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
-
 from ...ir.scalar import Apply, Scalar
 from ..attentions import hidden
-from ..kernel import Kernel, Load, Position
+from ..kernel import Load, Position
 from .expressions import Expressions
 from .scalars import AND, Text
-
-NARROW = frozenset({torch.float16, torch.bfloat16})
-"""Elements that `tl.dot` multiplies as they are stored."""
 
 
 class Tile(Expressions):
@@ -87,13 +80,3 @@ def _is_read(value: Scalar) -> bool:
     if isinstance(value, Load):
         return value.other == 0
     return isinstance(value, Apply) and value.op == "cast" and _is_read(value.args[0])
-
-
-def narrowed(kernel: Kernel, value: Scalar) -> Scalar:
-    """A value of 16 bits in those, as `tl.dot` multiplies it; others as they are."""
-    if isinstance(value, Load):
-        stored = kernel.buffer(value.buffer).dtype
-        return replace(value, dtype=stored) if stored in NARROW else value
-    if isinstance(value, Apply) and value.op == "cast" and value.args[0].dtype in NARROW:
-        return value.args[0]
-    return value

@@ -58,7 +58,7 @@ class Product:
     @property
     def multiplied(self) -> tuple[tuple[Scalar, Scalar, torch.dtype], ...]:
         """Of each contraction both operands as they are multiplied, and in which dtype."""
-        return tuple(_multiplied(self.kernel, left, right, dot.dtype) for dot, (left, right) in zip(self.dots, self.operands))
+        return tuple(multiplied(self.kernel, left, right, dot.dtype) for dot, (left, right) in zip(self.dots, self.operands))
 
 
 def dots(kernel: Kernel) -> list[Dot]:
@@ -195,18 +195,18 @@ def spreads(values: Sequence[Scalar], sums: Sequence[Scalar], reduced: bool = Fa
 # ---- operands
 
 
-def _multiplied(kernel: Kernel, left: Scalar, right: Scalar, total: torch.dtype) -> tuple[Scalar, Scalar, torch.dtype]:
+def multiplied(kernel: Kernel, left: Scalar, right: Scalar, total: torch.dtype) -> tuple[Scalar, Scalar, torch.dtype]:
     """Both as they are stored where that is one narrow dtype, else as the kernel computes them."""
-    a, b = (_narrow(kernel, v) for v in (left, right))
+    a, b = (narrow(kernel, v) for v in (left, right))
     if a.dtype == b.dtype and a.dtype in NARROW and a.dtype.is_floating_point == total.is_floating_point:
         return a, b, a.dtype
     return left, right, total
 
 
-def _narrow(kernel: Kernel, value: Scalar) -> Scalar:
+def narrow(kernel: Kernel, value: Scalar) -> Scalar:
     """The value before it was widened."""
     if isinstance(value, Apply) and value.op == "cast" and not _loses(value.args[0].dtype, value.dtype):
-        return _narrow(kernel, value.args[0])
+        return narrow(kernel, value.args[0])
     if isinstance(value, Load):
         dtype = kernel.buffer(value.buffer).dtype
         if dtype in NARROW and value.dtype == NARROW[dtype] and float(torch.tensor(value.other).to(dtype)) == value.other:
