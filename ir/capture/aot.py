@@ -40,8 +40,7 @@ def compile_fx(
     What capture or compile_graph raises goes to on_failure (CaptureError: the graph cannot be expressed; anything else is a fault), and
     eager runs it.
     """
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
+    from functorch.compile import make_boxed_func
 
     if not by_eager(gm, example_inputs):
         keep_whole(gm)
@@ -60,12 +59,23 @@ def compile_fx(
 
         return compile_one
 
-    backend = aot_autograd(
-        fw_compiler=compiler(TRAINING[0]), bw_compiler=compiler(TRAINING[1]), inference_compiler=compiler(""),
-        decompositions=traced_decompositions(), partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True,
-    )  # fmt: skip
-    wrapped = backend(gm, example_inputs)
+    wrapped = _aot_autograd(gm, example_inputs, compiler)
     return (direct(*inference[0], len(example_inputs)) if inference else None) or wrapped
+
+
+def _aot_autograd(gm: torch.fx.GraphModule, inputs: Sequence[Any], compiler: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]:
+    """What Dynamo wraps around AOTAutograd imports much of Inductor (0.07 s); without gradients and lists nothing of it is needed."""
+    from functorch.compile import aot_module_simplified, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    options: dict[str, Any] = {
+        "fw_compiler": compiler(TRAINING[0]), "bw_compiler": compiler(TRAINING[1]), "inference_compiler": compiler(""),
+        "decompositions": traced_decompositions(), "partition_fn": min_cut_rematerialization_partition,
+        "keep_inference_input_mutations": True,
+    }  # fmt: skip
+    if torch.is_grad_enabled() or any(isinstance(x, (list, tuple, dict)) for x in inputs):
+        return aot_autograd(**options)(gm, inputs)
+    return torch._dynamo.disable(aot_module_simplified(gm, inputs, **options), reason="it is compiled")
 
 
 def _compiled(
