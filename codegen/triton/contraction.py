@@ -58,7 +58,7 @@ class _Printer:
         self.found = replace(found, batch=(*found.batch, *(a for a in found.rows if a not in rows)), rows=rows)
         self.kernel, self.tiles = found.kernel, tiles
         self.cast = ".to(tl.int64)" if tiles.wide else ""
-        self._taken = {a.name for a in self.kernel.axes} | set(self.kernel.sizes)
+        self._taken = {a.name for a in self.kernel.axes} | set(self.kernel.sizes) | set(pointers(self.kernel))
         self.words = {word: self.unused(word) for word in ("tile", "first", "height")}
         self.batch = self.span(self.found.batch, "batch")
         self.m = Dimension(self.span(self.found.rows, "m"), "BLOCK_M", tiles.block_m, shared=True)
@@ -170,7 +170,7 @@ class _Printer:
         for value in [s.value for s in writer.kernel.stores]:
             writer.prepare(value)
         if self.tiles.split_k > 1:
-            total = to_source(self.kernel.outputs[0].size)
+            total = _factor(self.kernel.outputs[0].size)
             writer.outer.lines.extend(f"{b.name}_ptr += tl.program_id(1){self.cast} * {total}" for b in self.kernel.outputs)
         stores = [writer.store(s) for s in writer.kernel.stores]
         writer.outer.lines.extend(stores)

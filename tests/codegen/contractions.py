@@ -59,6 +59,7 @@ def convolution(stride: int, padding: int, dilation: int, groups: int, last: boo
 for word, kind in {"f32": F32, "f16": F16, "bf16": BF16, "f64": F64}.items():
     add(f"layer_{word}", layer, x(33, 40, dtype=kind), x(21, 40, dtype=kind), x(21, dtype=kind), x(33, 21, dtype=kind))
 add("whole", layer, x(32, 32), x(16, 32), x(16), x(32, 16))
+add("many_rows", layer, x(150, 20), x(50, 20), x(50), x(150, 50))  # tiles in several groups, the last not full
 add("heads", heads, x(2, 5, 8), x(24, 8))
 for sides in [((20, 5), (5, 18)), ((2, 4, 5), (5, 6)), ((3, 1, 4, 5), (2, 5, 6)), ((5,), (5, 6)), ((4, 5), (5,)), ((20, 5), (5, 3))]:
     add("matmul_" + "_by_".join("x".join(map(str, s)) for s in sides), product, *(x(*s) for s in sides))
@@ -185,11 +186,11 @@ def _bytes() -> HandCase:
 
 
 def _update() -> HandCase:
-    """out = r + x @ w over the memory of r."""
-    inputs = {"x": x(M, K), "w": x(N, K), "r": x(M, N)}
-    value = load("r", N * i + j) + dot(load("x", K * i + a), load("w", K * j + a))
-    kernel = _kernel("update", [Store("out", N * i + j, value)], inputs, {"out": (F32, M * N)}, inplace=(("out", "r"),))
-    return HandCase(kernel, inputs, lambda x, w, r: (r + x @ w.T,))
+    """height + tile @ first.T over the memory of height: buffers with names that a walk has for itself."""
+    inputs = {"tile": x(M, K), "first": x(N, K), "height": x(M, N)}
+    value = load("height", N * i + j) + dot(load("tile", K * i + a), load("first", K * j + a))
+    kernel = _kernel("update", [Store("out", N * i + j, value)], inputs, {"out": (F32, M * N)}, inplace=(("out", "height"),))
+    return HandCase(kernel, inputs, lambda tile, first, height: (height + tile @ first.T,))
 
 
 HAND: dict[str, HandCase] = {c.kernel.name: c for c in (_gate_and_up(), _dequantized(), _gathered(), _normed(), _bytes(), _update())}

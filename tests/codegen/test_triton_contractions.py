@@ -258,7 +258,7 @@ def test_what_is_no_product_of_blocks_is_refused() -> None:
     )
     both = replace(normed, axes=(*normed.axes, Axis("r", 3, True)), stores=(Store("out", i, Reduce(F32, "sum", value, ("j", "r"))),))
     _refused(both, "reduced over what is not its columns")
-    _refused(replace(update, inplace=(("out", "x"),)), "an output lies over an operand")
+    _refused(replace(update, inplace=(("out", "tile"),)), "an output lies over an operand")
     nested = dot(load("x", K * i + a), dot(load("w", K * j + a), load("x", symbol("b")), ("b",)))
     axes = (*update.axes, Axis("b", K, True))
     _refused(replace(update, axes=axes, stores=(Store("out", N * i + j, nested),)), "an operand of its contraction is itself summed")
