@@ -123,6 +123,7 @@ class AttentionPrinter:
         self.beside = self.first
         self.lines = self.first.outer.lines
         self.names = {name: self.first.fresh(name) for name in _NAMES}
+        self.names |= {word: self.first.fresh(f"{found.key.name}_{word}") for word in ("start", "edge", "down")}
 
     def function(self) -> str:
         self.place()
@@ -215,7 +216,7 @@ class AttentionPrinter:
         if self.parts:
             clear_begin = self.define("clear_begin", f"tl.maximum({clear_begin}, {begin})")
         clear = self.define("clear", f"tl.maximum({clear_end} - {clear_begin}, 0)")
-        start = f"{self.edge()} + tl.where({self.edge()} < {clear_begin}, 0, {clear})"
+        start = f"{names['edge']} + tl.where({names['edge']} < {clear_begin}, 0, {clear})"
         return [Walk(clear_begin, clear_end, True), Walk(begin, f"{end} - {clear}", False, start)]
 
     def clear(self, begins: Sequence[Scalar], ends: Sequence[Scalar], begin: str, extent: str) -> tuple[str | None, str | None]:
@@ -243,17 +244,15 @@ class AttentionPrinter:
         self.lines.append(f"{self.names[name]} = {code}")
         return self.names[name]
 
-    def edge(self) -> str:
-        return f"{self.found.key.name}_edge"
-
-    def key(self, within: bool, suffix: str = "") -> Dimension:
+    def key(self, within: bool, flat: str = "") -> Dimension:
         """The dimension of a block of keys."""
-        return Dimension(Span((self.found.key,), self.found.key.name + suffix), "BLOCK_N", self.tiles.block_n, looped=True, within=within)
+        span = Span((self.found.key,), flat or self.found.key.name)
+        return Dimension(span, "BLOCK_N", self.tiles.block_n, looped=True, within=within)
 
     def walk(self, walk: Walk) -> None:
         """Prints one loop: scores of a block, their weights, what is attended."""
-        first, start = self.first, f"{self.found.key.name}_start"
-        across, down = self.key(walk.within), self.key(walk.within, "_down")
+        first, start = self.first, self.names["start"]
+        across, down = self.key(walk.within), self.key(walk.within, self.names["down"])
         before = first.names()
         body = first.enter().lines
         score, unit = self.scores(walk, across, down)
@@ -262,7 +261,7 @@ class AttentionPrinter:
         first.leave()
         first.forget(first.names() - before)
         positions = [line for d, along in ((down, "[:, None]"), (across, "[None, :]")) for line in self.positions(d, start, along)]
-        loop = self.edge() if walk.start else start
+        loop = self.names["edge"] if walk.start else start
         self.lines.append(f"for {loop} in range({walk.begin}, {walk.end}, BLOCK_N):")
         self.lines.extend(f"    {line}" for line in _used([f"{start} = {walk.start}"] * bool(walk.start) + positions, body))
 

@@ -323,6 +323,12 @@ def test_decoding_does_not_spill(target: str) -> None:
     assert len(compiled) == 2 and all(c.spills == 0 for c in compiled)
 
 
+@pytest.mark.parametrize("name", ["sliding window", "packed sequences", "decode over a cache", "sizes known at run time"])
+def test_bounded_and_split_walks_compile(name: str) -> None:
+    compiled = compile_program(build(lower(graph(EVERY[name]), "k_attention"), TILES["split"]), "sm_90")
+    assert len(compiled) == 2 and all(c.spills == 0 for c in compiled)
+
+
 @pytest.mark.parametrize(("width", "dtype"), [(w, d) for w in (16, 64, 80, 128, 256) for d in (BF16, torch.float32, torch.float64)])
 def test_default_tiles_are_legal(width: int, dtype: torch.dtype) -> None:
     for shape in ((2, 8, 1, width), (2, 8, 100, width)):
