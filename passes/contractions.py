@@ -36,7 +36,7 @@ FEW_ROWS = 4
 MIN_WEIGHT_BYTES = 1 << 16
 """A smaller weight is in the cache, where the library's start is all that counts."""
 
-MANY_ROWS, LONGEST_DEPTH = 512, 2048
+MANY_ROWS, LONGEST_DEPTH = 256, 2048
 """So many rows pay for turning a weight that is an input into panels with every call, and what follows joins the kernel. Longer depths
 leave too few rows near the core."""
 

@@ -53,7 +53,7 @@ def test_narrow_types_round_once(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "depth", "native"), [(512, 128, 128, True), (511, 128, 128, False), (512, 128, 2052, False), (512, 40, 512, False)]
+    ("rows", "columns", "depth", "native"), [(256, 128, 128, True), (255, 128, 128, False), (256, 128, 2052, False), (256, 40, 512, False)]
 )
 def test_linears_of_many_rows_are_kernels_of_ours_and_keep_their_bias(rows: int, columns: int, depth: int, native: bool) -> None:
     signature = f"x: f32[4, {rows // 4}, {depth}], w: f32[{columns}, {depth}], c: f32[{columns}]"
