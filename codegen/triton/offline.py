@@ -102,17 +102,22 @@ def compile_binary(program: Program, launch: Launch, target: str) -> Binary:
     if reason:
         raise OfflineError(kernel=program.kernel.name, target=target, reason=reason)
     threads = about.num_warps * about.target.warp_size
-    return Binary(target, about.name, threads, about.shared, extra, about.global_scratch_size or 0, image)
+    return Binary(target, about.name, threads, about.shared, extra, _need(about, "global_scratch_size"), image)
 
 
 def _unlaunchable(about: Any) -> str:
     """What of a compiled kernel's needs no plain launch gives it; "" for none."""
-    if about.profile_scratch_size:
+    if _need(about, "profile_scratch_size"):
         return "it is instrumented"
-    if about.num_ctas > 1 or about.launch_cooperative_grid or getattr(about, "launch_pdl", False):
+    if _need(about, "num_ctas") > 1 or _need(about, "launch_cooperative_grid") or _need(about, "launch_pdl"):
         return "its programs work together"
-    columns = getattr(about, "tmem_size", None) or 0
+    columns = _need(about, "tmem_size")
     return f"it takes {columns} columns of tensor memory, and there are {TENSOR_COLUMNS}" if columns > TENSOR_COLUMNS else ""
+
+
+def _need(about: Any, name: str) -> int:
+    """A number of the metadata that not every version and backend of Triton writes."""
+    return int(getattr(about, name, None) or 0)
 
 
 def compile_launch(program: Program, launch: Launch, target: str) -> CompiledKernel:

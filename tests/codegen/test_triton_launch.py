@@ -26,6 +26,7 @@ from tilewright.codegen.triton.tiles import Tiles
 from tilewright.ir.graph import Stage, graph_input, make_graph
 from tilewright.ir.ops import OPS
 from tilewright.ir.types import TensorType
+from triton_kernels import OLD_INTERPRETER
 
 pytestmark = NATIVE
 
@@ -177,6 +178,7 @@ def product(m, n, k):
     return make_graph("g", [x, w], [OPS["region"](x, w, body=body)], stage=Stage.FUSED)
 
 
+@pytest.mark.skipif(OLD_INTERPRETER, reason="the interpreter cannot loop up to what is computed")
 def test_launches_of_one_kernel_share_memory(gpu, monkeypatch):
     """The depth of a product in two parts: sums of each in memory of its own, added by a second launch."""
     halves = Tiles(16, 16, 16, split_k=2, num_warps=1, num_stages=1)
