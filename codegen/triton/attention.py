@@ -207,7 +207,7 @@ class AttentionPrinter:
             begin = self.define("begin", start)
             end = self.define("end", f"tl.minimum({end}, {begin} + {share})")
         if clear_end is None:
-            return [Walk(begin, end, within=not self.key(within=False).masked)]
+            return [Walk(begin, end, within=self.alike())]
         if self.parts:
             clear_end = self.define("clear_end", f"tl.minimum({clear_end}, {end})")
         if clear_begin is None:
@@ -221,8 +221,8 @@ class AttentionPrinter:
 
     def clear(self, begins: Sequence[Scalar], ends: Sequence[Scalar], begin: str, extent: str) -> tuple[str | None, str | None]:
         """Where the blocks without masks begin (None: where all do) and end (None: all blocks are alike)."""
-        keys, alike = self.found.key.extent, not self.limits.any and not self.key(within=False).masked
-        if alike or isinstance(keys, int) and keys <= self.tiles.block_n:
+        keys = self.found.key.extent
+        if self.alike() or isinstance(keys, int) and keys <= self.tiles.block_n:
             return None, None
         most = _joined("tl.minimum", (*self.extremes(ends, "min", extent), extent))
         clear_end = self.define("clear_end", f"{_bracketed(most)} // BLOCK_N * BLOCK_N")
@@ -230,6 +230,10 @@ class AttentionPrinter:
             return None, clear_end
         least = _joined("tl.maximum", (*self.extremes(begins, "max", "0"), "0"))
         return self.define("clear_begin", f"({least} + BLOCK_N - 1) // BLOCK_N * BLOCK_N"), clear_end
+
+    def alike(self) -> bool:
+        """Whether no block needs a mask."""
+        return not self.limits.any and not self.key(within=False).masked
 
     def extremes(self, limits: Sequence[Scalar], how: str, neutral: str) -> list[str]:
         """The least or largest of each limit over the queries."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attentions import CASES, INF, Case, attention, causal, heads, kept, positions, x
+from attentions import CASES, INF, Case, attention, causal, heads, kept, positions, window, x
 from lowering import assert_close, graph_of, memory
 from support import NATIVE
 from test_attention_refusals import CASES as REFUSED
@@ -147,6 +147,11 @@ def test_in_other_tiles(name: str, tiles: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_on_gpu(name: str, tiles: str) -> None:
     check(EVERY[name], TILES[tiles], "cuda")
+
+
+@pytest.mark.parametrize(("build_", "rows", "keys"), [(causal, 16, 16), (causal, 40, 16), (causal, 2, 16), (window, 16, 16)])
+def test_a_single_block_of_keys_has_its_masks(build_, rows: int, keys: int) -> None:
+    check(Case(build_, (x(1, 2, rows, 16), x(1, 2, keys, 16), x(1, 2, keys, 16))), SMALL)
 
 
 LENGTHS_OF_BOTH = [((1, 1), 1), ((16, 16), 1), ((17, 33), 1), ((3, 100), 4), ((1, 16), 4), ((40, 0), 1), ((2, 0), 4)]
