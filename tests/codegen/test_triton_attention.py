@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -152,6 +153,20 @@ def test_on_gpu(name: str, tiles: str) -> None:
 @pytest.mark.parametrize(("build_", "rows", "keys"), [(causal, 16, 16), (causal, 40, 16), (causal, 2, 16), (window, 16, 16)])
 def test_a_single_block_of_keys_has_its_masks(build_, rows: int, keys: int) -> None:
     check(Case(build_, (x(1, 2, rows, 16), x(1, 2, keys, 16), x(1, 2, keys, 16))), SMALL)
+
+
+def banded(q: Node, k: Node, v: Node) -> Node:
+    """Each query sees up to seven keys, around its own position."""
+    rows, keys = ops.reshape(ops.iota(length=q.shape[-2]), shape=(q.shape[-2], 1)), ops.iota(length=k.shape[-2])
+    away = ops.sub(rows, keys)
+    return attention(q, k, v, ops.logical_and(ops.gt(away, -4), ops.lt(away, 4)))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("build_", [attention, causal, banded])
+def test_lengths_around_those_of_blocks(build_, splits: int) -> None:
+    for rows, keys in itertools.product((15, 16, 33), (16, 17, 32)):
+        check(Case(build_, (x(2, rows, 16), x(2, keys, 16), x(2, keys, 16))), replace(SMALL, splits=splits))
 
 
 LENGTHS_OF_BOTH = [((1, 1), 1), ((16, 16), 1), ((17, 33), 1), ((3, 100), 4), ((1, 16), 4), ((40, 0), 1), ((2, 0), 4)]
