@@ -61,9 +61,9 @@ class PerStream:
 
 
 def per_stream(devices: Sequence[str]) -> PerStream | None:
-    """For the GPUs among the devices; None where there is none."""
+    """For the GPUs among the devices; None where there are none."""
     places = [torch.device(d) for d in devices if d.startswith("cuda")]
-    if not places:
+    if not places or not torch.cuda.is_available():  # a program for another machine
         return None
     indices = sorted({torch.cuda.current_device() if place.index is None else place.index for place in places})
     return PerStream([functools.partial(raw_stream, index) for index in indices], torch.cuda.is_current_stream_capturing)
@@ -71,8 +71,10 @@ def per_stream(devices: Sequence[str]) -> PerStream | None:
 
 def finish(devices: Sequence[str]) -> None:
     """Waits for what the GPUs among the devices are doing: what is made once, on one stream, is read by calls on any."""
+    if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+        return
     for device in devices:
-        if device.startswith("cuda") and not torch.cuda.is_current_stream_capturing():
+        if device.startswith("cuda"):
             torch.cuda.synchronize(device)
 
 

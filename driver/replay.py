@@ -174,7 +174,7 @@ class CudaRecorder:
         self._done: torch.cuda.Event | None = None
 
     def record(self, run: Run, inputs: Sequence[Any], held: Sequence[int]) -> CudaRecording:
-        with torch.cuda.device(self._device), torch.no_grad():
+        with torch.cuda.device(self._device), torch.inference_mode(False), torch.no_grad():  # calls in any mode write to the copies
             own = [x if i in held else torch.empty_like(x).copy_(x) for i, x in enumerate(inputs)]
             made = CudaRecording(own)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
