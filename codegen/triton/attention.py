@@ -199,7 +199,7 @@ class AttentionPrinter:
             begin = self.define("begin", f"{_joined('tl.maximum', (*least, '0'))} // BLOCK_N * BLOCK_N")
         if ends:
             end = self.define("end", _joined("tl.minimum", (*self.extremes(ends, "max", "0"), extent)))
-        clear_begin, clear_end = self.clear(begins, ends, begin, extent)
+        clear_begin, clear_end = self.clear(begins, ends, extent)
         if self.parts:
             share = f"({end}{'' if begin == '0' else f' - {begin}'} + BLOCK_N * SPLITS - 1) // (BLOCK_N * SPLITS) * BLOCK_N"
             share, part = self.define("share", share), names["part"]
@@ -219,7 +219,7 @@ class AttentionPrinter:
         start = f"{names['edge']} + tl.where({names['edge']} < {clear_begin}, 0, {clear})"
         return [Walk(clear_begin, clear_end, True), Walk(begin, f"{end} - {clear}", False, start)]
 
-    def clear(self, begins: Sequence[Scalar], ends: Sequence[Scalar], begin: str, extent: str) -> tuple[str | None, str | None]:
+    def clear(self, begins: Sequence[Scalar], ends: Sequence[Scalar], extent: str) -> tuple[str | None, str | None]:
         """Where the blocks without masks begin (None: where all do) and end (None: all blocks are alike)."""
         keys = self.found.key.extent
         if self.alike() or isinstance(keys, int) and keys <= self.tiles.block_n:
@@ -296,6 +296,7 @@ class AttentionPrinter:
         self.first.assign(f"{n['weights']}, {n['decay']}, {state}", f"{function}({score}, {unit!r}, {state})")
 
     def attend(self, down: Dimension) -> None:
+        """Adds the weighted values of a block."""
         n = self.names
         tile, (value,) = self.tile(Operand, (self.weighted,), (down, self.columns))
         values = tile.operand(value)
