@@ -43,7 +43,7 @@ def compile_kernels(kernels: Sequence[Kernel], device: str = "cuda", driver: Dri
         return [Failed(kernel, str(error)) for kernel in kernels]
     run, entry = routines[0], routines[-1]
     if driver is None or isinstance(run, BuildError) or isinstance(entry, BuildError):
-        return [_for_triton(kernel) for kernel in kernels]
+        return [_for_triton(kernel, device) for kernel in kernels]
     with ThreadPoolExecutor(cores()) as pool:
         return list(pool.map(lambda kernel: _compile(kernel, driver, run, _address(entry)), kernels))
 
@@ -117,12 +117,14 @@ def _call(program: Program, one: Launch, binary: Binary, loaded: Launchable, own
 # -- by Triton's own launches
 
 
-def _for_triton(kernel: Kernel) -> Compiled | Failed:
-    """Triton compiles at the first launch."""
+def _for_triton(kernel: Kernel, device: str) -> Compiled | Failed:
+    """Triton compiles at the first launch. The interpreter, which is for tests, takes what may turn out not to fit a block."""
     try:
         program = print_program(kernel)
     except UnsupportedByTriton as error:
         return Failed(kernel, str(error))
+    if reason := _unknown_block(program) if device != "cpu" else "":
+        return Failed(kernel, reason)
     return Compiled(kernel, program.source, _launcher(program))
 
 

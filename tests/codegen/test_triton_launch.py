@@ -18,7 +18,7 @@ from tilewright.codegen.arena import Arena, PerStream
 from tilewright.codegen.build import BuildError
 from tilewright.codegen.lower import lower
 from tilewright.codegen.program import compile_program
-from tilewright.codegen.target import TARGETS
+from tilewright.codegen.target import TARGETS, Failed
 from tilewright.codegen.triton import offline, toolchain
 from tilewright.codegen.triton.binary import parameter_sizes, runs_on
 from tilewright.codegen.triton.driver import SHARED_BYTES_FREELY, DriverError
@@ -266,6 +266,19 @@ def test_without_a_device_triton_launches(device):
     x = graph_input("x", t(4))
     (compiled,) = toolchain.compile_kernels([lower(make_graph("g", [x], [OPS["exp"](x)]), "k_exp")], device)
     assert compiled.native is None or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+def test_a_block_of_unknown_length(device, gpu, monkeypatch):
+    """What must lie in one block, which some s would not fit, is not for a GPU. The interpreter tries."""
+    printed = toolchain.print_program
+    monkeypatch.setattr(toolchain, "print_program", lambda kernel, schedule=None: replace(printed(kernel), whole=((S, 64),)))
+    x = graph_input("x", t(S, 8))
+    kernel = lower(make_graph("g", [x], [OPS["sum"](x, dims=(0,))], symbols=ANY_S), "k_sum")
+    for driver in (None, gpu.driver):
+        (made,) = toolchain.compile_kernels([kernel], device, driver)
+        refused = isinstance(made, Failed) and made.reason == "an inner extent of s must fit one block, and is not known"
+        assert refused == (device != "cpu" or driver is not None)
 
 
 def test_without_a_compiler_triton_launches(gpu, monkeypatch):
