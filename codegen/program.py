@@ -52,7 +52,8 @@ class Program:
     """A compiled graph: `program(inputs)` returns the outputs, in the graph's order; written-back inputs hold their new value.
 
     Safe to call from several threads at once: each call takes an arena of its own. Runs without recording gradients.
-    source: the kernels and the host program as text. copies: values that are laid out anew if they do not come row-major.
+    source: the kernels and the host program as text. copies: values that are laid out anew if they do not come row-major,
+    or not where a GPU's kernels can read them.
     seconds: time spent in "lower" and "compile".
     """
 
