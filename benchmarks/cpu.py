@@ -28,8 +28,8 @@ from report import markdown
 from roofline import least_seconds, machine_limits
 
 HERE = Path(__file__).parent
-PEERS = ("eager", "tilewright", "tilewright-max", "inductor", "inductor-max", "onnxruntime", "openvino")
-CACHING = ("tilewright", "tilewright-max", "inductor", "inductor-max")
+PEERS = ("eager", "tilewright", "tilewright-max", "tilewright-ahead", "inductor", "inductor-max", "onnxruntime", "openvino")
+CACHING = ("tilewright", "tilewright-max", "tilewright-ahead", "inductor", "inductor-max")
 SETUP_LIMIT = 180.0  # seconds a peer has to import, build, compile and call
 RUN_LIMIT = 120.0  # seconds a peer has for one round
 ROUND = 0.3  # seconds a round of one peer should last

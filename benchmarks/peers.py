@@ -49,6 +49,14 @@ def tilewright_max(model: nn.Module, inputs: Inputs, notes: Notes) -> Call:
     return _compiled(model, inputs, backend=functools.partial(tilewright, **wanted))
 
 
+def tilewright_ahead(model: nn.Module, inputs: Inputs, notes: Notes) -> Call:
+    """The offline door: no guards of Dynamo before a call."""
+    import tilewright
+
+    run = tilewright.optimize(model, inputs)
+    return lambda: run(*inputs)
+
+
 def inductor(model: nn.Module, inputs: Inputs, notes: Notes) -> Call:
     return _compiled(model, inputs)
 
@@ -156,6 +164,7 @@ PEERS: dict[str, Callable[[nn.Module, Inputs, Notes], Call]] = {
     "eager": eager,
     "tilewright": tilewright,
     "tilewright-max": tilewright_max,
+    "tilewright-ahead": tilewright_ahead,
     "inductor": inductor,
     "inductor-max": inductor_max,
     "onnxruntime": onnxruntime,

@@ -8,7 +8,7 @@ from typing import Any
 
 Results = dict[str, Any]
 
-OURS = ("tilewright", "tilewright-max")
+OURS = ("tilewright", "tilewright-max", "tilewright-ahead")
 
 
 def markdown(results: Results) -> str:

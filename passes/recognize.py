@@ -87,7 +87,9 @@ def _keeps(match: Match) -> bool:
 
 _MAX = pat("amax", X, name="max", attrs={"keepdim": True})
 _SHIFTED = pat("sub", X, _MAX, name="shifted")
-_SOFTMAX = pat("div", pat("exp", _SHIFTED, name="e"), pat("sum", pat("exp", _SHIFTED, name="e"), name="sum", attrs={"keepdim": True}))
+_EXP = pat("exp", _SHIFTED, name="e")
+_TOTAL = pat("sum", _EXP, name="sum", attrs={"keepdim": True})
+_SOFTMAX = pat("div", _EXP, _TOTAL), pat("mul", _EXP, pat("reciprocal", _TOTAL))
 _LOG_SOFTMAX = pat("sub", _SHIFTED, pat("log", pat("sum", pat("exp", _SHIFTED), name="sum", attrs={"keepdim": True})))
 
 
@@ -245,7 +247,7 @@ _ROPE = pat("add", pat("mul", X, Var("cos")), pat("mul", _HALVES, Var("sin")))
 def _rules() -> list[Rule]:
     """Every rule: (name, patterns, what it makes, check)."""
     table: list[tuple[str, tuple[Pat, ...] | list[Pat], Callable[[Match], Node], Callable[[Match], Answer]]] = [
-        ("softmax", (_SOFTMAX,), _softmax("softmax"), _one_dim),
+        ("softmax", _SOFTMAX, _softmax("softmax"), _one_dim),
         ("log-softmax", (_LOG_SOFTMAX,), _softmax("log_softmax"), _one_dim),
         ("narrow", (pat("cast", pat(_WIDENED, pat("cast", X, name="wide"), name="op")),), _narrowed, _narrow),
         ("layer-norm", [p for v in _VARIANCES for p in _scaled_by_root(_CENTERED, v)], _norm("layer_norm"), _normalizes),

@@ -63,7 +63,8 @@ def _expand_softmax(x: Node, *, dim: int) -> Node:
         return x
     wide = _cast(x, compute_dtype(x.dtype))
     e = _op("exp")(_op("sub")(wide, _op("amax")(wide, dims=(dim,), keepdim=True)))
-    return _cast(_op("div")(e, _op("sum")(e, dims=(dim,), keepdim=True)), x.dtype)
+    share = _op("reciprocal")(_op("sum")(e, dims=(dim,), keepdim=True))  # one division a row, of a sum that is at least 1
+    return _cast(_op("mul")(e, share), x.dtype)
 
 
 def _expand_log_softmax(x: Node, *, dim: int) -> Node:
