@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 import torch
 
-from ..ir.dims import Dim, hint, to_source
+from ..ir.dims import hint, to_source
 from ..ir.graph import Graph, Node, order
 from ..ir.interpret import interpret
 from ..ir.op import Category
@@ -22,7 +22,7 @@ from ..ir.types import TensorType
 from .calls import Fault, KernelCall, Operand, PositionFault
 from .host import Host, Scope, Value
 from .kernel import Kernel
-from .target import Address, Compiled, Failed, Native, NativeCall, Target
+from .target import Address, Argument, ByMultiples, Compiled, Failed, Native, NativeCall, Target
 
 
 @dataclass
@@ -241,12 +241,16 @@ def _emit_kernel(host: Host, node: Node, compiled: Compiled) -> None:
         host.call(KernelCall(call.name, call.entry, arguments, writes, asked, _fault(node, kernel, native, call)), native.run)
 
 
-def _argument(host: Host, argument: str | Dim | Address, buffers: Mapping[str, Operand]) -> Operand:
+def _argument(host: Host, argument: Argument, buffers: Mapping[str, Operand]) -> Operand:
     """What a native function takes, as the host program writes it. Buffers and sizes are shown, other numbers are not."""
     if isinstance(argument, str):
         return buffers[argument]
     if isinstance(argument, Address):
         return Operand("", host.bind(argument.name, argument.value))
+    if isinstance(argument, ByMultiples):
+        then, otherwise = (host.bind(a.name, a.value) for a in (argument.then, argument.otherwise))
+        rest = " or ".join(f"{size} % {argument.multiples_of}" for size in argument.sizes)
+        return Operand("", f"({otherwise} if {rest} else {then})")
     text = to_source(argument)
     return Operand(text if isinstance(argument, sympy.Symbol) else "", text)
 

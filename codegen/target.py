@@ -21,12 +21,25 @@ class Address:
 
 
 @dataclass(frozen=True)
+class ByMultiples:
+    """One address where all `sizes` are multiples of a number, another where not: code that is better for most sizes, and code for any."""
+
+    sizes: tuple[str, ...]
+    multiples_of: int
+    then: Address
+    otherwise: Address
+
+
+Argument = Union[str, Dim, Address, ByMultiples]
+
+
+@dataclass(frozen=True)
 class NativeCall:
-    """A call of a C function by its entry (cpp/call.h). arguments: buffers of the kernel by name, sizes, addresses, in this order."""
+    """A call of a C function by its entry (cpp/call.h). arguments: buffers of the kernel by name, sizes, addresses."""
 
     name: str
     entry: int
-    arguments: tuple[Union[str, Dim, Address], ...]
+    arguments: tuple[Argument, ...]
 
 
 @dataclass(frozen=True)

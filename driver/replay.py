@@ -89,11 +89,16 @@ class Recording(Protocol):
 
 
 class Recorder(Protocol):
-    """Records what `run` enqueues for inputs of its own; `held` of them are those given. `ordered` waits for what was replayed before."""
+    """Records what `run` enqueues for inputs of its own; `held` of them are those given. `ordered` waits for what was replayed before.
+
+    `idle`: whether nobody else is recording this very call, which must then run as ever.
+    """
 
     def record(self, run: Run, inputs: Sequence[Any], held: Sequence[int]) -> Recording: ...
 
     def ordered(self, work: Callable[[], list[Any]]) -> list[Any]: ...
+
+    def idle(self) -> bool: ...
 
 
 class Replayed:
@@ -113,11 +118,13 @@ class Replayed:
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         """As `run`: outputs for the inputs, which it empties."""
+        if not self._recorder.idle():
+            return self._run(inputs)
         with self._lock:
             recording = self._recording(inputs)
-            if recording is None:
-                return self._run(inputs)
-            return self._recorder.ordered(lambda: self._replay(recording, inputs))
+            if recording is not None:
+                return self._recorder.ordered(lambda: self._replay(recording, inputs))
+        return self._run(inputs)
 
     def _recording(self, inputs: Sequence[Any]) -> Recording | None:
         """The one for these parameters; None at their first call, and where there can be none."""
@@ -183,6 +190,9 @@ class CudaRecorder:
                 made.outputs = run(list(own))
             made.inputs = [None if i in held else x for i, x in enumerate(own)]  # parameters are not kept alive
             return made
+
+    def idle(self) -> bool:
+        return not torch.cuda.is_current_stream_capturing()
 
     def ordered(self, work: Callable[[], list[Any]]) -> list[Any]:
         with torch.cuda.device(self._device), torch.no_grad():

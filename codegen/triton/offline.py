@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,9 +91,9 @@ def gpu_target(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64 if generation and int(generation[1]) < 10 else 32)
 
 
-def compile_binary(program: Program, launch: Launch, target: str) -> Binary:
+def compile_binary(program: Program, launch: Launch, target: str, multiples: Collection[str] = ()) -> Binary:
     """A launch of a program as data; raises OfflineError when Triton fails. Triton's cache on disk knows what it has compiled before."""
-    compiled = compile_launch(program, launch, target)
+    compiled = compile_launch(program, launch, target, multiples)
     about = compiled.metadata
     assembly, image = compiled.asm[ASSEMBLY[about.target.backend]], compiled.asm[IMAGE[about.target.backend]]
     given = len(launch.buffers) + len(program.kernel.sizes)
@@ -120,15 +120,16 @@ def _need(about: Any, name: str) -> int:
     return int(getattr(about, name, None) or 0)
 
 
-def compile_launch(program: Program, launch: Launch, target: str) -> CompiledKernel:
-    """A launch compiled by Triton. Buffers are taken to lie at multiples of 16 bytes."""
+def compile_launch(program: Program, launch: Launch, target: str, multiples: Collection[str] = ()) -> CompiledKernel:
+    """A launch compiled by Triton. Buffers are taken to lie at multiples of 16 bytes; multiples: sizes that are taken to be some of 16."""
     kernel = program.kernel
     function = load(program.source)[launch.function]
     if not isinstance(function, JITFunction):
         raise OfflineError(kernel=kernel.name, target=target, reason="TRITON_INTERPRET is set")
     pointers = [_POINTERS[program.buffer(name).dtype] for name in launch.buffers]
     kinds = [*pointers, *("i64" if launch.wide else "i32" for _ in kernel.sizes), *("constexpr" for _ in launch.constants)]
-    aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(pointers))}
+    places = [*range(len(pointers)), *(len(pointers) + kernel.sizes.index(size) for size in multiples)]
+    aligned = {(n,): [["tt.divisibility", 16]] for n in places}
     source = ASTSource(function, dict(zip(function.arg_names, kinds)), dict(launch.constants), aligned)
     try:
         return triton.compile(source, target=gpu_target(target), options=launch.options(kernel))

@@ -10,19 +10,19 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Union
 
 import torch
 
-from ...ir.dims import Dim, dim, product, symbol
+from ...ir.dims import dim, free_symbols, product, symbol
 from ..build import BuildError, build, cores
 from ..cpp.schedule import detect_target
 from ..cpp.toolchain import LAUNCH, RUN
-from ..kernel import Buffer, Kernel
-from ..target import Address, Compiled, Failed, Native, NativeCall
-from .binary import Binary
-from .driver import DoesNotFit, Driver, DriverError, Launchable, driver_of
+from ..kernel import Buffer, Kernel, Load, Store, scalars
+from ..target import Address, Argument, ByMultiples, Compiled, Failed, Native, NativeCall
+from .driver import DoesNotFit, Driver, DriverError, driver_of
 from .legalize import UnsupportedByTriton
 from .offline import OfflineError, compile_binary
 from .program import Launch, Program
@@ -89,29 +89,63 @@ def _unknown_block(program: Program) -> str:
 
 
 def _native(program: Program, driver: Driver, run: Callable[..., int], entry: int) -> Native:
-    binaries = [compile_binary(program, one, driver.facts.architecture) for one in program.launches]
-    loaded = [driver.load(binary) for binary in binaries]
-    own = [_scratch(one, binary, i) for i, (one, binary) in enumerate(zip(program.launches, binaries))]
-    calls = tuple(_call(program, *parts, entry) for parts in zip(program.launches, binaries, loaded, own))
+    ready = [_ready(program, one, driver) for one in program.launches]
+    own = [_scratch(made, i) for i, made in enumerate(ready)]
+    calls = tuple(_call(program, made, memory, entry) for made, memory in zip(ready, own))
     scratch = (*program.scratch, *(b for b in own if b is not None))
     return Native(run, calls, driver.stream, f"stream_{driver.index}", scratch, ALIGNMENT, driver.failed)
 
 
-def _scratch(one: Launch, binary: Binary, number: int) -> Buffer | None:
+@dataclass(frozen=True)
+class _Ready:
+    """A launch whose code is loaded. extra and scratch: as in `Binary`."""
+
+    launch: Launch
+    extra: int
+    scratch: int
+    kernel: Address | ByMultiples
+
+
+def _ready(program: Program, one: Launch, driver: Driver) -> _Ready:
+    """Loads code for any sizes; where sizes are strides, also code for multiples of 16, which reads whole vectors."""
+    target, strides = driver.facts.architecture, _strides(program.kernel)
+    binary = compile_binary(program, one, target)
+    address = Address(f"{one.function}_at", driver.load(binary).address)
+    plain = _Ready(one, binary.extra, binary.scratch, address)
+    if not strides:
+        return plain
+    try:
+        special = compile_binary(program, one, target, strides)
+        better = Address(f"{one.function}_{ALIGNMENT}_at", driver.load(special).address)
+    except (OfflineError, DoesNotFit):
+        return plain
+    if special.extra != binary.extra or better.value == address.value:
+        return plain
+    return _Ready(one, binary.extra, max(binary.scratch, special.scratch), ByMultiples(strides, ALIGNMENT, better, address))
+
+
+def _strides(kernel: Kernel) -> tuple[str, ...]:
+    """The sizes that tell where rows begin."""
+    indices = [v.index for v in (*kernel.stores, *scalars(kernel.stores)) if isinstance(v, (Store, Load))]
+    found = {s.name for s in free_symbols(indices)}
+    return tuple(size for size in kernel.sizes if size in found)
+
+
+def _scratch(ready: _Ready, number: int) -> Buffer | None:
     """Memory of the compiler's own for a launch, if it takes some."""
-    if not binary.scratch:
+    if not ready.scratch:
         return None
-    return Buffer(f"{one.function}_{number}_scratch", torch.uint8, dim(product(one.grid) * binary.scratch))
+    return Buffer(f"{ready.launch.function}_{number}_scratch", torch.uint8, dim(product(ready.launch.grid) * ready.scratch))
 
 
-def _call(program: Program, one: Launch, binary: Binary, loaded: Launchable, own: Buffer | None, entry: int) -> NativeCall:
+def _call(program: Program, ready: _Ready, own: Buffer | None, entry: int) -> NativeCall:
     """Parameters, numbers of programs and the kernel: the arguments of `launch` in cpp/call.h."""
-    extra: list[str | Dim | Address] = [0] * binary.extra
+    one = ready.launch
+    extra: list[Argument] = [0] * ready.extra
     if own is not None:
         extra[0] = own.name
     grid = (*one.grid, 1, 1)[:3]
-    described = Address(f"{one.function}_at", loaded.address)
-    return NativeCall(one.function, entry, (*one.buffers, *map(symbol, program.kernel.sizes), *extra, *grid, described))
+    return NativeCall(one.function, entry, (*one.buffers, *map(symbol, program.kernel.sizes), *extra, *grid, ready.kernel))
 
 
 # -- by Triton's own launches

@@ -10,6 +10,7 @@ struct Function { std::string name; };
 
 struct Seen {  // mirrored by fake_driver.py
   const char* name;
+  void* function;
   uint32_t grid[3], threads, shared;
   void* stream;
   void* context;
@@ -47,7 +48,7 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
                    void** parameters, void** extra) {
   if (!context || extra) return 201;
   if (const int error = taken()) return error;
-  const Seen seen{((Function*)function)->name.c_str(), {x, y, z}, threads, shared, stream, context, parameters};
+  const Seen seen{((Function*)function)->name.c_str(), function, {x, y, z}, threads, shared, stream, context, parameters};
   if (handler) handler(&seen);
   return 0;
 }
@@ -68,7 +69,7 @@ int hipFuncGetAttribute(int* value, int attribute, void* function) { return cuFu
 int hipModuleLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared,
                           void* stream, void** parameters, void** extra) {
   if (extra) return 1;
-  const Seen seen{((Function*)function)->name.c_str(), {x, y, z}, threads, shared, stream, context, parameters};
+  const Seen seen{((Function*)function)->name.c_str(), function, {x, y, z}, threads, shared, stream, context, parameters};
   if (handler) handler(&seen);
   return taken();
 }

@@ -28,15 +28,19 @@ CONTEXT = 0x1000
 
 
 class Seen(ctypes.Structure):
-    _fields_ = (("name", ctypes.c_char_p), ("grid", ctypes.c_uint32 * 3), ("threads", ctypes.c_uint32), ("shared", ctypes.c_uint32),
-                ("stream", ctypes.c_void_p), ("context", ctypes.c_void_p), ("parameters", ctypes.POINTER(ctypes.c_void_p)))  # fmt: skip
+    _fields_ = (
+        ("name", ctypes.c_char_p), ("function", ctypes.c_void_p), ("grid", ctypes.c_uint32 * 3), ("threads", ctypes.c_uint32),
+        ("shared", ctypes.c_uint32), ("stream", ctypes.c_void_p), ("context", ctypes.c_void_p),
+        ("parameters", ctypes.POINTER(ctypes.c_void_p)),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Launched:
-    """One launch as the driver saw it. words: of its parameters, 64 bits each; pointers come first."""
+    """One launch as the driver saw it. function: its handle; words: of its parameters, 64 bits each; pointers come first."""
 
     name: str
+    function: int
     grid: tuple[int, int, int]
     threads: int
     shared: int
@@ -76,8 +80,8 @@ class FakeGpu:
         """Computes kernels from now on: remembers every program that is compiled."""
         compile_binary = toolchain.compile_binary
 
-        def remember(program, one, target):
-            binary = compile_binary(program, one, target)
+        def remember(program, one, *how):
+            binary = compile_binary(program, one, *how)
             self._programs[binary.function] = (program, one, binary.extra)
             return binary
 
@@ -88,7 +92,9 @@ class FakeGpu:
         program, one, extra = self._programs.get(name, (None, None, 0))
         count = len(one.buffers) + len(program.kernel.sizes) + extra if program is not None and one is not None else 0
         words = tuple(ctypes.c_int64.from_address(seen.parameters[i] or 0).value for i in range(count))
-        self.launches.append(Launched(name, tuple(seen.grid), seen.threads, seen.shared, seen.stream or 0, seen.context or 0, words))
+        self.launches.append(
+            Launched(name, seen.function or 0, tuple(seen.grid), seen.threads, seen.shared, seen.stream or 0, seen.context or 0, words)
+        )
         if program is not None and one is not None:
             with self._one_at_a_time:
                 _compute(program, one, tuple(seen.grid), words)

@@ -74,6 +74,31 @@ def test_grids_follow_sizes(gpu):
     assert not gpu.launches, "no programs: nothing is launched"
 
 
+def test_sizes_that_are_strides_have_code_of_their_own_for_multiples_of_16(gpu):
+    x = graph_input("x", t(8, S))
+    graph = fused([x], [OPS["softmax"](x, dim=-1)], symbols=ANY_S)
+    program = compile_program(graph, gpu.targets)
+    assert "(k0_softmax_at if s % 16 else k0_softmax_16_at)" in program.source
+    for n in (16, 17, 48, 1):
+        assert_same(program, graph, [torch.randn(8, n)])
+    first, second, third, fourth = (one.function for one in gpu.launches)
+    assert first == third != second == fourth
+
+
+def test_code_for_any_size_is_enough_where_that_for_multiples_does_not_fit(gpu, monkeypatch):
+    compiled = toolchain.compile_binary
+
+    def too_large(program, one, target, multiples=()):
+        return replace(compiled(program, one, target, multiples), shared=1 << 30 if multiples else 0)
+
+    monkeypatch.setattr(toolchain, "compile_binary", too_large)
+    x = graph_input("x", t(8, S))
+    graph = fused([x], [OPS["softmax"](x, dim=-1)], symbols=ANY_S)
+    program = compile_program(graph, gpu.targets)
+    assert "_16_at" not in program.source and not program.fallbacks
+    assert_same(program, graph, [torch.randn(8, 32)])
+
+
 def test_the_stream_is_asked_for_at_every_call(gpu):
     graph = chain()
     program = compile_program(graph, gpu.targets)
