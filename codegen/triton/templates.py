@@ -13,6 +13,8 @@ from .contraction import build_contraction
 from .printer import build_blocks
 from .product import is_contraction, without_matrix
 from .program import Program
+from .recurrence import build_recurrence
+from .recurrence_tiles import RecurrenceTiles, is_recurrence, layer_tiles
 from .schedule import Schedule, default_schedule
 from .tiles import Tiles, default_tiles
 
@@ -41,6 +43,7 @@ def build(kernel: Kernel, schedule: Any = None) -> Program:
 
 
 TEMPLATES: tuple[Template, ...] = (
+    Template(RecurrenceTiles, is_recurrence, layer_tiles, build_recurrence),
     Template(AttentionTiles, is_attention, tiles_of, build_attention),
     Template(Tiles, is_contraction, default_tiles, build_contraction),
     Template(Schedule, lambda kernel: True, default_schedule, build_blocks),

@@ -34,8 +34,8 @@ def _network(
 ) -> Result:  # fmt: skip
     """(out, last states): layer by layer, the directions of one side by side. states: [layers * directions, batch, units] each.
 
-    Declined, to run as ATen runs it: other dtypes than float32 and other devices than the CPU (vendor libraries are better there),
-    dropout in training, and a projected state.
+    Declined, to run as ATen runs it: other dtypes than float32 and other devices than the CPU (vendor libraries are better there: their
+    programs share the units of a layer, which kernels of ours on a GPU cannot), dropout in training, and a projected state.
     """
     given = [x, *states, *params]
     if any(n.dtype != torch.float32 or n.tensor.device != "cpu" for n in given) or (train and dropout and layers > 1):
