@@ -13,6 +13,7 @@ import torch
 
 from ..ir.analysis.memory import may_share
 from ..ir.dims import Dim, dim, hint
+from ..ir.errors import TilewrightError
 from ..ir.graph import Graph, Node, is_scalar, order
 from ..ir.op import Category
 from ..ir.ops.views import laid_out
@@ -48,10 +49,15 @@ class LibraryCall:
     bytes: int = 0
 
 
-class Program:
-    """A compiled graph: `program(inputs)` returns the outputs, in the graph's order; written-back inputs hold their new value.
+class CompiledElsewhere(TilewrightError):
+    """What was compiled for another machine was called on this one."""
 
-    Safe to call from several threads at once: each call takes an arena of its own. Runs without recording gradients.
+    template = "{name} was compiled for another machine: save it, and load it there"
+
+
+class Listing:
+    """What a graph became, to read: a program for another machine.
+
     source: the kernels and the host program as text. copies: values that are laid out anew if they do not come row-major,
     or not where a GPU's kernels can read them.
     seconds: time spent in "lower" and "compile".
@@ -65,15 +71,29 @@ class Program:
         self.copies = tuple(host.copies)
         self.arena_bytes: Dim = _peak(graph)
         self.seconds = dict(built.seconds)
+
+    def run(self, inputs: list[Any]) -> list[Any]:
+        """Raises CompiledElsewhere."""
+        raise CompiledElsewhere(name=self.name)
+
+
+class Program(Listing):
+    """A compiled graph: `program(inputs)` returns the outputs, in the graph's order; written-back inputs hold their new value.
+
+    Safe to call from several threads at once: each call takes an arena of its own. Runs without recording gradients.
+    """
+
+    def __init__(self, graph: Graph, host: Host, source: str, built: Built) -> None:
+        super().__init__(graph, host, source, built)
         self._device = next((n.tensor.device for n in graph.arena), "cpu")
         self._arenas: list[Arena] = []
-        self._arenas_of_streams = per_stream(_devices(graph))
+        self._arenas_of_streams = per_stream(devices_of(graph))
         names = host.names
         filename = f"<tilewright {graph.name} {id(self):x}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
         weakref.finalize(self, linecache.cache.pop, filename, None)
         exec(compile(source, filename, "exec"), names)  # our own text; nothing of the user's is in it but sanitised names
-        finish(_devices(graph))
+        finish(devices_of(graph))
         # out of their globals: else they would hold each other, and weights would outlive the program until Python looks for cycles
         self._call: Callable[..., list[Any]] = names.pop("call")
         self._sizes: Callable[[Sequence[Any]], tuple[int, ...]] = names.pop("sizes")
@@ -116,6 +136,15 @@ def compile_program(graph: Graph, targets: Mapping[str, Target] = TARGETS) -> Pr
 
     The graph may be at any stage: what is in no region runs by the library or by `eager`.
     """
+    return Program(graph, *_emitted(graph, targets))
+
+
+def list_program(graph: Graph, targets: Mapping[str, Target]) -> Listing:
+    """The same for a machine with other devices than this one: compiled, and not made runnable."""
+    return Listing(graph, *_emitted(graph, targets))
+
+
+def _emitted(graph: Graph, targets: Mapping[str, Target]) -> tuple[Host, str, Built]:
     built = build_regions(graph, targets)
     host = Host(graph)
     host.names.update(empty=empty, slot=slot, dense=dense, strided=strided, aligned=aligned, laid_out=laid_out)
@@ -124,7 +153,7 @@ def compile_program(graph: Graph, targets: Mapping[str, Target] = TARGETS) -> Pr
     for node in order(graph):
         _emit(host, node, built)
     results, kept = _emit_results(host, given)
-    return Program(graph, host, host.source(_peak(graph), results, kept), built)
+    return host, host.source(_peak(graph), results, kept), built
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
@@ -234,7 +263,8 @@ def _reads_any(node: Node, inputs: set[Node]) -> bool:
     return False
 
 
-def _devices(graph: Graph) -> list[str]:
+def devices_of(graph: Graph) -> list[str]:
+    """Where its values live, e.g. ["cpu", "cuda:0"]."""
     types = [t for node in order(graph) for t in (node.type if isinstance(node.type, tuple) else (node.type,))]
     return sorted({t.device for t in types if isinstance(t, TensorType)})
 

@@ -22,7 +22,7 @@ from ..ir.types import TensorType
 from .calls import Fault, KernelCall, Operand, PositionFault
 from .host import Host, Scope, Value
 from .kernel import Kernel
-from .target import Address, Argument, ByMultiples, Compiled, Failed, Native, NativeCall, Target
+from .target import Address, Argument, ByMultiples, Compiled, Failed, Native, NativeCall, Target, Usage
 
 
 @dataclass
@@ -30,7 +30,7 @@ class KernelInfo:
     """A generated kernel, for receipts.
 
     nodes: ops of the graph that one call computes; uses: places that call it; flops and bytes: of all its calls together, with
-    symbolic sizes at a plausible value. notes: how it was compiled, where not as planned.
+    symbolic sizes at a plausible value. notes: how it was compiled, where not as planned. usage: as in `Compiled`.
     """
 
     name: str
@@ -42,6 +42,7 @@ class KernelInfo:
     flops: int = 0
     bytes: int = 0
     notes: tuple[str, ...] = ()
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ def covered(body: Graph) -> list[Node]:
 
 def _info(graph: Graph, compiled: Compiled, nodes: Sequence[Node]) -> KernelInfo:
     kernel, body = compiled.kernel, nodes[0].attrs["body"]
-    info = KernelInfo(kernel.name, kernel.label, _sources(nodes), compiled.source, len(covered(body)), len(nodes), notes=compiled.notes)
+    info = KernelInfo(kernel.name, kernel.label, _sources(nodes), compiled.source, len(covered(body)), len(nodes))
+    info.notes, info.usage = compiled.notes, compiled.usage
     for node in nodes:
         flops, moved = cost(graph, node)
         info.flops += flops

@@ -63,6 +63,17 @@ class Native:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What a kernel takes of a GPU, known once it is compiled: registers per thread, how many of them are spilled to memory (NVIDIA: bytes
+    per thread), bytes of shared memory per program. Of several launches each is the most that one takes.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+
+
+@dataclass(frozen=True)
 class Compiled:
     """A kernel ready to run.
 
@@ -70,6 +81,7 @@ class Compiled:
     of threads comes last; on a GPU they are tensors. It returns the number of a fault that was met (`Kernel.faults`), or 0; None where
     there can be none, and where the device reports faults by itself.
     source: the text it was compiled from. native: if C functions do it, how the host program calls them. notes: what was tried before.
+    usage: where it was compiled for another machine.
     """
 
     kernel: Kernel
@@ -77,6 +89,7 @@ class Compiled:
     launch: Callable[..., Any]
     native: Native | None = None
     notes: tuple[str, ...] = ()
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)

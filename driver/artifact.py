@@ -2,7 +2,8 @@
 
 It is a safetensors file: the tensors are the weights; the metadata holds `tilewright` (manifest: format version, calling convention,
 sha256 of every other member), `graph` (IR text after all passes), `receipt` (JSON) and `kernels` (the generated source, to read). Nothing
-in it is ever executed or unpickled: native code is built from the IR on load, through the cache of the machine.
+in it is unpickled, and native code is built from the IR on load, through the cache of the machine. Only a file made for a target holds
+code, as tensors of bytes; `native_code.py` says when it is run.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..codegen.program import Program
+from ..codegen.program import Listing, Program, devices_of
+from ..codegen.triton.binary import Code
 from ..ir.errors import TilewrightError
 from ..ir.graph import Graph, constants
+from ..ir.retarget import retarget
 from ..ir.text import parse
 from .calling import CallingConvention
 from .compile import build_program
 from .errors import BadArtifact, CannotWrite, first_line
+from .native_code import code_of, described, images, machine_for, program_from, sums
 from .receipt import Receipt
 from .trust import unsafe_in_graph
 
@@ -41,20 +45,24 @@ STATE = "state "  # what the names of updated buffers begin with
 class Optimized:
     """An optimized model: call it like the original. `receipt` says what was done to it, `graph` is its IR, `program` runs it.
 
-    state: the buffers that the model updates as it runs, by name.
+    state: the buffers that the model updates as it runs, by name. code: its binaries, where it was compiled for a target; what was
+    compiled here for another machine can be saved, and not called.
     """
 
     graph: Graph
     convention: CallingConvention
-    program: Program
+    program: Listing
     receipt: Receipt
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    code: Code | None = None
     _known: set[Any] = field(default_factory=set, repr=False, compare=False)  # kinds of inputs that have been checked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         flat = self.convention.bind(args, kwargs)
         kind = tuple([(v.dtype, v.shape, v.device) if isinstance(v, torch.Tensor) else type(v) for v in flat])
         if kind not in self._known:
+            if not isinstance(self.program, Program):
+                self.program.run(flat)
             self.convention.checked(flat, self.graph)
             if len(self._known) < KNOWN_CALLS:
                 self._known.add(kind)
@@ -80,11 +88,28 @@ def save(path: str | Path, model: Optimized) -> None:
         "weights": names,
         "sha256": {m: _digest(text) for m, text in members.items()} | {f"weight {n}": _tensor_digest(t) for n, t in tensors.items()},
     }
+    if model.code is not None:
+        manifest["code"] = described(model.code)
+        manifest["sha256"] |= sums(model.code)
+        tensors |= images(model.code)
     try:
         with replacing(Path(path)) as temporary:
             save_file(tensors, temporary, metadata=members | {"tilewright": json.dumps(manifest)})
+            _put_in_order(temporary)
     except SafetensorError as error:
         raise CannotWrite(path=path, reason=_io_reason(error)) from error
+
+
+def _put_in_order(path: str) -> None:
+    """Sorts the metadata of a safetensors file: it is written in the order of a hash table, and equal models shall be equal files."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 @contextmanager
@@ -145,14 +170,15 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def load(path: str | Path, operators: Collection[str] = ()) -> Optimized:
+def load(path: str | Path, operators: Collection[str] = (), trust_code: bool = False) -> Optimized:
     """The optimized model in `path`, ready to call; builds its kernels unless this machine has them cached.
 
     The file may come from anyone: it is parsed, not executed. operators: namespaces of custom operators that it may call besides
-    torch's own, e.g. ("torchvision",). Raises BadArtifact.
+    torch's own, e.g. ("torchvision",). trust_code: run the binaries of a file made by `--target`; without it, those that this user did not
+    compile are compiled anew, from the graph. Raises BadArtifact, and WrongMachine for a file that was compiled for another one.
     """
     with _reported(path):
-        return _load(Path(path), operators)
+        return _load(Path(path), operators, trust_code)
 
 
 @contextmanager
@@ -168,18 +194,26 @@ def _reported(path: str | Path) -> Iterator[None]:
         raise BadArtifact(path=path, reason=f"it is damaged or no artifact at all ({first_line(error)})") from error
 
 
-def _load(path: Path, operators: Collection[str]) -> Optimized:
+def _load(path: Path, operators: Collection[str], trust_code: bool) -> Optimized:
     metadata, tensors = _read(path)
     manifest = _manifest(path, metadata)
-    _verify(path, manifest["sha256"], metadata, tensors)
+    code = code_of(manifest, tensors)
+    _verify(path, manifest["sha256"], metadata, tensors, code)
     values = {name: tensors[stored] for name, stored in manifest["weights"].items()}
     graph = parse(metadata["graph"], values)
     unsafe = unsafe_in_graph(graph, operators)
     if unsafe:
         raise BadArtifact(path=path, reason=unsafe)
     convention = CallingConvention.from_json(manifest["convention"])
+    receipt = Receipt.from_json(metadata["receipt"])
     state = {name: values[f"{STATE}{name}"].clone() for name in convention.state}
-    return Optimized(graph, convention, build_program(graph), Receipt.from_json(metadata["receipt"]), state)
+    if code is None and devices_of(graph) in ([], ["cpu"]):
+        return Optimized(graph, convention, build_program(graph), receipt, state)
+    machine = machine_for(path, code.target if code is not None else None)
+    graph = retarget(graph, machine.device, machine.move)
+    state = {name: machine.move(value) for name, value in state.items()}
+    program = build_program(graph) if code is None else program_from(path, graph, code, machine, len(receipt.kernels), trust_code)
+    return Optimized(graph, convention, program, receipt, state, code)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -201,8 +235,12 @@ def _manifest(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return manifest
 
 
-def _verify(path: Path, expected: Mapping[str, str], metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
-    found = {m: _digest(metadata[m]) for m in MEMBERS} | {f"weight {n}": _tensor_digest(t) for n, t in tensors.items()}
+def _verify(
+    path: Path, expected: Mapping[str, str], metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor], code: Code | None
+) -> None:
+    binaries = sums(code) if code is not None else {}
+    weights = {f"weight {n}": _tensor_digest(t) for n, t in tensors.items() if n not in binaries}
+    found = {m: _digest(metadata[m]) for m in MEMBERS} | weights | binaries
     wrong = [m for m, digest in expected.items() if found.get(m) != digest] + [m for m in found if m not in expected]
     if wrong:
         raise BadArtifact(path=path, reason=f"its {wrong[0]} does not match the recorded sha256; the file was damaged or changed")

@@ -34,6 +34,9 @@ InputsOption = Annotated[
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="where to write the artifact; default: MODEL.tw")]
 PassesOption = Annotated[str | None, typer.Option(help='passes to run instead of the default list, e.g. "canonicalize,fuse-regions"')]
 TuneOption = Annotated[float, typer.Option("--tune", min=0, help="seconds for measuring which rewrites gain; 0: take them all")]
+TargetOption = Annotated[
+    str | None, typer.Option("--target", help="compile for a GPU that need not be here: sm_80, sm_90 or gfx942; nothing is timed")
+]
 TrustOption = Annotated[bool, typer.Option("--trust-pickle", help="read pickled modules; they can run any code")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="also write the receipt as JSON")]
 
@@ -45,13 +48,14 @@ def optimize(
     output: OutputOption = None,
     passes: PassesOption = None,
     tune: TuneOption = 30.0,
+    target: TargetOption = None,
     trust_pickle: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
     """Optimize a model for inference: write an artifact that `tilewright.load` runs, and print the receipt."""
     console = Console(file=sys.stdout)  # not what sys.stdout may be while torch exports
-    target = output or Path(Path(model.rpartition(":")[2] if ":" in model else model).stem + ".tw")
-    for path in filter(None, (target, json)):
+    artifact = output or Path(Path(model.rpartition(":")[2] if ":" in model else model).stem + ".tw")
+    for path in filter(None, (artifact, json)):
         _require_writable(path)
     with _progress(console) as stage:
         with stage("starting"):
@@ -59,18 +63,21 @@ def optimize(
             from .loading import load_model
             from .optimize import optimize_model
         _check_passes(passes)
+        _check_target(target)
         with stage(f"reading {model}"):
             read = load_model(model, parse_inputs(inputs), trust_pickle)
-        optimized = optimize_model(read, passes, stage, tune)
-        with stage(f"writing {target}"):
-            optimized.save(target)
+        optimized = optimize_model(read, passes, stage, tune, target)
+        with stage(f"writing {artifact}"):
+            optimized.save(artifact)
     if json:
         from .artifact import replacing
 
         with replacing(json) as temporary:
             Path(temporary).write_text(optimized.receipt.to_json())
     optimized.receipt.render(console)
-    console.print(f"\nwrote [bold]{target}[/bold] ({target.stat().st_size / 1e6:.1f} MB); run it with tilewright.load({str(target)!r})")
+    where, trust = (f" on a machine with {target}", ", trust_code=True") if target else ("", "")
+    size = artifact.stat().st_size / 1e6
+    console.print(f"\nwrote [bold]{artifact}[/bold] ({size:.1f} MB); run it{where} with tilewright.load({str(artifact)!r}{trust})")
 
 
 @app.command()
@@ -95,6 +102,13 @@ def _check_passes(passes: str | None) -> None:
 
     if passes is not None:
         passes_from(passes)
+
+
+def _check_target(target: str | None) -> None:
+    from .targets import require_target
+
+    if target is not None:
+        require_target(target)
 
 
 def _require_writable(path: Path) -> None:

@@ -65,7 +65,7 @@ def compile_graph(graph: Graph, options: Options = Options(), notes: Notes | Non
     notes, seconds = notes or Notes(), dict[str, float]()
     start = time.perf_counter()
     passes = passes_from(options.passes) if passes is None else passes
-    fused = kept_apart(graph, run_passes(graph, passes, notes, _between(options, seconds)))
+    fused = rewritten(graph, options, passes, notes, seconds)
     if options.offload:
         offload(graph, fused)
     program = build_program(fused)
@@ -75,6 +75,11 @@ def compile_graph(graph: Graph, options: Options = Options(), notes: Notes | Non
         _write(options.dump, f"{graph.name}.program", program.source)
         _write(options.dump, f"{graph.name}.receipt.json", receipt.to_json())
     return Compiled(fused, program, receipt)
+
+
+def rewritten(graph: Graph, options: Options, passes: Sequence[Pass], notes: Notes, seconds: dict[str, float]) -> Graph:
+    """The graph after the passes; `notes` and `seconds` say what they did, and how long it took."""
+    return kept_apart(graph, run_passes(graph, passes, notes, _between(options, seconds)))
 
 
 def build_program(graph: Graph) -> Program:

@@ -45,6 +45,25 @@ class BadArtifact(UserError):
     template = "{path} is not a usable tilewright artifact: {reason}"
 
 
+class WrongMachine(BadArtifact):
+    template = "{path} was compiled for {target}, and {reason}"
+
+
+class CodeNotTrusted(BadArtifact):
+    template = (
+        "{path} holds code for {target} that you did not compile, and Triton, which could compile it anew, is not installed; "
+        "pass trust_code=True only if you trust who made the file"
+    )
+
+
+class UnknownTarget(UserError):
+    template = "there is no target {target!r}; known targets are {known}"
+
+
+class NoTriton(UserError):
+    template = "compiling for {target} takes Triton {least} or later, and {found}; pip install triton"
+
+
 class CannotOptimize(UserError):
     template = "cannot optimize {path}: {reason}"
 

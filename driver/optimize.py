@@ -23,6 +23,7 @@ from .errors import CannotOptimize, ModelFails
 from .inputs import Example, copied
 from .loading import Model, export_module, with_own_buffers
 from .receipt import Speed, Trial
+from .targets import UNMEASURED, compile_for, interpreted, require_portable, require_target
 from .tune import compile_tuned
 
 EAGER_TRUST = 1e-2  # eager further than this from float64 means that the reference is not the user's model
@@ -41,35 +42,61 @@ def optimize(
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     passes: str | None = None,
     tuning_seconds: float = TUNING_SECONDS,
+    target: str | None = None,
 ) -> Optimized:
     """Optimizes a module for inference, exactly, on example arguments.
 
     dynamic: input name -> {dimension: symbol name} for sizes that may vary, e.g. {"x": {0: "batch"}}.
     passes: as on the command line; None runs the default list, and takes back what measuring shows not to gain.
     tuning_seconds: how long that may take (0: nothing is measured), beside compiling and the final checks.
+    target: "sm_90", "gfx942": compile for such a GPU, which need not be here (`driver.targets`); the result can be saved, and loaded there.
     Raises CannotOptimize where the model cannot be exported or captured.
     """
+    if target is not None:
+        require_target(target)
     example = Example(tuple(args), dict(kwargs or {}), {k: dict(v) for k, v in (dynamic or {}).items()})
-    return optimize_model(export_module(type(model).__name__, model, example), passes, tuning_seconds=tuning_seconds)
+    return optimize_model(export_module(type(model).__name__, model, example), passes, tuning_seconds=tuning_seconds, target=target)
 
 
 def optimize_model(
-    model: Model, passes: str | None = None, stage: Stages = lambda name: nullcontext(), tuning_seconds: float = TUNING_SECONDS
+    model: Model,
+    passes: str | None = None,
+    stage: Stages = lambda name: nullcontext(),
+    tuning_seconds: float = TUNING_SECONDS,
+    target: str | None = None,
 ) -> Optimized:
-    """Captures, rewrites, generates, builds; then measures error against float64 and speed against eager on the model's example."""
+    """Captures, rewrites, generates, builds; then measures error against float64 and speed against eager on the model's example.
+
+    For a target that is elsewhere, speed is not measured, and error only of the rewritten graph.
+    """
     options = Options(passes=passes, max_autotune=tuning_seconds > 0, tuning_seconds=tuning_seconds)
     with stage("capturing the graph"):
         captured = _captured(model)
     convention = replace(convention_of(model.program, captured), names=model.names)
     _require_fitting(model, captured, convention)
+    if target is not None:
+        return _compiled_for(target, model, captured, convention, passes, stage)
     with stage("rewriting, building kernels and measuring them" if options.tunes else "rewriting and building kernels"):
         compiled = _compiled(model, captured, convention, options)
     optimized = Optimized(compiled.graph, convention, compiled.program, compiled.receipt, captured.state)
     with stage("measuring speed against eager"):
         optimized = _never_slower(_apart(model, captured), captured, optimized, options)
     with stage("checking against float64"):
-        error = _error(_apart(model, captured), captured, optimized)
+        error = _error(_apart(model, captured), captured, convention, optimized.with_own_state())
     return replace(optimized, receipt=replace(optimized.receipt, error=error))
+
+
+def _compiled_for(
+    target: str, model: Model, captured: CapturedModule, convention: CallingConvention, passes: str | None, stage: Stages
+) -> Optimized:
+    """For a GPU that is not here: what has to run there is not measured."""
+    require_portable(model.name, captured.graph, target)
+    with stage(f"rewriting and building kernels for {target}"):
+        made = compile_for(captured.graph, target, passes)
+    with stage("checking the rewritten graph against float64"):
+        error = _error(_apart(model, captured), captured, convention, interpreted(made.graph, convention, captured.state))
+    receipt = replace(made.receipt, error=error, target=target, unmeasured=UNMEASURED)
+    return Optimized(made.graph, convention, made.program, receipt, captured.state, made.code)
 
 
 def _compiled(model: Model, captured: CapturedModule, convention: CallingConvention, options: Options) -> Compiled:
@@ -135,16 +162,15 @@ def _require_fitting(model: Model, captured: CapturedModule, convention: Calling
         raise ModelFails(path=model.name, inputs=model.example.described(), reason=error) from error
 
 
-def _error(model: Model, captured: CapturedModule, optimized: Optimized) -> ErrorCheck:
-    """By the float64 rule on the example. The reference is the captured graph, interpreted in float64; that it is the user's model is
-    seen from eager being near it."""
+def _error(model: Model, captured: CapturedModule, convention: CallingConvention, ours: Callable[..., Any]) -> ErrorCheck:
+    """By the float64 rule on the example; ours: called as the model is. The reference is the captured graph, interpreted in float64; that
+    it is the user's model is seen from eager being near it."""
     args, kwargs = copied(model.example.args), copied(dict(model.example.kwargs))
-    convention = optimized.convention
     flat = copied(convention.bind(args, kwargs)) + [captured.state[name] for name in convention.state]
     with torch.no_grad():
         reference = convention.pack(interpret(captured.graph, copied(flat), torch.float64))
         eager = model.module(*copied(args), **copied(kwargs))
-    result = check(optimized.with_own_state()(*args, **kwargs), eager, reference)
+    result = check(ours(*args, **kwargs), eager, reference)
     if result.eager > EAGER_TRUST:
         reason = f"the captured graph does not compute what the model does (they differ by {result.eager:.1e})"
         raise CannotOptimize(path=model.name, reason=reason)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..codegen.program import Fallback, LibraryCall, Program
+from ..codegen.program import Fallback, LibraryCall, Listing
+from ..codegen.target import Usage
 from ..passes.base import Applied, Notes
 from .accuracy import ErrorCheck
 
@@ -45,6 +46,7 @@ class KernelLine:
     """A generated kernel: what it computes, from which source lines, how many ops one call covers, how many places call it.
 
     flops and bytes are those of all its calls together. notes: the schedules that were tried before, each with what was wrong.
+    usage: what it takes of the GPU that it was compiled for elsewhere.
     """
 
     name: str
@@ -55,6 +57,7 @@ class KernelLine:
     flops: int
     bytes: int
     notes: tuple[str, ...] = ()
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Receipt:
 
     copies: values that are laid out anew when they do not come row-major. failure: why the whole graph runs by eager, "" if it does not.
     error, speed: where they were measured. trials: groups of rewrites that were measured, and taken back if they did not gain.
+    target: what it was compiled for, "" for the machine at hand; unmeasured: what is therefore not known, and why.
     """
 
     graph: str
@@ -117,6 +121,8 @@ class Receipt:
     error: ErrorCheck | None = None
     speed: Speed | None = None
     trials: tuple[Trial, ...] = ()
+    target: str = ""
+    unmeasured: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -128,7 +134,8 @@ class Receipt:
         for name, kind in _ROWS.items():
             data[name] = tuple(_row(kind, row) for row in data.get(name, ()))
         data["coverage"] = Coverage(**{k: Share(**v) for k, v in data["coverage"].items()})
-        data["copies"] = tuple(data["copies"])
+        for name in ("copies", "unmeasured"):
+            data[name] = tuple(data.get(name, ()))
         for name, kind in (("error", ErrorCheck), ("speed", Speed)):
             data[name] = None if data[name] is None else kind(**data[name])
         return Receipt(**data)
@@ -142,7 +149,8 @@ class Receipt:
     @property
     def summary(self) -> str:
         """One line: counts, coverage, error and speed."""
-        parts = [f"{len(self.kernels)} kernels, {len(self.library)} library calls, {len(self.fallbacks)} fallbacks"]
+        parts = [f"for {self.target}"] if self.target else []
+        parts.append(f"{len(self.kernels)} kernels, {len(self.library)} library calls, {len(self.fallbacks)} fallbacks")
         parts.append(f"ops {self.coverage.nodes} (ours | library | fallback)")
         if self.error is not None:
             parts.append(f"error {self.error.ours:.1e} (eager {self.error.eager:.1e}, allowed {self.error.allowed:.1e})")
@@ -157,14 +165,17 @@ _ROWS: dict[str, type] = {"kernels": KernelLine, "library": LibraryCall, "fallba
 
 
 def _row(kind: type, row: dict[str, Any]) -> Any:
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    if values.get("usage") is not None:
+        values["usage"] = Usage(**values["usage"])
+    return kind(**values)
 
 
-def make_receipt(program: Program, notes: Notes, seconds: Mapping[str, float]) -> Receipt:
+def make_receipt(program: Listing, notes: Notes, seconds: Mapping[str, float]) -> Receipt:
     """The receipt of a compiled graph. seconds: of each pass."""
     return Receipt(
         graph=program.name,
-        kernels=tuple(KernelLine(k.name, k.label, k.sources, k.nodes, k.uses, k.flops, k.bytes, k.notes) for k in program.kernels),
+        kernels=tuple(KernelLine(k.name, k.label, k.sources, k.nodes, k.uses, k.flops, k.bytes, k.notes, k.usage) for k in program.kernels),
         library=tuple(program.library),
         fallbacks=tuple(program.fallbacks),
         applied=tuple(notes.applied),
@@ -182,7 +193,7 @@ def failed_receipt(graph: str, reason: str, nodes: int) -> Receipt:
     return Receipt(graph, fallbacks=(fallback,), coverage=Coverage(nodes=Share(fallback=nodes)), failure=reason)
 
 
-def _coverage(program: Program) -> Coverage:
+def _coverage(program: Listing) -> Coverage:
     def share(quantity: str) -> Share:
         kernels = sum(k.nodes * k.uses if quantity == "nodes" else getattr(k, quantity) for k in program.kernels)
         library = sum(1 if quantity == "nodes" else getattr(c, quantity) for c in program.library)

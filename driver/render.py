@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .receipt import Receipt, Share
+    from .receipt import KernelLine, Receipt, Share
 
 SHORT = 72  # characters of a description that the short form shows
 
@@ -26,7 +26,7 @@ def render(receipt: Receipt, console: Console | None = None, details: bool = Fal
 
 def headline(receipt: Receipt) -> str:
     """Speed, error and coverage in one line, as far as they were measured."""
-    parts: list[str] = []
+    parts: list[str] = [f"for {receipt.target}"] if receipt.target else []
     if receipt.speed is not None:
         ours, eager = receipt.speed.ours, receipt.speed.eager
         ratio = f"{eager / ours:.3g}x faster" if eager >= ours else f"{ours / eager:.3g}x slower"
@@ -53,6 +53,8 @@ def _parts(receipt: Receipt, details: bool) -> Iterator[RenderableType]:
         yield from _section("run by eager, one by one", list(_fallbacks(receipt)))
     if receipt.trials:
         yield from _section("measured", [_trials(receipt)])
+    if receipt.unmeasured:
+        yield from _section("not measured", map(Text, receipt.unmeasured))
     if receipt.refused:
         yield from _section("declined", list(_refused(receipt, details)))
     if details:
@@ -89,10 +91,18 @@ def _coverage(receipt: Receipt) -> Table:
 def _kernels(receipt: Receipt, details: bool) -> Table:
     table = _grid(("name", "left"), ("ops", "right"), ("calls", "right"), ("moves", "right"), ("from", "left"))
     for k in receipt.kernels:
-        name = "\n  ".join((k.name, k.label, *k.notes)) if details else k.name
+        name = "\n  ".join((k.name, k.label, *_usage(k), *k.notes)) if details else k.name
         sources = "\n".join(k.sources) if details else _few(k.sources)
         _row(table, name, k.nodes, k.uses, f"{_scaled(k.bytes)}B", sources)
     return table
+
+
+def _usage(kernel: KernelLine) -> list[str]:
+    """What a kernel takes of the GPU it was compiled for."""
+    if kernel.usage is None:
+        return []
+    spilled = f", {kernel.usage.spills} spilled" if kernel.usage.spills else ""
+    return [f"{kernel.usage.registers} registers{spilled}, {kernel.usage.shared} bytes shared"]
 
 
 def _fallbacks(receipt: Receipt) -> Iterator[RenderableType]:
@@ -132,7 +142,8 @@ def _details(receipt: Receipt) -> Iterator[RenderableType]:
     lines = [Text(f"{_times(count)}{rule}: {what}") for (rule, what), count in applied.items()]
     yield from _section(f"{len(receipt.applied)} rewrites", lines)
     times = ", ".join(f"{name} {_time(seconds)}" for name, seconds in receipt.seconds.items())
-    yield from _section("time", [Text(times)])
+    if times:
+        yield from _section("time", [Text(times)])
     memory = [Text(f"arena {receipt.arena} bytes")]
     if receipt.copies:
         memory.append(Text(f"laid out anew if they do not come row by row: {', '.join(receipt.copies)}"))

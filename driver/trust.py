@@ -27,7 +27,7 @@ _PLAIN = re.compile(r"[\w .,+\-<>/:@]*")  # no quote, bracket or line break: suc
 
 def unsafe_in_graph(graph: Graph, allowed: Collection[str] = ()) -> str | None:
     """Why a graph read from a file must not be run, or None. allowed: further namespaces of operators."""
-    for node in _all_nodes(graph):
+    for node in all_nodes(graph):
         target = node.attrs["target"] if node.op.name == "extern" else "aten."
         if target.startswith(FILE_OPERATORS):
             return f"it calls {target}, which reaches files"
@@ -40,12 +40,13 @@ def unsafe_in_graph(graph: Graph, allowed: Collection[str] = ()) -> str | None:
     return None
 
 
-def _all_nodes(graph: Graph) -> Iterator[Node]:
+def all_nodes(graph: Graph) -> Iterator[Node]:
+    """Those of regions too."""
     for node in order(graph):
         yield node
         for value in node.attrs.values():
             if isinstance(value, Graph):
-                yield from _all_nodes(value)
+                yield from all_nodes(value)
 
 
 def _words(node: Node) -> Iterator[str]:

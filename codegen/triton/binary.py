@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from ...ir.errors import TilewrightError
+
+SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
+"""Targets that can be compiled for without one at hand, and the shared memory that one program may have there."""
 
 ARCHITECTURE_SPECIFIC = 90
 """From this one on Triton compiles for "sm_90a": such code runs on that very architecture."""
+
+
+class OfflineError(TilewrightError):
+    """There is no code for a kernel: Triton does not compile it, or nobody has."""
+
+    template = "cannot compile {kernel} for {target}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,14 @@ class Binary:
     extra: int
     scratch: int
     image: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Code:
+    """The binaries of a model for one target, by the key of what they were compiled from (`prebuilt.key`)."""
+
+    target: str
+    binaries: Mapping[str, Binary]
 
 
 def runs_on(target: str, device: str) -> bool:

@@ -19,9 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from ...ir.errors import TilewrightError
 from ..kernel import Kernel
-from .binary import Binary, parameter_sizes
+from ..target import Usage
+from .binary import Binary, OfflineError, parameter_sizes
 from .program import Launch, Program
 from .runtime import load
 from .templates import build
@@ -44,10 +44,6 @@ TENSOR_COLUMNS = 512
 
 ASSEMBLY = {"cuda": "ptx", "hip": "amdgcn"}
 IMAGE = {"cuda": "cubin", "hip": "hsaco"}
-
-
-class OfflineError(TilewrightError):
-    template = "cannot compile {kernel} for {target}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,17 @@ def gpu_target(name: str) -> GPUTarget:
 
 def compile_binary(program: Program, launch: Launch, target: str, multiples: Collection[str] = ()) -> Binary:
     """A launch of a program as data; raises OfflineError when Triton fails. Triton's cache on disk knows what it has compiled before."""
+    return _binary(program, launch, target, compile_launch(program, launch, target, multiples))
+
+
+def binary_and_usage(program: Program, launch: Launch, target: str, multiples: Collection[str] = ()) -> tuple[Binary, Usage]:
+    """The same, and what it takes of the device."""
     compiled = compile_launch(program, launch, target, multiples)
+    binary = _binary(program, launch, target, compiled)
+    return binary, Usage(*_usage(compiled), binary.shared)
+
+
+def _binary(program: Program, launch: Launch, target: str, compiled: CompiledKernel) -> Binary:
     about = compiled.metadata
     assembly, image = compiled.asm[ASSEMBLY[about.target.backend]], compiled.asm[IMAGE[about.target.backend]]
     given = len(launch.buffers) + len(program.kernel.sizes)
@@ -141,8 +147,13 @@ def _compile(program: Program, launch: Launch, target: str) -> Compiled:
     compiled = compile_launch(program, launch, target)
     binary = compiled.asm["cubin" if "cubin" in compiled.asm else "hsaco"]
     stages = {name: text for name, text in compiled.asm.items() if isinstance(text, str)}
-    registers, spills = _amd_usage(stages["amdgcn"]) if "amdgcn" in stages else _nvidia_usage(binary)
+    registers, spills = _usage(compiled)
     return Compiled(target, registers, spills, compiled.metadata.shared, binary, stages)
+
+
+def _usage(compiled: CompiledKernel) -> tuple[int, int]:
+    """Registers, and how many of them are spilled."""
+    return _amd_usage(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _nvidia_usage(compiled.asm["cubin"])
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+TRIES = 4
+"""Schedules for one kernel."""
+
 LEAST = {"xblock": 1, "rblock": 16, "block_m": 16, "block_n": 16, "block_k": 16}
 """Lengths of blocks, by the name that every template has for them, and how small they may become."""
 

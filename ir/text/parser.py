@@ -289,7 +289,9 @@ class _GraphReader:
             node = op(*operands, **attrs, **fields)
         except TilewrightError as error:
             self.cursor.fail(str(error), token)
-        actual = tensor_type(attrs["data"].value) if op.name == "constant" and attrs["data"].value is not None else node.type
+        actual = node.type
+        if op.name == "constant" and attrs["data"].value is not None:  # which may wait elsewhere: weights of a GPU, on a CPU
+            actual = replace(tensor_type(attrs["data"].value), device=node.tensor.device)
         if given is not None and not same_type(given, actual):
             self.cursor.fail(f"{fields['hint']} is declared {type_source(given)} but is {type_source(actual)}", token)
         return node

@@ -19,7 +19,7 @@ from tilewright.codegen.build import BuildError
 from tilewright.codegen.lower import lower
 from tilewright.codegen.program import compile_program
 from tilewright.codegen.target import TARGETS, Failed
-from tilewright.codegen.triton import offline, toolchain
+from tilewright.codegen.triton import native, offline, toolchain
 from tilewright.codegen.triton.binary import parameter_sizes, runs_on
 from tilewright.codegen.triton.driver import SHARED_BYTES_FREELY, DriverError
 from tilewright.codegen.triton.tiles import Tiles
@@ -307,7 +307,7 @@ def test_a_block_of_unknown_length(device, gpu, monkeypatch):
 
 
 def test_without_a_compiler_triton_launches(gpu, monkeypatch):
-    monkeypatch.setattr(toolchain, "build", lambda sources, level: [BuildError(function=s.name, reason="none") for s in sources])
+    monkeypatch.setattr(native, "build", lambda sources, level: [BuildError(function=s.name, reason="none") for s in sources])
     graph = chain()
     program = compile_program(graph, gpu.targets)
     assert_same(program, graph, [torch.randn(4, 8), torch.randn(8, 8)])

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tilewright.codegen.build import find_compiler
 from tilewright.codegen.target import Target
-from tilewright.codegen.triton import toolchain
+from tilewright.codegen.triton import prebuilt, toolchain
 from tilewright.codegen.triton.driver import FUNCTIONS, Driver, Facts
 from tilewright.codegen.triton.program import Launch, Program
 from tilewright.codegen.triton.runtime import launch_one
@@ -77,15 +77,19 @@ class FakeGpu:
         self.library.fake_handler(self._handler)
 
     def watch(self, monkeypatch) -> None:
-        """Computes kernels from now on: remembers every program that is compiled."""
-        compile_binary = toolchain.compile_binary
+        """Computes kernels from now on: remembers every program that is loaded."""
+        native = toolchain.native
 
-        def remember(program, one, *how):
-            binary = compile_binary(program, one, *how)
-            self._programs[binary.function] = (program, one, binary.extra)
-            return binary
+        def remember(program, find, *rest):
+            def found(one, multiples):
+                binary = find(one, multiples)
+                self._programs[binary.function] = (program, one, binary.extra)
+                return binary
 
-        monkeypatch.setattr(toolchain, "compile_binary", remember)
+            return native(program, found, *rest)
+
+        for module in (toolchain, prebuilt):
+            monkeypatch.setattr(module, "native", remember)
 
     def _take(self, seen: Seen) -> None:
         name = seen.name.decode()
