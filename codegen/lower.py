@@ -302,7 +302,8 @@ def _dot(low: _Lowering, point: Point) -> Scalar:
 def _attend(low: _Lowering, point: Point) -> Scalar:
     wide = compute_dtype(point.dtype)
     score, value = (cast(v, wide) for v in low.operands(point))
-    return Attend(wide, score, value, *point.axes, point.dtype)
+    (axis,) = point.axes
+    return Attend(wide, score, value, axis, point.dtype)
 
 
 def _window(low: _Lowering, point: Point) -> Scalar:
