@@ -51,12 +51,16 @@ class Launched:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    compiler = find_compiler()
-    assert compiler is not None
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "fake_driver.so"
-        subprocess.run([compiler, "-shared", "-fPIC", "-std=c++20", str(Path(__file__).with_suffix(".cc")), "-o", str(path)], check=True)
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(built(Path(folder))))
+
+
+def built(folder: Path) -> Path:
+    """The library as a file."""
+    compiler, path = find_compiler(), folder / "fake_driver.so"
+    assert compiler is not None
+    subprocess.run([compiler, "-shared", "-fPIC", "-std=c++20", str(Path(__file__).with_suffix(".cc")), "-o", str(path)], check=True)
+    return path
 
 
 class FakeGpu:

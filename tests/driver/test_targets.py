@@ -21,7 +21,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from fake_driver import FakeGpu
+from fake_driver import FakeGpu, built
 from tilewright.codegen.program import CompiledElsewhere, devices_of
 from tilewright.codegen.triton import offline as compiler
 from tilewright.codegen.triton.driver import Facts
@@ -101,6 +101,24 @@ def test_a_machine_with_a_gpu_compiles_nothing(path, block, made, gpu, monkeypat
     assert len(gpu.launches) >= 2 * len(made.receipt.kernels)
     loaded.save(path.with_name("again.tw"))
     assert tilewright.load(path.with_name("again.tw")).code == made.code
+
+
+ALONE = """
+import ctypes, sys
+sys.modules["triton"] = None
+import tilewright
+from tilewright.codegen.triton.driver import FUNCTIONS, Driver, Facts
+from tilewright.driver import artifact, native_code
+driver = Driver(FUNCTIONS["cuda"], ctypes.CDLL(sys.argv[2]), 0, Facts("sm_90", 232_448), lambda: 0)
+artifact.machine_for = lambda path, target: native_code.Machine("cpu", driver)
+print(len(tilewright.load(sys.argv[1], trust_code=True).program.kernels))
+"""
+
+
+def test_triton_need_not_be_there(path, made, tmp_path):
+    command = [sys.executable, "-c", ALONE, str(path), str(built(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"{len(made.receipt.kernels)}\n", done.stderr
 
 
 def test_buffers_of_the_model(gpu, tmp_path):
