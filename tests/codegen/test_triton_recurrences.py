@@ -195,6 +195,16 @@ def test_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum("gru" in launch.name for launch in gpu.launches) == 2
 
 
+@NATIVE
+def test_what_is_too_large_runs_by_eager_and_is_listed() -> None:
+    graph, values = layer("tanh", 2, 5, 1025)
+    fused = PlanMemory().run(FuseRegions().run(replace(graph, stage=Stage.CANONICAL)))
+    program = compile_graph(fused, FakeGpu("sm_90").targets)
+    (fallback,) = program.fallbacks
+    assert "rnn_layer" in fallback.node and "a program computes all units of its rows: 1025 <= 1024" in fallback.reason
+    assert_same(program, fused, values)
+
+
 # ---- what is refused
 
 
