@@ -21,6 +21,7 @@ class Reason(enum.Enum):
     SHARED = "another consumer needs the original value"
     OVERWRITTEN = "it cannot be updated in place"
     DIFFERENT_DEVICE = "operands live on different devices"
+    OTHER_DEVICE = "it serves another kind of device"
     PROLOGUE = "an operand of a contraction is computed"
     SECOND_WALK = "one kernel walks one contraction or window"
     SHAPE_MISMATCH = "the shapes do not fit the pattern"

@@ -81,7 +81,9 @@ class PackWeights(Pass):
     def _refusal(self, node: Node, readers: Mapping[Node, list[Node]], graph: Graph) -> tuple[Reason, str] | None:
         """Why the library keeps the contraction."""
         weight = node.inputs[1]
-        if node.tensor.device != "cpu" or node.dtype != torch.float32:
+        if node.tensor.device != "cpu":
+            return Reason.OTHER_DEVICE, node.tensor.device
+        if node.dtype != torch.float32:
             return Reason.UNSUPPORTED_DTYPE, str(node.type)
         if not is_constant(weight):
             return Reason.NOT_CONSTANT, weight.hint

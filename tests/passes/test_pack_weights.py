@@ -154,3 +154,9 @@ def test_refused_by_measurement_and_by_dtype() -> None:
     narrow = {n: v.bfloat16() for n, v in W.items()}
     _, _, notes = run(PackWeights(), text.replace("f32", "bf16"), narrow)
     assert refusals(notes) == {("pack-weights", Reason.UNSUPPORTED_DTYPE)}
+
+
+def test_refused_on_other_devices() -> None:
+    before, after, notes = run(PackWeights(), body("x: f32[64, 24]@cuda:0, w: f32[96, 24]@cuda:0", "y = linear(x, w)", "y"))
+    assert_becomes(after, before)
+    assert refusals(notes) == {("pack-weights", Reason.OTHER_DEVICE)}
