@@ -120,13 +120,18 @@ class KernelPrinter:
             loops.append((chunk, floordiv(lane_axis.extent + self.schedule.chunk - 1, self.schedule.chunk)))
         scope = Scope(bound - {vector} if vector else bound)
 
+        def values(inside: Scope) -> None:
+            if rows:
+                self.line("IN_TURN;")
+            self.phases(block.phases, inside)
+
         def point() -> None:
             if lane_axis is None:
-                self.phases(block.phases, scope.inner(()))
+                values(scope.inner(()))
                 return
             begin, end = self.chunk_range(lane_axis, chunk)
             self.open(f"each<{self.lane_counts(lane_axis.extent)}>({begin}, {end}, [&]<int L>(int64_t {lane_axis.name}) LANES")
-            self.phases(block.phases, scope.inner([lane_axis.name], "L"))
+            values(scope.inner([lane_axis.name], "L"))
             self.close("});")
 
         if self.schedule.split:

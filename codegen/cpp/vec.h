@@ -11,6 +11,9 @@ namespace tile {
 #define INLINE inline __attribute__((always_inline))
 #define LANES __attribute__((always_inline))  // after the parameters of a lambda that `each` calls
 
+// Points that use one buffer follow each other: GCC 12 joins short loops of several points to vectors, and reads what the last one wrote.
+#define IN_TURN __asm__ volatile("" ::: "memory")
+
 // ---- types
 
 template <class T, int L> struct Lanes { typedef T type __attribute__((vector_size(sizeof(T) * L))); };

@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support import NATIVE
 from tilewright.codegen.program import compile_program
@@ -25,6 +25,7 @@ from tilewright.ir.verify import verify
 from tilewright.passes.base import Notes
 from tilewright.passes.manager import run_passes
 
+BUDGET = 2e-6
 CHAINS, STEPS = 5, 7
 UNARY = ("relu", "neg", "abs", "tanh", "sigmoid", "square", "erf", "sin", "floor", "silu")
 BINARY = ("add", "sub", "mul", "maximum", "minimum")
@@ -139,8 +140,13 @@ def compare(seed: int, target: str) -> None:
     assert not program.fallbacks, f"seed {seed}: {program.fallbacks}"
     inputs = values(graph, seed)
     wide = [x.double() for x in inputs]
-    result = check(program(inputs), interpret(graph, inputs), interpret(graph, wide, torch.float64), k=8, budget=2e-6)
-    assert result.ok, f"seed {seed}: {result}\n{graph}"
+    outputs = zip(program(inputs), interpret(graph, inputs), interpret(graph, wide, torch.float64))
+    for number, (ours, eager, exact) in enumerate(outputs):
+        if exact.numel() and exact.abs().max() < BUDGET:  # what cancels has no relative error
+            assert (ours - exact).abs().max() <= BUDGET, f"seed {seed}, output {number}\n{graph}"
+            continue
+        result = check([ours], [eager], [exact], k=8, budget=BUDGET)
+        assert result.ok, f"seed {seed}, output {number}: {result}\n{graph}"
 
 
 QUIET = [HealthCheck.too_slow]
@@ -149,6 +155,8 @@ QUIET = [HealthCheck.too_slow]
 @NATIVE
 @settings(max_examples=25, deadline=None, suppress_health_check=QUIET)
 @given(st.integers(0, 1 << 30))
+@example(64196)  # short rows of neighbouring points in one buffer
+@example(5283)  # a mean that cancels
 def test_cpp_kernels_compute_what_the_graph_means(seed: int) -> None:
     compare(seed, "cpu")
 
