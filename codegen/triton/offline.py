@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -138,9 +139,32 @@ def compile_launch(program: Program, launch: Launch, target: str, multiples: Col
     aligned = {(n,): [["tt.divisibility", 16]] for n in places}
     source = ASTSource(function, dict(zip(function.arg_names, kinds)), dict(launch.constants), aligned)
     try:
-        return triton.compile(source, target=gpu_target(target), options=launch.options(kernel))
+        with _NO_LINES:
+            return triton.compile(source, target=gpu_target(target), options=launch.options(kernel))
     except Exception as error:
         raise OfflineError(kernel=kernel.name, target=target, reason=f"{type(error).__name__}: {error}") from error
+
+
+class _WithoutLines:
+    """While any thread is inside, Triton compiles without line tables: these hold paths of this machine, and differ with them."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before, knobs.compilation.disable_line_info = knobs.compilation.disable_line_info, True
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                knobs.compilation.disable_line_info = self._before
+
+
+_NO_LINES = _WithoutLines()
 
 
 def _compile(program: Program, launch: Launch, target: str) -> Compiled:

@@ -237,6 +237,7 @@ def test_the_same_model_gives_the_same_file(tmp_path, monkeypatch, capsys):
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "TILEWRIGHT_CACHE": str(tmp_path / "cache")}
     subprocess.run(command, cwd=elsewhere, env={**os.environ, **environment}, check=True, stdout=subprocess.DEVNULL)
     assert Path("a.tw").read_bytes() == Path("b.tw").read_bytes()
+    assert b"site-packages" not in Path("a.tw").read_bytes()
     assert run("a.tw", command="explain") == 0
     assert "registers" in capsys.readouterr().out
 
