@@ -8,6 +8,7 @@ import sympy
 import torch
 
 from ..ir.scalar import Apply, Const, Scalar
+from .errors import Unsupported
 from .kernel import Attend, Axis, Dot, Kernel, Load, Reduce, Scan, cone, free_axes, scalars
 
 MOST_COLUMNS = 256
@@ -31,17 +32,17 @@ def attentions(kernel: Kernel) -> list[Attend]:
 
 
 def find_attention(kernel: Kernel) -> Attention:
-    """The parts of a kernel with one attention. Raises NotImplementedError with a reason where they are not what the template walks."""
+    """The parts of a kernel with one attention. Raises Unsupported with a reason where they are not what the template walks."""
     attend, dot = _only_attend(kernel)
     free = free_axes(kernel)
     score, keys, values = free[attend.score] - {attend.axis}, free[dot.right] - {attend.axis}, free[attend.value] - {attend.axis}
     columns = [a for a in kernel.grid if a.name in values - score]
     axes = {a.name: a for a in kernel.axes}
     if len(columns) != 1 or len(dot.axes) != 1 or free[dot.left] & {attend.axis, columns[0].name}:
-        raise NotImplementedError("an attention over other axes than queries, keys and columns")
+        raise Unsupported(reason="an attention over other axes than queries, keys and columns")
     depth = axes[dot.axes[0]]
     if any(not isinstance(a.extent, int) or a.extent > MOST_COLUMNS for a in (columns[0], depth)):
-        raise NotImplementedError("an attention of wide heads, or of a width known at run time only")
+        raise Unsupported(reason="an attention of wide heads, or of a width known at run time only")
     rows = [a for a in kernel.grid if a.name in score - keys - values]
     batch = tuple(a for a in kernel.grid if a not in rows and a is not columns[0])
     # the longest first: a tile of rows covers few positions of it, which a causal mask serves with few keys
@@ -54,11 +55,11 @@ def _only_attend(kernel: Kernel) -> tuple[Attend, Dot]:
     found, everything = attentions(kernel), scalars(kernel.stores)
     products = [v for v in everything if isinstance(v, Dot)]
     if len(found) != 1 or len(products) != 1 or products[0] not in cone([found[0].score]):
-        raise NotImplementedError("a kernel with several contractions")
+        raise Unsupported(reason="a kernel with several contractions")
     if any(isinstance(v, (Reduce, Scan)) for v in everything):
-        raise NotImplementedError("a reduction beside an attention")
+        raise Unsupported(reason="a reduction beside an attention")
     if found[0].dtype not in (torch.float32, torch.float64):
-        raise NotImplementedError(f"an attention in {found[0].dtype}")
+        raise Unsupported(reason=f"an attention in {found[0].dtype}")
     return found[0], products[0]
 
 
@@ -68,9 +69,9 @@ def _check_stores(kernel: Kernel, attend: Attend, free: dict[Scalar, frozenset[s
     for store in kernel.stores:
         used = grid & (free[store.value] | {s.name for s in sympy.sympify(store.index).free_symbols})  # type: ignore[attr-defined]
         if used != grid or free[store.value] - grid:
-            raise NotImplementedError("a store over other points than those of the attention")
+            raise Unsupported(reason="a store over other points than those of the attention")
     if any(source in read for _, source in kernel.inplace):
-        raise NotImplementedError("an output over an operand of an attention")
+        raise Unsupported(reason="an output over an operand of an attention")
 
 
 def hidden(score: Scalar) -> list[Scalar]:

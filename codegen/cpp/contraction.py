@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from ...ir.dims import Dim, FloorDiv, Mod, free_symbols, product, symbol
 from ...ir.scalar import Scalar
+from ..errors import Unsupported
 from ..kernel import Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store, cone
 from .body import Scope, row_index
 from .expressions import ADD, STORAGE, index_text, wrap
@@ -211,7 +212,7 @@ class ContractionPrinter(KernelPrinter):
         """A lambda (to, position over `fixed`, begin, end) that writes the value at flat positions begin .. end over `along`."""
         value, along = merge(value, along)
         if any(isinstance(v, (Reduce, Scan)) for v in cone([value])):
-            raise NotImplementedError("a right operand with a reduction")
+            raise Unsupported(reason="a right operand with a reduction")
         at = self.flat_name(fixed, flat)
         inner = along[-1] if along else Axis(self.n, 1)
         several = len(along) > 1

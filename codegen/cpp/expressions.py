@@ -11,6 +11,7 @@ import torch
 
 from ...ir.dims import Dim, FloorDiv, Mod
 from ...ir.scalar import Apply, Const, Scalar
+from ..errors import Unsupported
 
 STORAGE: dict[torch.dtype, str] = {
     torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "half", torch.bool: "bool",
@@ -94,7 +95,7 @@ def apply_text(value: Apply, args: list[Text]) -> Text:
         return ("false", PRIMARY)
     if value.op in CALLS:
         return _fit(value.dtype, (f"{value.op}({', '.join(a[0] for a in args)})", PRIMARY))
-    raise NotImplementedError(f"the C++ printer has no text for the operation {value.op!r}")
+    raise Unsupported(reason=f"the C++ printer has no text for the operation {value.op!r}")
 
 
 def _binary(value: Apply, args: list[Text]) -> Text:
@@ -203,7 +204,7 @@ def index_text(expr: Dim, names: Mapping[str, str], vectors: bool = False) -> Te
         for a in args[1:]:
             text = f"{name}(int64_t({text}), int64_t({a[0]}))"
         return (text, PRIMARY)
-    raise NotImplementedError(f"the C++ printer cannot index by {expr}")
+    raise Unsupported(reason=f"the C++ printer cannot index by {expr}")
 
 
 def _division_text(expr: sympy.Expr, args: list[Text], vectors: bool) -> Text:

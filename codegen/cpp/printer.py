@@ -18,6 +18,7 @@ import torch
 
 from ...ir.dims import Dim, floordiv, product, symbol
 from ...ir.scalar import Const, Scalar
+from ..errors import Unsupported
 from ..kernel import Axis, Kernel, Position, Reduce, Scan, cone, free_axes, operands, scalars
 from .body import Body, Names, Scope, row_index
 from .expressions import MULTIPLY, PRIMARY, STORAGE, index_text, wrap
@@ -45,7 +46,7 @@ def print_kernel(kernel: Kernel, schedule: Schedule) -> str:
     """The kernel as the text of one C++ function.
 
     Its parameters are pointers (inputs, then outputs), sizes as int64_t, and the number of threads; it returns the fault it met, if the
-    kernel has any. Raises NotImplementedError with a reason for what it has no text for.
+    kernel has any. Raises Unsupported with a reason for what it has no text for.
     """
     return KernelPrinter(kernel, schedule).text()
 
@@ -333,7 +334,7 @@ class KernelPrinter:
         if not again:
             return scope
         if scope.lanes == "L" and self.schedule.vector in again:
-            raise NotImplementedError("a reduction over the vector axis inside a loop over that axis")
+            raise Unsupported(reason="a reduction over the vector axis inside a loop over that axis")
         texts = {v: t for v, t in scope.texts.items() if not self.free[v] & again}
         return replace(scope, bound=scope.bound - again, texts=texts)
 
@@ -432,7 +433,7 @@ class KernelPrinter:
             if not isinstance(value, Scan) or value.axis != name:
                 continue
             if self.free[value] & set(deeper):
-                raise NotImplementedError("a scan whose axis is not the innermost it depends on")
+                raise Unsupported(reason="a scan whose axis is not the innermost it depends on")
             kind = "double" if value.dtype == torch.float32 else STORAGE[value.dtype]
             lanes = "L" if self.body.varies(value, scope) else "1"
             start = 0 if value.op == "cumsum" else 1

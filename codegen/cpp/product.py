@@ -16,6 +16,7 @@ import torch
 
 from ...ir.dims import Dim, FloorDiv, Mod, evaluate, free_symbols, product, symbol
 from ...ir.scalar import Apply, Scalar
+from ..errors import Unsupported
 from ..kernel import Attend, Axis, Dot, Kernel, Load, Position, Reduce, Scan, Store, cone, free_axes, scalars
 from .lanes import stride_along
 from .schedule import CpuTarget
@@ -62,12 +63,12 @@ def dots(kernel: Kernel) -> list[Dot]:
 
 
 def find_product(kernel: Kernel, target: CpuTarget) -> Product:
-    """The roles of the axes of a kernel with one Dot. Raises NotImplementedError with a reason where it is no product of matrices."""
+    """The roles of the axes of a kernel with one Dot. Raises Unsupported with a reason where it is no product of matrices."""
     dot = _only_dot(kernel)
     free = free_axes(kernel)
     left, right = free[dot.left] - set(dot.axes), free[dot.right] - set(dot.axes)
     if not left - right and not right - left:
-        raise NotImplementedError("a contraction without rows and columns")
+        raise Unsupported(reason="a contraction without rows and columns")
     _check(kernel, dot, free)
     others = {a.name for a in kernel.grid} - right  # axes of neither operand are rows that repeat
     axes = {role: tuple(a for a in kernel.grid if a.name in names) for role, names in
@@ -94,24 +95,24 @@ def without_matrix(kernel: Kernel) -> Kernel | None:
 def _only_dot(kernel: Kernel) -> Dot:
     found = dots(kernel)
     if len(found) != 1 or any(isinstance(v, Attend) for v in scalars(kernel.stores)):
-        raise NotImplementedError("a kernel with several contractions")
+        raise Unsupported(reason="a kernel with several contractions")
     if found[0].dtype not in (torch.float32, torch.float64):
-        raise NotImplementedError(f"a contraction of elements of {found[0].dtype}")
+        raise Unsupported(reason=f"a contraction of elements of {found[0].dtype}")
     return found[0]
 
 
 def _check(kernel: Kernel, dot: Dot, free: Mapping[Scalar, frozenset[str]]) -> None:
     below = cone([dot])
     if any(isinstance(v, (Reduce, Scan)) for v in cone([s.value for s in kernel.stores], below)):
-        raise NotImplementedError("a reduction beside a contraction")
+        raise Unsupported(reason="a reduction beside a contraction")
     grid = {a.name for a in kernel.grid}
     for store in kernel.stores:
         used = free[store.value] | {s.name for s in free_symbols([store.index])}
         if any(a.name not in used and a.extent != 1 for a in kernel.grid) or free[store.value] - grid:
-            raise NotImplementedError("a store over other points than those of the contraction")
+            raise Unsupported(reason="a store over other points than those of the contraction")
     read = {v.buffer for v in below if isinstance(v, Load)}
     if any(source in read for _, source in kernel.inplace):
-        raise NotImplementedError("an output over an operand of a contraction")
+        raise Unsupported(reason="an output over an operand of a contraction")
 
 
 # ---- order and preference

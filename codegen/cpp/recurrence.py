@@ -18,6 +18,7 @@ import sympy
 
 from ...ir.dims import symbol
 from ...ir.scalar import Scalar
+from ..errors import Unsupported
 from ..kernel import Dot, Kernel, Last, Load, Previous, Recurrence, State, Store, cone
 from .body import Scope
 from .expressions import ADD, PRIMARY, STORAGE, index_text, wrap
@@ -42,7 +43,7 @@ class RecurrencePrinter(KernelPrinter):
         self.states = self._ordered()
         rows = [a for a in kernel.grid if a.name != self.unit]
         if len(rows) != 1:
-            raise NotImplementedError("a recurrence over rows along several axes")
+            raise Unsupported(reason="a recurrence over rows along several axes")
         self.row = rows[0]
         self.begin, self.end = self.names.fresh("begin"), self.names.fresh("end")
 
@@ -51,7 +52,7 @@ class RecurrencePrinter(KernelPrinter):
         read = {d.left.state for d in self.dots if isinstance(d.left, Previous) and d.axes == (d.left.at,)}
         strangers = [d for d in self.dots if not isinstance(d.left, Previous) or self.free[d.right] != {self.unit, *d.axes}]
         if len(read) != 1 or strangers:
-            raise NotImplementedError("the products of a recurrence must multiply one state by weights of each unit")
+            raise Unsupported(reason="the products of a recurrence must multiply one state by weights of each unit")
         return sorted(self.recurrence.states, key=lambda s: s.name not in read)
 
     def grid(self) -> None:

@@ -9,6 +9,7 @@ from typing import Union
 from ...ir.dims import symbol
 from ..attentions import attentions
 from ..build import BuildError, Loaded, Source, build, entry_address
+from ..errors import Unsupported
 from ..kernel import Kernel
 from ..pool import START, Empty, allocator
 from ..target import Compiled, Failed, Native, NativeCall
@@ -47,7 +48,7 @@ def compile_kernels(kernels: Sequence[Kernel], target: CpuTarget | None = None) 
 def _print(kernel: Kernel, target: CpuTarget) -> Source | Failed:
     try:
         text = _printer(kernel)(kernel, target)
-    except NotImplementedError as error:
+    except Unsupported as error:
         return Failed(kernel, str(error))
     pointers = len(kernel.inputs) + len(kernel.outputs)
     arguments = (ctypes.c_void_p,) * pointers + (ctypes.c_int64,) * len(kernel.sizes) + (ctypes.c_int,)

@@ -23,6 +23,7 @@ import torch
 from ...ir.dims import product
 from ...ir.scalar import Scalar
 from ..attentions import Attention, attentions, find_attention
+from ..errors import Unsupported
 from ..kernel import Axis, Kernel, Load, Store, scalars
 from .attention_limits import find_limits, unscaled
 from .attention_parts import Parts, parts_of
@@ -54,7 +55,7 @@ def roles(kernel: Kernel) -> Attention:
     """The axes of the kernel by what they are to the attention. Raises UnsupportedByTriton."""
     try:
         return find_attention(kernel)
-    except NotImplementedError as error:
+    except Unsupported as error:
         raise UnsupportedByTriton(what=kernel.name, reason=str(error)) from error
 
 

@@ -15,6 +15,7 @@ in memory (atomics) would allow neither.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -50,7 +51,7 @@ def build_contraction(kernel: Kernel, tiles: Tiles) -> Program:
     return Program(kernel, tiles, module([printer.function()]), (printer.launch(),))
 
 
-class _Printer:
+class _Printer(ABC):
     """Prints the walk of one product; what is the same in all walks."""
 
     def __init__(self, found: Product, tiles: Tiles) -> None:
@@ -94,8 +95,9 @@ class _Printer:
         parameters = ", ".join(parameters_of(pointers(self.kernel), self.kernel, [d.constant for d in self.dimensions()]))
         return f"{comment(self.kernel)}@triton.jit\ndef {function_name(self.kernel)}({parameters}):\n{lines}\n"
 
+    @abstractmethod
     def lines(self) -> list[str]:
-        raise NotImplementedError
+        """The body of the function."""
 
     # ---- where a program is
 

@@ -20,15 +20,15 @@ from typing import Any
 import sympy
 import torch
 
-from ...ir.errors import TilewrightError
 from ...ir.scalar import Apply, Const, Scalar, apply, cast, lift, where
+from ..errors import Unsupported
 from ..kernel import INSIDE, Attend, Dot, Kernel, Load, Position, Reduce, Scan, Store, cone, scalars
 
 UNSIGNED = frozenset({torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool})
 _LARGEST_UNROLLED_POWER = 8
 
 
-class UnsupportedByTriton(TilewrightError):
+class UnsupportedByTriton(Unsupported):
     """A kernel holds something that cannot be printed as Triton; it then runs by eager."""
 
     template = "Triton cannot express {what}: {reason}"

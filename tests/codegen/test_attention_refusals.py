@@ -11,6 +11,7 @@ import torch
 from attentions import attention, x
 from lowering import graph_of
 from tilewright.codegen.attentions import find_attention
+from tilewright.codegen.errors import Unsupported
 from tilewright.codegen.kernel import Attend, Kernel, Load, Reduce, scalars
 from tilewright.codegen.lower import lower
 from tilewright.ir.scalar import Const, Scalar
@@ -54,5 +55,5 @@ def test_the_plain_one_is_walked() -> None:
 
 @pytest.mark.parametrize("reason", CASES)
 def test_refused(reason: str) -> None:
-    with pytest.raises(NotImplementedError, match=reason):
+    with pytest.raises(Unsupported, match=reason):
         find_attention(CASES[reason](made()))
