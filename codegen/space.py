@@ -36,3 +36,11 @@ class Space:
     def broken(self, values: Mapping[str, int]) -> Limit | None:
         """The first limit that a schedule breaks; None where it is legal. Raises KeyError where a variable is missing."""
         return next((x for x in self.limits if evaluate(x.amount, values) > evaluate(x.at_most, values)), None)
+
+    def refusal(self, values: Mapping[str, int]) -> str | None:
+        """Why a schedule is not legal: a value that is not offered, or the first limit that it breaks; None where it is."""
+        for name, offered in self.variables.items():
+            if values[name] not in offered:
+                return f"{name} is one of {', '.join(map(str, offered))}, not {values[name]}"
+        limit = self.broken(values)
+        return None if limit is None else str(limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -80,13 +80,7 @@ def space(kernel: Kernel, found: Attention) -> Space:
 
 def refusal(kernel: Kernel, found: Attention, tiles: AttentionTiles) -> str | None:
     """Why an attention cannot be walked in these tiles."""
-    values = {name: value for name, value in asdict(tiles).items() if name != "wide"}
-    offered = space(kernel, found)
-    wrong = next((name for name, value in values.items() if value not in offered.variables[name]), None)
-    if wrong is not None:
-        return f"{wrong} is {values[wrong]}, not one of {', '.join(map(str, offered.variables[wrong]))}"
-    limit = offered.broken(values)
-    return None if limit is None else f"tiles of {values} break a limit, {limit}"
+    return space(kernel, found).refusal(vars(tiles))
 
 
 def default_tiles(kernel: Kernel, found: Attention, ranges: Mapping[str, SymbolRange] | None = None) -> AttentionTiles:

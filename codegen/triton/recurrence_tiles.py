@@ -147,13 +147,7 @@ def refusal(found: Layer, tiles: RecurrenceTiles, target: str | None = None) -> 
     """The limit that the tiles break for this recurrence (on a target); None where they are legal."""
     if tiles.walk not in _SPACES:
         return f"walk is one of {', '.join(_SPACES)}, not {tiles.walk}"
-    offered = space(found, tiles.walk, target)
-    values = {name: getattr(tiles, name) for name in offered.variables}
-    for name, allowed in offered.variables.items():
-        if values[name] not in allowed:
-            return f"{name} is one of {', '.join(map(str, allowed))}, not {values[name]}"
-    broken = offered.broken(values)
-    return broken and str(broken)
+    return space(found, tiles.walk, target).refusal(vars(tiles))
 
 
 def space(found: Layer, walk: str = "dot", target: str | None = None) -> Space:

@@ -80,13 +80,7 @@ _BLOCKS: dict[torch.dtype, tuple[int, int, int]] = {
 
 def refusal(kernel: Kernel, tiles: Tiles, target: str | None = None) -> str | None:
     """The limit that the tiles break for this kernel (on a target); None where they are legal."""
-    offered = space(find_product(kernel), tiles.walk, target)
-    values = {name: getattr(tiles, name) for name in offered.variables}
-    for name, allowed in offered.variables.items():
-        if values[name] not in allowed:
-            return f"{name} is one of {', '.join(map(str, allowed))}, not {values[name]}"
-    broken = offered.broken(values)
-    return broken and str(broken)
+    return space(find_product(kernel), tiles.walk, target).refusal(vars(tiles))
 
 
 def space(found: Product, walk: str = "dot", target: str | None = None) -> Space:

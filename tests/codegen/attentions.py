@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lowering import Build
+from lowering import Cases, x
 from tilewright.ir import ops
 from tilewright.ir.dims import SymbolRange, symbol
 from tilewright.ir.graph import Node
 
 INF = float("inf")
 
-
-@dataclass(frozen=True)
-class Case:
-    build: Build
-    tensors: tuple[torch.Tensor, ...]
-    shapes: tuple[Any, ...] | None = None
-    symbols: dict[str, SymbolRange] | None = None
-
-
-CASES: dict[str, Case] = {}
-
-
-def add(name: str, build: Callable[..., Node], *tensors: torch.Tensor, shapes: Any = None, symbols: Any = None) -> None:
-    CASES[name] = Case(build, tensors, shapes, symbols)
-
-
-def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+CASES = Cases()
+add = CASES.add
 
 
 def kept(*shape: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 import torch
-from lowering import Build
+from lowering import Build, Cases, x
 from tilewright.codegen.kernel import Axis, Buffer, Dot, Kernel, Load, Position, Reduce, Store, inside
 from tilewright.ir import ops
 from tilewright.ir.dims import FloorDiv, Mod, SymbolRange, symbol
@@ -19,24 +19,8 @@ F32, F16, BF16, F64, I8, I32, I64 = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int32, torch.int64,
 )  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Case:
-    build: Build
-    tensors: tuple[torch.Tensor, ...]
-    shapes: tuple[Any, ...] | None = None
-    symbols: dict[str, SymbolRange] | None = None
-
-
-CASES: dict[str, Case] = {}
-
-
-def add(name: str, build: Build, *tensors: torch.Tensor, shapes: Any = None, symbols: Any = None) -> None:
-    CASES[name] = Case(build, tensors, shapes, symbols)
-
-
-def x(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+CASES = Cases()
+add = CASES.add
 
 
 def layer(a, w, b, r):

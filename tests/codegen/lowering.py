@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,28 @@ from tilewright.ir.interpret import bind_sizes, interpret
 from tilewright.ir.types import TensorType
 
 Build = Callable[..., "Node | tuple[Node, ...]"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What `build` makes of inputs like `tensors`. shapes: those of its inputs, which may name sizes; symbols: what is known of these."""
+
+    build: Build
+    tensors: tuple[torch.Tensor, ...]
+    shapes: tuple[Any, ...] | None = None
+    symbols: dict[str, SymbolRange] | None = None
+
+
+class Cases(dict[str, Case]):
+    """Name -> case."""
+
+    def add(self, name: str, build: Build, *tensors: torch.Tensor, shapes: Any = None, symbols: Any = None) -> None:
+        self[name] = Case(build, tensors, shapes, symbols)
+
+
+def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random values, the same for equal shapes."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
 def graph_of(build: Build, xs: Sequence[torch.Tensor], shapes: Sequence[Any] | None = None, symbols: Any = None) -> Graph:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from attentions import CASES, Case, attention, causal, kept, x
-from lowering import assert_close, graph_of, memory
+from attentions import CASES, attention, causal, kept, x
+from lowering import Case, assert_close, graph_of, memory
 from support import NATIVE
 from tilewright.codegen.cpp.schedule import CpuTarget, detect_target
 from tilewright.codegen.cpp.toolchain import compile_kernels

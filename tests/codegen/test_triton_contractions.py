@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contractions import CASES, F32, HAND, Case, HandCase, K, N, a, dot, i, j, load
-from lowering import assert_close, graph_of, memory
+from contractions import CASES, F32, HAND, HandCase, K, N, a, dot, i, j, load
+from lowering import Case, assert_close, graph_of, memory
 from triton_kernels import OLD_INTERPRETER
 
 pytest.importorskip("triton")
