@@ -54,7 +54,7 @@ class Op:
     eager(*tensors, **attrs) -> Tensor: the meaning, by torch. Scalars arrive as Python numbers.
     cost(types, out, attrs) -> Cost: for the ideal implementation; default counts one flop per output element.
     scalar(*scalars, **attrs) -> Scalar: element expression of a pointwise op, operands already promoted and in compute dtype.
-    expand(*nodes, **attrs) -> Node: a composite in terms of other ops.
+    expand(*nodes, **attrs) -> Node: a composite in terms of other ops; one node for each of its results if it has several.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Op:
     eager: Callable[..., Any]
     cost_rule: Callable[..., Cost] | None = None
     scalar: Callable[..., Any] | None = None
-    expand: Callable[..., Node] | None = None
+    expand: Callable[..., Node | tuple[Node, ...]] | None = None
     commutative: bool = False
 
     def __call__(self, *operands: Any, hint: str = "", prov: Provenance = NOWHERE, **attrs: Any) -> Node:

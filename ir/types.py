@@ -25,6 +25,9 @@ NATIVE_DTYPES = frozenset({
 })  # fmt: skip
 """Element types our ops do arithmetic in. Values of the others are moved, cast and handed to ATen."""
 
+FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+"""Element types that numbers are stored in: casts widen them, and there is no other arithmetic."""
+
 DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 

@@ -33,11 +33,22 @@ def _expansion(node: Node, inputs: tuple[Node, ...], keep: Container[str]) -> No
         return None
     if node.op.name in _EXPANSIONS and node.dtype.is_floating_point:
         made = _EXPANSIONS[node.op.name](inputs[0], node)
+    elif node.op.name == "item":
+        return _result(node, inputs[0], keep)
     elif node.op.category is Category.COMPOSITE and node.op.expand is not None:
         made = node.op.expand(*inputs, **node.attrs)
     else:
         return None
-    return None if made is None else _settled(made, inputs, node, keep)
+    return _settled(made, inputs, node, keep) if isinstance(made, Node) else None
+
+
+def _result(item: Node, whole: Node, keep: Container[str]) -> Node | None:
+    """One of the results of a composite with several, which vanishes once every item of it stands for itself."""
+    if whole.op.category is not Category.COMPOSITE or whole.op.expand is None or whole.op.name in keep:
+        return None
+    made = whole.op.expand(*whole.inputs, **whole.attrs)
+    assert isinstance(made, tuple)
+    return _settled(made[item.attrs["index"]], whole.inputs, replace(whole, hint=item.hint), keep)
 
 
 def _settled(root: Node, inputs: tuple[Node, ...], origin: Node, keep: Container[str]) -> Node:

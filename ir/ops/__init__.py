@@ -10,13 +10,14 @@ from .constants import CONSTANTS, tensor_type
 from .contractions import CONTRACTIONS
 from .gathers import GATHERS
 from .pointwise import POINTWISE, PROMOTION, Promotion, number_as, operand_dtype, unprintable
+from .quantized import QUANTIZED
 from .recurrences import RECURRENCES
 from .reductions import REDUCTIONS
 from .structure import STRUCTURE, Ref
 from .views import VIEWS
 
 _TABLES = (
-    (INPUT, SCALAR), CONSTANTS, POINTWISE, REDUCTIONS, VIEWS, GATHERS, CONTRACTIONS, RECURRENCES, COMPOSITES, STRUCTURE,
+    (INPUT, SCALAR), CONSTANTS, POINTWISE, REDUCTIONS, VIEWS, GATHERS, CONTRACTIONS, RECURRENCES, COMPOSITES, QUANTIZED, STRUCTURE,
 )  # fmt: skip
 OPS: dict[str, Op] = {op.name: op for table in _TABLES for op in table}
 
