@@ -91,7 +91,7 @@ RESERVED = frozenset(
 
 
 def unique(hint: str, used: set[str]) -> str:
-    """A C++ name near `hint` that is not in `used`, which it joins."""
+    """A name near `hint` that is not in `used`, which it joins."""
     base = re.sub(r"\W", "_", hint)
     base = base if base and not base[0].isdigit() and not base.startswith("_") else f"v{base}"
     name, k = base, 1

@@ -25,11 +25,12 @@ from ...ir.scalar import Scalar
 from ..attentions import Attention, attentions, find_attention
 from ..errors import Unsupported
 from ..kernel import Axis, Kernel, Load, Store, scalars
+from ..names import unique
 from .attention_limits import find_limits, unscaled
 from .attention_parts import Parts, parts_of
 from .attention_tiles import AttentionTiles, default_tiles, padded, refusal
 from .indices import Span
-from .layout import Dimension, Layout, extent_source, mask_lines
+from .layout import Dimension, Layout, extent_source, flat_name, mask_lines
 from .legalize import UnsupportedByTriton, legalize, rewritten
 from .operands import Operand, Tile
 from .printer import build_blocks, comment, module, parameters_of, print_function
@@ -102,10 +103,10 @@ class AttentionPrinter:
     def __init__(self, kernel: Kernel, found: Attention, tiles: AttentionTiles, parts: Parts | None) -> None:
         self.found, self.tiles, self.parts = found, tiles, parts
         taken = {a.name for a in kernel.axes} | set(kernel.sizes)
-        rows = tuple(a for a in found.rows if a.extent != 1) or (Axis(_unused("row", taken), 1, inner=True),)
+        rows = tuple(a for a in found.rows if a.extent != 1) or (Axis(unique("row", taken), 1, inner=True),)
         self.kernel = replace(kernel, axes=(*kernel.axes, *(a for a in rows if a not in kernel.axes)))
-        self.heads = Span(found.batch, _flat(found.batch, "head", taken))
-        self.rows = Dimension(Span(rows, _flat(rows, "row", taken)), "BLOCK_M", tiles.block_m, shared=True)
+        self.heads = Span(found.batch, flat_name(found.batch, "head", taken))
+        self.rows = Dimension(Span(rows, flat_name(rows, "row", taken)), "BLOCK_M", tiles.block_m, shared=True)
         self.depth = _whole(found.depth, "BLOCK_D")
         self.columns = _whole(found.column, "BLOCK_E")
         self.limits = find_limits(kernel, found.attend.score, found.key.name)
@@ -331,17 +332,6 @@ class AttentionPrinter:
             self.parts.buffers, (at, at, place), ("largest", "total", "attended"), (rows, rows, f", {both}" if both else "")
         ):
             self.lines.append(f"tl.store({buffer.name}_ptr + {where}, {n[value]}{mask})")
-
-
-def _unused(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    return name
-
-
-def _flat(axes: Sequence[Axis], many: str, taken: set[str]) -> str:
-    """A single axis is its own flat point."""
-    return axes[0].name if len(axes) == 1 else _unused(many, taken)
 
 
 def _whole(axis: Axis, constant: str) -> Dimension:

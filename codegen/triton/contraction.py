@@ -25,18 +25,18 @@ import torch
 from ...ir.dims import Dim, dim, product, same, to_source
 from ...ir.scalar import Scalar
 from ..kernel import Axis, Buffer, Kernel, Load, Reduce, Store, cone, scalars
+from ..names import unique
 from .expressions import Expressions
 from .indices import Span
 from .layout import Dimension, Layout, extent_source, mask_lines
 from .legalize import UnsupportedByTriton, rewritten
+from .operands import Operand
 from .printer import build_blocks, comment, module, parameters_of, print_function
 from .product import ACCUMULATORS, Product, as_sum, find_product, spreads, stride
 from .program import Launch, Program, blocks_of, function_name, pointers
-from .scalars import ATOM, TYPES, Text
+from .scalars import TYPES, Text
 from .schedule import default_schedule
 from .tiles import Tiles, refusal
-
-_INLINE_LENGTH = 32
 
 
 def build_contraction(kernel: Kernel, tiles: Tiles) -> Program:
@@ -69,7 +69,7 @@ class _Printer(ABC):
         self.k = Dimension(depth, "BLOCK_K", tiles.block_k, looped=not whole)
 
     def unused(self, name: str) -> str:
-        return _unused(name, self._taken)
+        return unique(name, self._taken)
 
     def span(self, axes: tuple[Axis, ...], flat: str) -> Span:
         """The axes as one dimension, whose variable is called `flat` where that is free."""
@@ -196,37 +196,6 @@ class _Results(Expressions):
         return tuple(d for d in self.layout.dimensions if d in along or store.value in self._along.get(d.constant, ()))
 
 
-class _Operand(Expressions):
-    """Values of one operand, over its rows or columns (`fixed`) and the depth; 0 beyond that."""
-
-    def __init__(
-        self, kernel: Kernel, layout: Layout, tiles: Tiles, fixed: Dimension, depth: Dimension, beside: Expressions | None = None
-    ) -> None:
-        super().__init__(kernel, layout, tiles, beside)
-        self.fixed, self.depth = fixed, depth
-        self._zeroed = {s.value for s in kernel.stores if depth.masked and self._reads_zero(s.value)}
-
-    def fresh(self, word: str) -> str:
-        """The word as a name of the function that nothing else has."""
-        return self._name(word)
-
-    def _reads_zero(self, value: Scalar) -> bool:
-        """Whether a load itself can give the 0."""
-        return isinstance(value, Load) and self.depth in self.layout.along(self._free[value]) and (value.mask is None or value.other == 0)
-
-    def _other(self, value: Load) -> str | None:
-        if value in self._zeroed:
-            return "0.0" if value.dtype.is_floating_point else "0"
-        return super()._other(value)
-
-    def block(self, value: Scalar, dtype: torch.dtype, word: str) -> Text:
-        """The operand as a whole block of a dtype that is multiplied; what is long has a variable."""
-        self.prepare(value)
-        zero = None if value in self._zeroed else Text("0.0" if dtype.is_floating_point else "0")
-        block = self._block(value, dtype, tuple(a.name for a in self.depth.span.axes), zero, full=True)
-        return block if len(block.code) <= _INLINE_LENGTH else Text(self._variable(word, block.code, self.body or self.outer))
-
-
 class _DotPrinter(_Printer):
     """Blocks [m, k] and [k, n] are multiplied by `tl.dot`; each is loaded along what is contiguous in memory, and transposed if need be."""
 
@@ -241,20 +210,22 @@ class _DotPrinter(_Printer):
         return replace(dimension, span=self.span(axes, f"{dimension.span.flat}_{word}"))
 
     def lines(self) -> list[str]:
-        left = self.operand(0, self.variant(self.m, "across") if self.turned[0] else self.m)
-        right = self.operand(1, self.n if self.turned[1] else self.variant(self.n, "down"), left)
+        across = self.variant(self.m, "across") if self.turned[0] else self.m
+        down = self.n if self.turned[1] else self.variant(self.n, "down")
+        left = self.operand(0, across)
+        right = self.operand(1, down, left)
         results = _Results(self.kernel, Layout(self.batch, None, (self.m, self.n)), self.tiles, self.found.dots, left)
         self.start(left)
         lines = left.outer.lines
         lines.extend(self.position(self.m, "[:, None]"))
-        lines.extend(self.position(left.fixed, "[None, :]") if self.turned[0] else ())
-        lines.extend(self.position(right.fixed, "[None, :]" if self.turned[1] else "[:, None]"))
+        lines.extend(self.position(across, "[None, :]") if self.turned[0] else ())
+        lines.extend(self.position(down, "[None, :]" if self.turned[1] else "[:, None]"))
         self.multiply(left, right, results)
         lines.extend(() if self.turned[1] else self.position(self.n, "[None, :]"))
         self.store(results)
         return lines
 
-    def operand(self, side: int, fixed: Dimension, beside: Expressions | None = None) -> _Operand:
+    def operand(self, side: int, fixed: Dimension, beside: Expressions | None = None) -> Operand:
         """The writer of the left (0) or right (1) operand, whose rows or columns are `fixed`."""
         kernel, depth = self.kernel, self.down if self.turned[side] else self.k
         stores = tuple(Store("", sympy.Integer(0), pair[side]) for *pair, _ in self.found.multiplied)
@@ -264,9 +235,9 @@ class _DotPrinter(_Printer):
         stores = rewritten(stores, {}, places)
         axes = (*new, *(a for a in kernel.axes if a not in old))
         layout = Layout(self.batch, None, (depth, fixed) if self.turned[side] else (fixed, depth))
-        return _Operand(replace(kernel, axes=axes, stores=stores, inplace=()), layout, self.tiles, fixed, depth, beside)
+        return Operand(replace(kernel, axes=axes, stores=stores, inplace=()), layout, self.tiles, beside, zero=(depth,))
 
-    def multiply(self, left: _Operand, right: _Operand, results: _Results) -> None:
+    def multiply(self, left: Operand, right: Operand, results: _Results) -> None:
         """The loop over the depth; afterwards the results know what the sums are called."""
         outer, dtypes = left.outer.lines, [dtype for *_, dtype in self.found.multiplied]
         names = [left.fresh("acc") for _ in dtypes]
@@ -277,9 +248,8 @@ class _DotPrinter(_Printer):
         body.extend(() if all(self.turned) else self.depth_lines(self.k, "[None, :]"))
         body.extend(self.depth_lines(self.down, "[:, None]") if any(self.turned) else ())
         for name, dtype, one, other in zip(names, dtypes, left.kernel.stores, right.kernel.stores):
-            a, b = left.block(one.value, dtype, "left"), right.block(other.value, dtype, "right")
-            first = f"{a.at(ATOM)}.T" if self.turned[0] else a.code
-            second = b.code if self.turned[1] else f"{b.at(ATOM)}.T"
+            a, b = left.operand(one.value, dtype), right.operand(other.value, dtype)
+            first, second = (f"{a}.T" if self.turned[0] else a), (b if self.turned[1] else f"{b}.T")
             precision = ', input_precision="ieee"' if dtype == torch.float32 else ""
             body.append(f"{name} = tl.dot({first}, {second}, {name}{precision}, out_dtype={TYPES[ACCUMULATORS[dtype]]})")
         if self.k.looped:
@@ -346,8 +316,8 @@ def _split(kernel: Kernel, found: Product, tiles: Tiles) -> Program:
     legal = found.kernel
     taken = {b.name for b in (*kernel.inputs, *kernel.outputs)} | {a.name for a in legal.axes} | set(kernel.sizes)
     total, index = _row_major(legal.grid)
-    part = Axis(_unused("part", taken), tiles.split_k, inner=True)
-    buffers = [Buffer(_unused(f"sums{n or ''}", taken), d.dtype, total) for n, d in enumerate(found.dots)]
+    part = Axis(unique("part", taken), tiles.split_k, inner=True)
+    buffers = [Buffer(unique(f"sums{n or ''}", taken), d.dtype, total) for n, d in enumerate(found.dots)]
     whole = [replace(b, size=dim(sympy.sympify(total) * tiles.split_k)) for b in buffers]
     parts = tuple(Store(b.name, index, d) for b, d in zip(buffers, found.dots))
     label = f"sums over {tiles.split_k} parts of the depth"
@@ -376,10 +346,3 @@ def _row_major(axes: Sequence[Axis]) -> tuple[Dim, sympy.Expr]:
     for axis in axes:
         index = index * axis.extent + axis.symbol
     return product(a.extent for a in axes), sympy.expand(index)
-
-
-def _unused(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name

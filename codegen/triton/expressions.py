@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import keyword
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -148,6 +149,8 @@ class Expressions:
             return "position" if value.op in _POSITIONS else reducer(value).word
         if isinstance(value, Position):
             return "position"
+        if isinstance(value, Const):
+            return "constant"
         op: str = value.op  # type: ignore[attr-defined]
         return _WORDS.get(op, op)
 
@@ -289,20 +292,26 @@ class Expressions:
 
     def _block(self, value: Scalar, dtype: torch.dtype, axes: tuple[str, ...], identity: Text | None, full: bool = False) -> Text:
         """The values to combine along `axes`, as a block that extends along them, masked lanes holding the identity."""
-        text = self._argument(value)
-        if isinstance(value, Const):
-            text = typed_constant(value)
+        reduced = self.layout.along(axes)
+        text, covered = self._filled(value, dtype, [d for d in reduced if d.masked and identity is not None], identity)
+        wanted = self.layout.dimensions if full else reduced
+        return text if covered.issuperset(wanted) else self._spread(text, covered, self.layout.dimensions)
+
+    def _filled(self, value: Scalar, dtype: torch.dtype, masked: Sequence[Dimension], identity: Text | None) -> tuple[Text, set[Dimension]]:
+        """The value in a dtype, the identity where one of the masks is off; and the dimensions it extends along."""
+        text = typed_constant(value) if isinstance(value, Const) else self._argument(value)
         if value.dtype != dtype:
             text = Text(f"{text.at(ATOM)}.to({TYPES[dtype]})")
-        reduced = self.layout.along(axes)
-        masked = [d for d in reduced if d.masked] if identity is not None else []
         if masked:
             text = Text(f"tl.where({self._mask(tuple(masked))}, {text.code}, {self._identity(identity, dtype)})")
-        covered = {*self.layout.along(self._free[value]), *masked}
-        wanted = self.layout.dimensions if full else reduced
-        if not covered.issuperset(wanted):
-            text = Text(f"tl.broadcast_to({text.code}, {self.layout.shape})")
-        return text
+        return text, {*self.layout.along(self._free[value]), *masked}
+
+    def _spread(self, text: Text, covered: set[Dimension], wanted: Sequence[Dimension]) -> Text:
+        """The text as a block that extends along all that are wanted."""
+        if covered.issuperset(wanted):
+            return text
+        shape = ", ".join(d.constant if d in wanted else "1" for d in self.layout.dimensions)
+        return Text(f"tl.broadcast_to({text.code}, [{shape}])")
 
     def _identity(self, identity: Text | None, dtype: torch.dtype) -> str:
         assert identity is not None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
 
 from ...ir.dims import Mod, to_source
 from ..kernel import Axis, Kernel
+from ..names import unique
 from .indices import Span
 from .schedule import Schedule, group_block, inner_groups
 
@@ -82,25 +83,21 @@ class Layout:
 def layout_of(kernel: Kernel, schedule: Schedule) -> Layout:
     """The block of a legalized kernel under a schedule."""
     groups = inner_groups(kernel)
-    grid = Span(kernel.grid, _flat(kernel.grid, "point", kernel))
+    taken = {a.name for a in kernel.axes} | set(kernel.sizes)
+    grid = Span(kernel.grid, flat_name(kernel.grid, "point", taken))
     scalar = not kernel.grid or (schedule.xblock == 1 and bool(groups))
     points = None if scalar else Dimension(grid, "XBLOCK", schedule.xblock, shared=True)
     dimensions = []
     for n, group in enumerate(groups):
-        span = Span(group, _flat(group, f"inner{n or ''}", kernel))
+        span = Span(group, flat_name(group, f"inner{n or ''}", taken))
         constant = f"RBLOCK{n or ''}"
         dimensions.append(Dimension(span, constant, group_block(group, schedule), looped=not schedule.persistent))
     return Layout(grid, points, tuple(dimensions))
 
 
-def _flat(axes: tuple[Axis, ...], many: str, kernel: Kernel) -> str:
-    """A single axis is its own flat point."""
-    if len(axes) == 1:
-        return axes[0].name
-    taken = {a.name for a in kernel.axes} | set(kernel.sizes)
-    while many in taken:
-        many += "_"
-    return many
+def flat_name(axes: Sequence[Axis], many: str, taken: set[str]) -> str:
+    """What the flat point over the axes is called; a single axis is its own."""
+    return axes[0].name if len(axes) == 1 else unique(many, taken)
 
 
 def extent_source(span: Span) -> str:

@@ -1,11 +1,16 @@
-"""Values that a template writes over two dimensions of a block, and operands of `tl.dot` among them."""
+"""Values that a template writes over the dimensions of a block, and operands of products among them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from ...ir.scalar import Apply, Scalar
 from ..attentions import hidden
-from ..kernel import Load, Position
-from .expressions import Expressions
+from ..kernel import Kernel, Load, Position
+from .expressions import Expressions, Widths
+from .layout import Dimension, Layout
 from .scalars import AND, Text
 
 
@@ -54,29 +59,47 @@ class Tile(Expressions):
 
 
 class Operand(Tile):
-    """Writes an operand of `tl.dot`: a whole block, 0 where it is masked."""
+    """Writes operands of products: whole blocks, 0 beyond the extents along which the products are added up."""
 
-    def operand(self, value: Scalar) -> str:
-        """A variable that holds the value."""
-        self.prepare(value)
-        text = self.text(value)
-        along, masked = self.layout.along(self._free[value]), [d for d in self.layout.dimensions if d.masked]
-        if masked and not _is_read(value):
-            text = Text(f"tl.where({self._mask(tuple(masked))}, {text.code}, 0.0)")
-        if len(along) < self.layout.rank:
-            text = Text(f"tl.broadcast_to({text.code}, {self.layout.shape})")
-        if text.code.isidentifier():
-            return text.code
-        return self._variable(self._word(value), text.code, self._scope(self._free[value]))
+    def __init__(
+        self, kernel: Kernel, layout: Layout, schedule: Widths, beside: Expressions | None = None, zero: Sequence[Dimension] | None = None
+    ) -> None:
+        """zero: the dimensions beyond whose extents operands that are loaded are 0; by default all."""
+        super().__init__(kernel, layout, schedule, beside)
+        self._zero = tuple(layout.dimensions if zero is None else zero)
+        reads = [_read(s.value) for s in kernel.stores]
+        self._zeroed = {v for v in reads if v is not None and any(d.masked and d in self._zero for d in self._along(v))}
+
+    def _along(self, value: Scalar) -> tuple[Dimension, ...]:
+        return self.layout.along(self._free[value])
 
     def _other(self, value: Load) -> str | None:
-        other = super()._other(value)
-        masked = any(d.masked for d in self.layout.along(self._free[value]))
-        return "0" if other is None and masked else other
+        return _zero(value.dtype).code if value in self._zeroed else super()._other(value)
+
+    def operand(
+        self, value: Scalar, dtype: torch.dtype | None = None,
+        along: Sequence[Dimension] | None = None, zero: Sequence[Dimension] | None = None,
+    ) -> str:  # fmt: skip
+        """A variable that holds the value in a dtype, as a block along these dimensions (all), 0 beyond the extents of some (`_zero`)."""
+        self.prepare(value)
+        dtype, read = dtype or value.dtype, _read(value)
+        masked = [d for d in (self._zero if zero is None else zero) if d.masked]
+        if read in self._zeroed and set(masked) <= set(self._along(value)):
+            masked = []
+        text, covered = self._filled(value, dtype, masked, _zero(dtype))
+        text = self._spread(text, covered, self.layout.dimensions if along is None else along)
+        if text.code.isidentifier():
+            return text.code
+        axes = self._free[value].union(a.name for d in masked for a in d.span.axes)
+        return self._variable(self._word(value), text.code, self._scope(axes))
 
 
-def _is_read(value: Scalar) -> bool:
-    """Whether the value is 0 wherever nothing is read."""
-    if isinstance(value, Load):
-        return value.other == 0
-    return isinstance(value, Apply) and value.op == "cast" and _is_read(value.args[0])
+def _zero(dtype: torch.dtype) -> Text:
+    return Text("0.0" if dtype.is_floating_point else "0")
+
+
+def _read(value: Scalar) -> Load | None:
+    """The load that the value is, perhaps in another dtype, if that can give 0."""
+    while isinstance(value, Apply) and value.op == "cast":
+        value = value.args[0]
+    return value if isinstance(value, Load) and (value.mask is None or value.other == 0) else None

@@ -18,24 +18,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import sympy
 
 from ...ir.dims import Mod, product
-from ...ir.scalar import Const, Scalar
+from ...ir.scalar import Scalar
 from ..kernel import Axis, Dot, Kernel, Last, Load, Previous, Store, cone, scalars
 from ..names import unique
 from .attention_parts import flat
 from .expressions import Scope
 from .indices import Span
-from .layout import Dimension, Layout, extent_source, mask_lines
+from .layout import Dimension, Layout, extent_source, flat_name, mask_lines
 from .legalize import UnsupportedByTriton, legalize, rewritten
-from .operands import Operand, Tile
+from .operands import Operand
 from .printer import comment, module, parameters_of
 from .program import Launch, Program, blocks_of, function_name
 from .recurrence_tiles import Layer, RecurrenceTiles, find_layer, holds_weights, in_registers, refusal, values_of_step
-from .scalars import Text, typed_constant
 
 _BLOCK = "block "  # begins the name of the buffer of a load that stands for a variable
 
@@ -79,7 +77,7 @@ WALKS = {
 }
 
 
-class _Writer(Tile):
+class _Writer(Operand):
     """Writes values inside of a loop and before it. inside: axes along which the body of the loop moves."""
 
     inside: frozenset[str] = frozenset()
@@ -91,35 +89,6 @@ class _Writer(Tile):
     def here(self) -> list[str]:
         """The lines of what is being written."""
         return (self.body or self.outer).lines
-
-    def is_zero(self, value: Scalar, dimension: Dimension) -> bool:
-        """Whether the value is known to be 0 beyond the extent of a dimension."""
-        return False
-
-    def block(self, value: Scalar, along: Sequence[Dimension], zero: Dimension) -> str:
-        """A variable that holds the value as a whole block along these dimensions, 0 beyond the extent of one of them."""
-        self.prepare(value)
-        text = typed_constant(value) if isinstance(value, Const) else self.text(value)
-        own = self.layout.along(self._free[value])
-        if zero.masked and not self.is_zero(value, zero):
-            text, own = Text(f"tl.where({zero.mask}, {text.code}, 0.0)"), (*own, zero)
-        if not set(along) <= set(own):
-            shape = ", ".join(d.constant if d in along else "1" for d in self.layout.dimensions)
-            text = Text(f"tl.broadcast_to({text.code}, [{shape}])")
-        if text.code.isidentifier():
-            return text.code
-        word = "constant" if isinstance(value, Const) else self._word(value)
-        return self._variable(word, text.code, self._scope(self._free[value]))
-
-
-class _Zeroed(_Writer, Operand):
-    """Writes loads that are 0 where they are masked."""
-
-    def is_zero(self, value: Scalar, dimension: Dimension) -> bool:
-        return isinstance(value, Load) and value.other == 0 and dimension in self.layout.along(self._free[value])
-
-
-Kind = TypeVar("Kind", bound=_Writer)
 
 
 class RecurrencePrinter:
@@ -134,7 +103,7 @@ class RecurrencePrinter:
         taken = {a.name for a in kernel.axes} | set(kernel.sizes)
         rows = found.rows or (Axis(unique("row", taken), 1),)
         down = replace(unit, name=unique(f"{unit.name}_down", taken))
-        name = rows[0].name if len(rows) == 1 else unique("row", taken)
+        name = flat_name(rows, "row", taken)
         self.rows = Dimension(Span(rows, name), "BLOCK_M", tiles.block_m, shared=True)
         self.unit = _dimension(unit, "BLOCK_N", tiles.block_n)
         self.down = self.unit if tiles.walk == "sum" else _dimension(down, "BLOCK_N", tiles.block_n)
@@ -147,7 +116,7 @@ class RecurrencePrinter:
         self.cast = ".to(tl.int64)" if tiles.wide else ""
         self.changing = frozenset((found.step.name, unit.name) if self.unit.looped else (found.step.name,))
         self.beside: _Writer | None = None
-        self.first = self.beside = self.writer(_Zeroed, self.starts(), self.results)
+        self.first = self.beside = self.writer(self.starts(), self.results, zero=(self.unit,))
         self.lines, self.fresh = self.first.outer.lines, self.first.fresh
         self.turn, self.variables = self.fresh("turn"), {s.name: self.fresh(s.name) for s in self.states}
         self.begins = {d.span.flat: self.fresh(f"{d.span.flat}_start") for d in (self.unit, self.source)}
@@ -162,12 +131,12 @@ class RecurrencePrinter:
         return f"{comment(self.kernel)}@triton.jit\ndef {function_name(self.kernel)}({parameters}):\n{body}\n"
 
     def writer(
-        self, kind: type[Kind], stores: Iterable[Store], dimensions: Sequence[Dimension], known: Mapping[Scalar, Scalar] = {},
-        body: Scope | None = None, inside: frozenset[str] = frozenset(),
-    ) -> Kind:  # fmt: skip
+        self, stores: Iterable[Store], dimensions: Sequence[Dimension], known: Mapping[Scalar, Scalar] = {},
+        body: Scope | None = None, inside: frozenset[str] = frozenset(), zero: Sequence[Dimension] = (),
+    ) -> _Writer:  # fmt: skip
         """A writer of the values of these stores, in which others stand for what is known. body: of the loop it writes, if any."""
         legal = legalize(replace(self.kernel, stores=rewritten(stores, known)))
-        made = kind(legal, Layout(Span((), "program"), None, tuple(dimensions)), self.tiles, self.beside)
+        made = _Writer(legal, Layout(Span((), "program"), None, tuple(dimensions)), self.tiles, self.beside, zero)
         made.body, made.inside = body, inside
         for value in scalars(legal.stores):
             if isinstance(value, Load) and value.buffer.startswith(_BLOCK):
@@ -254,12 +223,12 @@ class RecurrencePrinter:
         """The states before the first step."""
         if self.registers:
             for state, store in zip(self.states, self.first.kernel.stores):
-                value = self.first.block(store.value, (self.rows, self.unit), self.unit)
+                value = self.first.operand(store.value, along=(self.rows, self.unit))
                 self.lines.append(f"{self.variables[state.name]} = {value}")
             return
 
         def write(body: Scope | None) -> None:
-            self.store(self.writer(_Writer, self.starts(), self.results, {}, body, self.changing))
+            self.store(self.writer(self.starts(), self.results, {}, body, self.changing))
 
         self.each(write)
         self.lines.append("tl.debug_barrier()")
@@ -271,7 +240,7 @@ class RecurrencePrinter:
         known: dict[Scalar, Scalar] = {s.value: self.state(s.value.state.name, index) for s in stores if isinstance(s.value, Last)}
 
         def write(body: Scope | None) -> None:
-            self.store(self.writer(_Writer, stores, self.results, known, body, self.changing))
+            self.store(self.writer(stores, self.results, known, body, self.changing))
 
         self.each(write)
 
@@ -298,7 +267,7 @@ class RecurrencePrinter:
         places = [b.name for b in self.memory] or [""] * len(self.states)
         stores = [Store(name, after, s.following) for name, s in zip(places, self.states)]
         stores.extend(s for s in self.found.kernel.stores if not isinstance(s.value, Last))
-        writer = self.writer(_Writer, stores, self.results, known, body, self.changing)
+        writer = self.writer(stores, self.results, known, body, self.changing)
         if self.registers:
             self.hand_on(writer)
             return body.lines
@@ -310,7 +279,7 @@ class RecurrencePrinter:
         following, others = writer.kernel.stores[: len(self.states)], writer.kernel.stores[len(self.states) :]
         for store in writer.kernel.stores:
             writer.prepare(store.value)
-        values = [writer.block(s.value, (self.rows, self.unit), self.unit) for s in following]
+        values = [writer.operand(s.value, along=(self.rows, self.unit), zero=(self.unit,)) for s in following]
         stores = [writer.store(s) for s in others]
         names = ", ".join(self.variables[s.name] for s in self.states)
         writer.here.extend([*stores, f"{names} = {', '.join(values)}"])
@@ -336,7 +305,7 @@ class RecurrencePrinter:
         body.lines.extend(f"{name} = {self.walk.empty}" for name in names if looped)
         before, weights = self.before(depth), self.weights(depth)
         for name, a, store in zip(names, before, weights.kernel.stores):
-            b = weights.block(store.value, (self.down, self.source), self.source)
+            b = weights.operand(store.value, along=(self.down, self.source))
             code = self.walk.add if looped else f"{{acc}} = {self.walk.whole}"
             depth.lines.append(code.format(acc=name, a=a, b=b))
         if looped:
@@ -361,8 +330,9 @@ class RecurrencePrinter:
         stores = [Store("", sympy.Integer(0), self.state(name, index)) for name in states]
         across = (self.rows, self.source)
         inside = frozenset({self.found.step.name, self.found.source.name})
-        writer = self.writer(_Zeroed, stores, across if self.tiles.walk == "dot" else self.results, {}, depth.shared(), inside)
-        return [writer.block(s.value, across, self.source) for s in writer.kernel.stores]
+        blocks = across if self.tiles.walk == "dot" else self.results
+        writer = self.writer(stores, blocks, {}, depth.shared(), inside, (self.source,))
+        return [writer.operand(s.value, along=across) for s in writer.kernel.stores]
 
     def turned(self, states: Sequence[str], body: Scope) -> list[str]:
         """States in variables, along the terms."""
@@ -370,14 +340,14 @@ class RecurrencePrinter:
         body.lines.extend(f"{name} = tl.reshape({self.variables[state]}, [BLOCK_M, 1, BLOCK_N])" for state, name in names.items())
         return [names[state] for state in states]
 
-    def weights(self, depth: Scope) -> _Zeroed:
+    def weights(self, depth: Scope) -> _Writer:
         """A writer of the weights of each product, in order."""
         moved = {self.found.unit.symbol: self.down.span.axes[0].symbol}
         stores = rewritten([Store("", sympy.Integer(0), dot.right) for dot in self.found.dots], {}, moved)
         dimensions = () if holds_weights(self.found, self.tiles) else (self.down, self.source)
         inside = frozenset(a.name for d in dimensions for a in d.span.axes)
         blocks = (self.down, self.source) if self.tiles.walk == "dot" else self.results
-        return self.writer(_Zeroed, stores, blocks, {}, depth.shared(), inside)
+        return self.writer(stores, blocks, {}, depth.shared(), inside, (self.source,))
 
 
 def _dimension(axis: Axis, constant: str, block: int) -> Dimension:
