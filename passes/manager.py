@@ -19,10 +19,14 @@ from .fuse_regions import FuseRegions
 from .merge_linears import MergeLinears
 from .pack_weights import PackWeights
 from .plan_memory import PlanMemory
+from .quantize import Plan, Quantize
 from .recognize import Recognize
 from .split_bias import SplitBias
 
-_KINDS = (Canonicalize, ChooseLayouts, FoldConstants, FoldNorms, FuseRegions, MergeLinears, PackWeights, PlanMemory, Recognize, SplitBias)
+_KINDS = (
+    Canonicalize, ChooseLayouts, FoldConstants, FoldNorms, FuseRegions, MergeLinears, PackWeights, PlanMemory, Quantize, Recognize,
+    SplitBias,
+)  # fmt: skip
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _KINDS}
 """What `--passes` knows, by name."""
@@ -106,6 +110,8 @@ _BOOLS = {"true": True, "false": False}
 def _value(text: str, what: str, kind: type, value: str) -> object:
     if kind == tuple[str, ...]:
         return tuple(value.split())
+    if kind is Plan:
+        return Plan.parse(value)
     try:
         return _BOOLS[value.lower()] if kind is bool else kind(value)
     except (KeyError, ValueError):
