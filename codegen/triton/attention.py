@@ -24,7 +24,7 @@ from ...ir.dims import product
 from ...ir.scalar import Scalar
 from ..attentions import Attention, attentions, find_attention
 from ..errors import Unsupported
-from ..kernel import Axis, Kernel, Load, Store, scalars
+from ..kernel import Axis, Kernel, Store
 from ..names import unique
 from .attention_limits import find_limits, unscaled
 from .attention_parts import Parts, parts_of
@@ -32,8 +32,8 @@ from .attention_tiles import AttentionTiles, default_tiles, padded, refusal
 from .indices import Span
 from .layout import Dimension, Layout, extent_source, flat_name, mask_lines
 from .legalize import UnsupportedByTriton, legalize, rewritten
-from .operands import Operand, Tile
-from .printer import build_blocks, comment, module, parameters_of, print_function
+from .operands import Operand, Tile, variable
+from .printer import build_blocks, function_text, module, print_function, widened_sizes
 from .product import NARROW, multiplied, narrow
 from .program import Launch, Program, blocks_of, function_name
 from .scalars import TYPES
@@ -139,9 +139,7 @@ class AttentionPrinter:
         for walk in walks:
             self.walk(walk)
         self.hand_over() if self.parts else self.store()
-        body = "\n".join(f"    {line}" for line in self.lines)
-        parameters = ", ".join(parameters_of(self.buffers, self.kernel, list(self.constants)))
-        return f"{comment(self.kernel)}@triton.jit\ndef {function_name(self.kernel)}({parameters}):\n{body}\n"
+        return function_text(self.kernel, self.buffers, self.constants, self.lines)
 
     def tile(
         self, kind: type[Writer], values: Sequence[Scalar], dimensions: Sequence[Dimension], known: Mapping[Scalar, str] = {}
@@ -154,12 +152,10 @@ class AttentionPrinter:
         self, kind: type[Writer], stores: Sequence[Store], dimensions: Sequence[Dimension], known: Mapping[Scalar, str]
     ) -> tuple[Writer, Sequence[Store]]:
         axes = sympy.Add(*(a.symbol for d in dimensions for a in d.span.axes))
-        blocks = {value: Load(value.dtype, f"block {name}", axes) for value, name in known.items()}
+        blocks: dict[Scalar, Scalar] = {value: variable(value.dtype, name, axes) for value, name in known.items()}
         legal = legalize(replace(self.kernel, stores=rewritten(stores, blocks)))
         made = kind(legal, Layout(self.heads, None, tuple(dimensions)), self.tiles, self.beside)
-        for value in scalars(legal.stores):
-            if isinstance(value, Load) and value.buffer.startswith("block "):
-                made.stand_in(value, value.buffer.removeprefix("block "))
+        made.name_variables()
         return made, legal.stores
 
     # ---- where this program stands
@@ -167,8 +163,7 @@ class AttentionPrinter:
     def place(self) -> None:
         """Which queries and which part of their keys this program has: queries next to each other run at the same time."""
         rows, names, extent = self.rows, self.names, extent_source(self.rows.span)
-        if self.tiles.wide:  # Triton passes what fits as 32 bits, and the product of two such sizes may not
-            self.lines.extend(f"{size} = tl.cast({size}, tl.int64)" for size in self.kernel.sizes)
+        self.lines.extend(widened_sizes(self.kernel, self.tiles.wide))
         program, first = f"tl.program_id(0){self.wide}", ""
         several = not (isinstance(rows.span.extent, int) and rows.span.extent <= rows.block)
         if several:
@@ -339,7 +334,9 @@ def _whole(axis: Axis, constant: str) -> Dimension:
 
 
 def _precision(operand: Scalar) -> str:
-    """Products of float32 are exact, as in eager; those of 16 bits always are."""
+    """Products of float32 are exact, as in eager; those of 16 bits always are. Sums of float64 have to be asked for before Triton 3.9."""
+    if operand.dtype == torch.float64:
+        return ", out_dtype=tl.float64"
     return "" if operand.dtype in NARROW else ', input_precision="ieee"'
 
 

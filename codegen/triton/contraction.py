@@ -31,7 +31,7 @@ from .indices import Span
 from .layout import Dimension, Layout, extent_source, mask_lines
 from .legalize import UnsupportedByTriton, rewritten
 from .operands import Operand
-from .printer import build_blocks, comment, module, parameters_of, print_function
+from .printer import build_blocks, function_text, module, print_function, widened_sizes
 from .product import ACCUMULATORS, Product, as_sum, find_product, spreads, stride
 from .program import Launch, Program, blocks_of, function_name, pointers
 from .scalars import TYPES, Text
@@ -91,9 +91,8 @@ class _Printer(ABC):
         return blocks_of(self.m.span.extent, self.m.block), blocks_of(self.n.span.extent, self.n.block)
 
     def function(self) -> str:
-        lines = "\n".join(f"    {line}" for line in self.lines())
-        parameters = ", ".join(parameters_of(pointers(self.kernel), self.kernel, [d.constant for d in self.dimensions()]))
-        return f"{comment(self.kernel)}@triton.jit\ndef {function_name(self.kernel)}({parameters}):\n{lines}\n"
+        lines = self.lines()
+        return function_text(self.kernel, pointers(self.kernel), [d.constant for d in self.dimensions()], lines)
 
     @abstractmethod
     def lines(self) -> list[str]:
@@ -104,8 +103,7 @@ class _Printer(ABC):
     def start(self, writer: Expressions) -> None:
         """The lines that say which batch, rows and columns are this program's."""
         lines, word = writer.outer.lines, self.words["tile"]
-        if self.tiles.wide:  # Triton passes what fits as 32 bits, and the product of two such sizes may not
-            lines.extend(f"{size} = tl.cast({size}, tl.int64)" for size in self.kernel.sizes)
+        lines.extend(widened_sizes(self.kernel, self.tiles.wide))
         tile = f"tl.program_id(0){self.cast}"
         tiles = product(self.counts())
         if self.found.batch and same(tiles, 1):

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import sympy
 import torch
 
 from ...ir.scalar import Apply, Scalar
 from ..attentions import hidden
-from ..kernel import Kernel, Load, Position
+from ..kernel import Kernel, Load, Position, scalars
 from .expressions import Expressions, Widths
 from .layout import Dimension, Layout
 from .scalars import AND, Text
+
+_VARIABLE = "variable "  # begins the name of the buffer of a load that stands for a variable
+
+
+def variable(dtype: torch.dtype, name: str, index: sympy.Expr) -> Load:
+    """A value that a variable of the function holds, over the axes of an index."""
+    return Load(dtype, _VARIABLE + name, index)
 
 
 class Tile(Expressions):
@@ -26,9 +34,11 @@ class Tile(Expressions):
     def fresh(self, word: str) -> str:
         return self._name(word)
 
-    def stand_in(self, value: Scalar, name: str) -> None:
-        """A value that is known by a variable."""
-        self._scope(self._free[value]).texts[value] = Text(name)
+    def name_variables(self) -> None:
+        """What is made by `variable` is known from here on."""
+        for value in scalars(self.kernel.stores):
+            if isinstance(value, Load) and value.buffer.startswith(_VARIABLE):
+                self._scope(self._free[value]).texts[value] = Text(value.buffer.removeprefix(_VARIABLE))
 
     def value(self, value: Scalar) -> str:
         self.prepare(value)

@@ -7,7 +7,7 @@ recomputes what it needs, accumulates in a block, and reduces the block once aft
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ...ir.scalar import Scalar
 from ..kernel import Kernel, Reduce, Store, operands, scalars
@@ -66,9 +66,16 @@ def comment(kernel: Kernel) -> str:
     return "".join(f"{line}\n" for line in (title, *(f"#   {source}" for source in kernel.sources)))
 
 
-def parameters_of(buffers: Sequence[str], kernel: Kernel, constants: Sequence[str]) -> list[str]:
-    """The parameters of a function of a kernel's program: pointers, sizes, block lengths."""
-    return [*(f"{b}_ptr" for b in buffers), *kernel.sizes, *(f"{c}: tl.constexpr" for c in constants)]
+def function_text(kernel: Kernel, buffers: Sequence[str], constants: Iterable[str], lines: Sequence[str]) -> str:
+    """A function of a kernel's program, which takes pointers, sizes and block lengths."""
+    parameters = ", ".join([*(f"{b}_ptr" for b in buffers), *kernel.sizes, *(f"{c}: tl.constexpr" for c in constants)])
+    body = "\n".join(f"    {line}" for line in lines)
+    return f"{comment(kernel)}@triton.jit\ndef {function_name(kernel)}({parameters}):\n{body}\n"
+
+
+def widened_sizes(kernel: Kernel, wide: bool) -> list[str]:
+    """Triton passes sizes that fit as 32 bits, in which their products may not fit: the lines that widen them."""
+    return [f"{size} = tl.cast({size}, tl.int64)" for size in kernel.sizes] if wide else []
 
 
 class _Printer:
@@ -90,15 +97,13 @@ class _Printer:
             self._passes()
         else:
             self._straight()
-        lines = "\n".join(f"    {line}" for line in self.expressions.outer.lines)
-        parameters = ", ".join(parameters_of(pointers(self.kernel), self.kernel, [d.constant for d in self.layout.dimensions]))
-        return f"{comment(self.kernel)}@triton.jit\ndef {function_name(self.kernel)}({parameters}):\n{lines}\n"
+        constants = [d.constant for d in self.layout.dimensions]
+        return function_text(self.kernel, pointers(self.kernel), constants, self.expressions.outer.lines)
 
     def _prologue(self) -> None:
         """The points of this program, and the inner points of a persistent block."""
         lines = self.expressions.outer.lines
-        if self.schedule.wide:  # Triton passes what fits as 32 bits, and the product of two such sizes may not
-            lines.extend(f"{size} = tl.cast({size}, tl.int64)" for size in self.kernel.sizes)
+        lines.extend(widened_sizes(self.kernel, self.schedule.wide))
         cast = ".to(tl.int64)" if self.schedule.wide else ""
         points = self.layout.points
         if points is None and self.kernel.grid:

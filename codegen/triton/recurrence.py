@@ -23,19 +23,17 @@ import sympy
 
 from ...ir.dims import Mod, product
 from ...ir.scalar import Scalar
-from ..kernel import Axis, Dot, Kernel, Last, Load, Previous, Store, cone, scalars
+from ..kernel import Axis, Dot, Kernel, Last, Load, Previous, Store, cone
 from ..names import unique
 from .attention_parts import flat
 from .expressions import Scope
 from .indices import Span
 from .layout import Dimension, Layout, extent_source, flat_name, mask_lines
 from .legalize import UnsupportedByTriton, legalize, rewritten
-from .operands import Operand
-from .printer import comment, module, parameters_of
+from .operands import Operand, variable
+from .printer import function_text, module, widened_sizes
 from .program import Launch, Program, blocks_of, function_name
 from .recurrence_tiles import Layer, RecurrenceTiles, find_layer, holds_weights, in_registers, refusal, values_of_step
-
-_BLOCK = "block "  # begins the name of the buffer of a load that stands for a variable
 
 
 def build_recurrence(kernel: Kernel, tiles: RecurrenceTiles) -> Program:
@@ -126,9 +124,7 @@ class RecurrencePrinter:
         self.start()
         self.steps()
         self.finish()
-        body = "\n".join(f"    {line}" for line in self.lines)
-        parameters = ", ".join(parameters_of(self.buffers, self.kernel, list(self.constants)))
-        return f"{comment(self.kernel)}@triton.jit\ndef {function_name(self.kernel)}({parameters}):\n{body}\n"
+        return function_text(self.kernel, self.buffers, self.constants, self.lines)
 
     def writer(
         self, stores: Iterable[Store], dimensions: Sequence[Dimension], known: Mapping[Scalar, Scalar] = {},
@@ -138,17 +134,14 @@ class RecurrencePrinter:
         legal = legalize(replace(self.kernel, stores=rewritten(stores, known)))
         made = _Writer(legal, Layout(Span((), "program"), None, tuple(dimensions)), self.tiles, self.beside, zero)
         made.body, made.inside = body, inside
-        for value in scalars(legal.stores):
-            if isinstance(value, Load) and value.buffer.startswith(_BLOCK):
-                made.stand_in(value, value.buffer.removeprefix(_BLOCK))
+        made.name_variables()
         return made
 
     # ---- where a program stands
 
     def place(self) -> None:
         """The rows of this program, and what it has whole blocks of."""
-        if self.tiles.wide:  # Triton passes what fits as 32 bits, and the product of two such sizes may not
-            self.lines.extend(f"{size} = tl.cast({size}, tl.int64)" for size in self.kernel.sizes)
+        self.lines.extend(widened_sizes(self.kernel, self.tiles.wide))
         points = f"tl.program_id(0){self.cast} * BLOCK_M + tl.arange(0, BLOCK_M)"
         self.lines.append(f"{self.rows.span.flat} = ({points}){self.spread(self.rows)}")
         self.lines.extend(mask_lines(self.rows))
@@ -211,8 +204,8 @@ class RecurrencePrinter:
     def state(self, name: str, index: sympy.Expr) -> Load:
         """A state: in memory at the index, or a variable that has its axes."""
         number = next(i for i, s in enumerate(self.states) if s.name == name)
-        buffer = f"{_BLOCK}{self.variables[name]}" if self.registers else self.memory[number].name
-        return Load(self.states[number].following.dtype, buffer, index)
+        dtype = self.states[number].following.dtype
+        return variable(dtype, self.variables[name], index) if self.registers else Load(dtype, self.memory[number].name, index)
 
     def starts(self) -> list[Store]:
         index = self.place_of(self.found.unit, self.ends()[0])
@@ -289,7 +282,7 @@ class RecurrencePrinter:
         found, step = self.found, self.found.step.symbol
         everywhere = sympy.Add(*(a.symbol for a in self.rows.span.axes), found.unit.symbol, step)
         before = everywhere if self.registers else self.place_of(found.unit, self.slot(step))
-        known: dict[Scalar, Scalar] = {dot: Load(dot.dtype, f"{_BLOCK}{name}", everywhere) for dot, name in products.items()}
+        known: dict[Scalar, Scalar] = {dot: variable(dot.dtype, name, everywhere) for dot, name in products.items()}
         for value in cone(values_of_step(found.kernel, found.recurrence)):
             if isinstance(value, Previous) and value.at == found.unit.name:
                 known[value] = self.state(value.state, before)
