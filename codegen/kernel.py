@@ -199,6 +199,7 @@ class Kernel:
 
     name: str
     axes: tuple[Axis, ...]
+    schedule: options of its walk that were chosen, as text; "" leaves them to the printer, and none changes what is computed.
     inputs: tuple[Buffer, ...]
     outputs: tuple[Buffer, ...]
     stores: tuple[Store, ...]
@@ -213,6 +214,7 @@ class Kernel:
     def grid(self) -> tuple[Axis, ...]:
         return tuple(a for a in self.axes if not a.inner)
 
+    schedule: str = ""
     @property
     def inner(self) -> tuple[Axis, ...]:
         return tuple(a for a in self.axes if a.inner)

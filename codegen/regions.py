@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Union
 
 import sympy
 import torch
@@ -66,23 +66,31 @@ class Built:
 def build_regions(graph: Graph, targets: Mapping[str, Target]) -> Built:
     """Lowers and compiles the regions of the graph. Nothing here raises for a region's sake: it gets a reason instead."""
     start = time.perf_counter()
-    places = _distinct(graph)
-    lowered = [_lower(i, nodes, targets, pairs) for i, ((_, pairs), nodes) in enumerate(places.items())]
+    lowered = lowered_regions(graph, targets)
     middle = time.perf_counter()
-    units = _compile(list(zip(lowered, places.values())), targets)
+    units = _compile(lowered, targets)
     built = Built(seconds={"lower": middle - start, "compile": time.perf_counter() - middle})
-    for unit, nodes in zip(units, places.values()):
+    for unit, (_, nodes) in zip(units, lowered):
         built.units.update(dict.fromkeys(nodes, unit))
         if unit.compiled is not None:
             built.kernels.append(_info(graph, unit.compiled, nodes))
     return built
 
 
+Lowered = tuple[Union[Kernel, str], list[Node]]
+"""A kernel, or why there is none, and the regions that it is for."""
+
+
+def lowered_regions(graph: Graph, devices: Container[str]) -> list[Lowered]:
+    """Each distinct region of the graph as a kernel; those on other `devices` ("cpu", "cuda") have none."""
+    return [(_lower(i, nodes, devices, pairs), nodes) for i, ((*_, pairs), nodes) in enumerate(_distinct(graph).items())]
+
+
 Pairs = tuple[tuple[int, int], ...]
 
 
-def _distinct(graph: Graph) -> dict[tuple[Any, Pairs], list[Node]]:
-    """The regions that are one kernel: those that compute the same, and write over the same operands or over none."""
+def _distinct(graph: Graph) -> dict[tuple[Any, str, Pairs], list[Node]]:
+    """The regions that are one kernel: those that compute the same, under one schedule, and write over the same operands or over none."""
     steps = order(graph)
     results: dict[Node, list[Node | None]] = {}
     for node in steps:
@@ -91,9 +99,9 @@ def _distinct(graph: Graph) -> dict[tuple[Any, Pairs], list[Node]]:
             results.setdefault(source, [None] * len(source.attrs["body"].outputs))[node.attrs["index"]] = node
     regions = [(n, region_key(n.attrs["body"]), _in_place(graph, n, results.get(n, [n]))) for n in steps if n.op.name == "region"]
     usual = {key: pairs for _, key, pairs in reversed(regions) if pairs}
-    places: dict[tuple[Any, Pairs], list[Node]] = {}
+    places: dict[tuple[Any, str, Pairs], list[Node]] = {}
     for node, key, pairs in regions:  # a kernel that may write over an operand need not
-        places.setdefault((key, pairs or usual.get(key, ())), []).append(node)
+        places.setdefault((key, node.attrs["schedule"], pairs or usual.get(key, ())), []).append(node)
     return places
 
 
@@ -114,19 +122,20 @@ def region_key(body: Graph) -> Any:
     return rows, tuple(number[n] for n in body.outputs)
 
 
-def _lower(index: int, nodes: Sequence[Node], targets: Mapping[str, Target], pairs: Pairs) -> Kernel | str:
+def _lower(index: int, nodes: Sequence[Node], devices: Container[str], pairs: Pairs) -> Kernel | str:
     """The kernel of a region, or the reason why there is none."""
     device = device_type(nodes[0])
     if _empty(nodes[0]):
         return ""
-    if device not in targets:
+    if device not in devices:
         return f"no code generation for {device}"
     from .lower import LoweringError, lower
 
     label = nodes[0].attrs["label"]
     words = re.sub(r"\W+", "_", label).strip("_")[:48].rstrip("_")
     try:
-        return lower(nodes[0].attrs["body"], f"k{index}_{words}" if words else f"k{index}", label, _sources(nodes), pairs)
+        kernel = lower(nodes[0].attrs["body"], f"k{index}_{words}" if words else f"k{index}", label, _sources(nodes), pairs)
+        return replace(kernel, schedule=nodes[0].attrs["schedule"])
     except LoweringError as error:
         return str(error)
     except Exception as error:  # a fault of ours costs this region its kernel, not the user the model
@@ -149,7 +158,7 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text).rstrip("\\")
 
 
-def _compile(units: Sequence[tuple[Kernel | str, list[Node]]], targets: Mapping[str, Target]) -> list[Unit]:
+def _compile(units: Sequence[Lowered], targets: Mapping[str, Target]) -> list[Unit]:
     """All kernels of one device in one batch."""
     batches: dict[str, list[Kernel]] = {}
     for kernel, nodes in units:

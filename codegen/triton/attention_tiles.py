@@ -13,6 +13,7 @@ from ..kernel import Kernel, Load, cone
 from ..space import Limit, Space
 from .program import blocks_of
 from .schedule import is_wide, next_power_of_two
+from .tiles import UNITS
 
 LEAST = 16
 """Rows, columns and depth of a product of blocks are at least this many; what is missing is padded."""
@@ -63,13 +64,13 @@ def element_size(kernel: Kernel, found: Attention) -> int:
     return max((kernel.buffer(v.buffer).dtype.itemsize for v in cone([found.dot.right]) if isinstance(v, Load)), default=4)
 
 
-def space(kernel: Kernel, found: Attention) -> Space:
-    """The tiles of an attention: what a tuner chooses from."""
+def space(kernel: Kernel, found: Attention, target: str | None = None) -> Space:
+    """The tiles of an attention (on a target)."""
     m, n, warps, stages = (symbol(s) for s in ("block_m", "block_n", "num_warps", "num_stages"))
     depth, width = padded(found.depth.extent), padded(found.column.extent)
-    words = found.attend.dtype.itemsize // 4
+    words, shared = found.attend.dtype.itemsize // 4, UNITS[target].shared if target else SHARED_BYTES
     limits = (
-        Limit("keys and values in flight fit shared memory", stages * n * (depth + width) * element_size(kernel, found), SHARED_BYTES),
+        Limit("keys and values in flight fit shared memory", stages * n * (depth + width) * element_size(kernel, found), shared),
         Limit("what is attended and its scores fit registers", m * (n + width) * words, 32 * REGISTERS * warps),
         Limit("every thread has a score", 32 * warps, m * n),
     )

@@ -84,7 +84,7 @@ def default_schedule(kernel: Kernel, ranges: Mapping[str, SymbolRange] | None = 
     inner = math.prod(next_power_of_two(_static(e)) for e in extents)
     outer = _contiguous_over_grid(kernel)
     xblock = min(64 if outer else max(1, 1024 // inner), next_power_of_two(points))
-    limit = LARGEST_BLOCK if needs_whole_block(kernel, groups) else _PERSISTENT_ELEMENTS // _width(kernel)
+    limit = LARGEST_BLOCK if needs_whole_block(kernel, groups) else _PERSISTENT_ELEMENTS // element_width(kernel)
     while xblock > 1 and xblock * inner > limit and xblock * min(inner, 32) > 512:
         xblock //= 2
     if xblock * inner <= limit and all(isinstance(e, int) for e in extents):
@@ -99,7 +99,7 @@ def _warps(elements: int) -> int:
     return max(1, min(16, next_power_of_two(elements) // 256))
 
 
-def _width(kernel: Kernel) -> int:
+def element_width(kernel: Kernel) -> int:
     """Registers per element, roughly: 2 where 8-byte values are computed."""
     return max((v.dtype.itemsize // 4 for v in scalars(kernel.stores) if isinstance(v, Load)), default=1) or 1
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_type_hints
 
 from ..kernel import Kernel
 from .attention import build_attention, is_attention, tiles_of
 from .attention_tiles import AttentionTiles
 from .contraction import build_contraction
+from .legalize import UnsupportedByTriton
 from .printer import build_blocks
 from .product import is_contraction, without_matrix
 from .program import Program
@@ -34,12 +35,37 @@ def template_of(kernel: Kernel) -> Template:
 
 
 def build(kernel: Kernel, schedule: Any = None) -> Program:
-    """The kernel printed under a schedule: the options of its template, by default those it starts from. Raises UnsupportedByTriton."""
+    """The kernel printed under a schedule: the options of its template, by default those that were chosen for it, or that it starts from.
+
+    Raises UnsupportedByTriton.
+    """
     kernel = without_matrix(kernel)
     template = template_of(kernel)
     if schedule is not None and not isinstance(schedule, template.options):
         raise TypeError(f"{kernel.name} is printed with {template.options.__name__}, not with {type(schedule).__name__}")
-    return template.build(kernel, schedule or template.default(kernel))
+    return template.build(kernel, schedule or chosen(kernel, template))
+
+
+def chosen(kernel: Kernel, template: Template) -> Any:
+    """The options that a kernel's `schedule` names, over those it starts from. Raises UnsupportedByTriton for what are none."""
+    kinds, values = get_type_hints(template.options), dict[str, Any]()
+    for item in kernel.schedule.split():
+        name, _, text = item.partition("=")
+        value = int(text) if text.isdecimal() else {"True": True, "False": False}.get(text, text)
+        if name in _OF_THE_KERNEL or kinds.get(name) is not type(value):
+            raise UnsupportedByTriton(what=kernel.name, reason=f"{item} is no option of {template.options.__name__}")
+        values[name] = value
+    start = template.default(kernel)
+    return replace(start, **values) if values else start
+
+
+def text_of(schedule: Any) -> str:
+    """A schedule as `Kernel.schedule` has it: "block_m=128 num_warps=8"."""
+    return " ".join(f"{f.name}={getattr(schedule, f.name)}" for f in fields(schedule) if f.name not in _OF_THE_KERNEL)
+
+
+_OF_THE_KERNEL = frozenset({"wide"})
+"""Options that are no choice: whether indices need 64 bits."""
 
 
 TEMPLATES: tuple[Template, ...] = (

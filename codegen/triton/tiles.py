@@ -88,7 +88,8 @@ def space(found: Product, walk: str = "dot", target: str | None = None) -> Space
     return (_dot_space if walk == "dot" else _sum_space)(found, UNITS[target] if target else ANY)
 
 
-def _powers(low: int, high: int) -> tuple[int, ...]:
+def powers(low: int, high: int) -> tuple[int, ...]:
+    """The powers of two from one to another."""
     return tuple(1 << n for n in range(low.bit_length() - 1, high.bit_length()))
 
 
@@ -112,7 +113,7 @@ def _dot_space(found: Product, unit: Unit) -> Space:
     if found.reduces:
         limits.append(Limit("a program has all columns that are reduced", found.size(found.columns), n))
         limits.append(Limit("what is reduced over columns is not split", split, 1))
-    variables = {"block_m": _powers(FEW, 256), "block_n": _powers(FEW, 256 if not found.reduces else 4096), "block_k": _powers(least, 256)}
+    variables = {"block_m": powers(FEW, 256), "block_n": powers(FEW, 256 if not found.reduces else 4096), "block_k": powers(least, 256)}
     return Space(variables | _FREE, tuple(limits))
 
 
@@ -122,10 +123,10 @@ def _sum_space(found: Product, unit: Unit) -> Space:
     limits = [Limit("the sums fit half of the registers", 2 * m * n * k * registers, unit.room(warps)), *_common(found, unit)]
     if found.reduces:
         limits.append(Limit("what is reduced over columns is multiplied by matrix units", 1))
-    return Space({"block_m": _powers(1, FEW), "block_n": _powers(1, 256), "block_k": _powers(FEW, 2048)} | _FREE, tuple(limits))
+    return Space({"block_m": powers(1, FEW), "block_n": powers(1, 256), "block_k": powers(FEW, 2048)} | _FREE, tuple(limits))
 
 
-_FREE = {"group_m": _powers(1, 16), "split_k": _powers(1, 64), "num_warps": _powers(1, 16), "num_stages": tuple(range(1, 8))}
+_FREE = {"group_m": powers(1, 16), "split_k": powers(1, 64), "num_warps": powers(1, 16), "num_stages": tuple(range(1, 8))}
 
 
 def _common(found: Product, unit: Unit) -> list[Limit]:

@@ -67,8 +67,11 @@ def tensor_leaves(result: Any) -> tuple[torch.Tensor, ...]:
     return tuple(leaf for r in result for leaf in tensor_leaves(r)) if isinstance(result, (tuple, list)) else ()
 
 
-def _infer_region(*operands: Any, body: Graph, label: str = "") -> Type:
-    """body: the fused nodes as a graph of their own, its inputs bound to the operands. label: what it computes, in a few words."""
+def _infer_region(*operands: Any, body: Graph, label: str = "", schedule: str = "") -> Type:
+    """body: the fused nodes as a graph of their own, its inputs bound to the operands. label: what it computes, in a few words.
+
+    schedule: how code generation walks it, e.g. "block_m=128 num_warps=8"; "" leaves that to it.
+    """
     if len(operands) != len(body.inputs):
         raise ValueError(f"the body takes {len(body.inputs)} operands")
     for operand, inside in zip(operands, body.inputs):
@@ -78,7 +81,7 @@ def _infer_region(*operands: Any, body: Graph, label: str = "") -> Type:
     return types[0] if len(types) == 1 else types
 
 
-def _region(*operands: Any, body: Graph, label: str) -> Any:
+def _region(*operands: Any, body: Graph, label: str, schedule: str) -> Any:
     from ..interpret import interpret
 
     results = interpret(body, operands)
