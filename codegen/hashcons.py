@@ -32,7 +32,7 @@ def rebuilt(value: Scalar, new: dict[Scalar, Scalar]) -> Scalar:
         mask = None if value.mask is None else new[value.mask]
         return replace(value, indirect=tuple((n, new[v]) for n, v in value.indirect), mask=mask)
     if isinstance(value, Dot):
-        return replace(value, left=new[value.left], right=new[value.right])
+        return replace(value, left=new[value.left], right=new[value.right], within=tuple(new[v] for v in value.within))
     if isinstance(value, Attend):
         return replace(value, score=new[value.score], value=new[value.value])
     return replace(value, value=new[value.value])  # type: ignore[attr-defined]

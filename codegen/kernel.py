@@ -117,11 +117,16 @@ class Dot(Scalar):
 
     Grid axes that only `left` depends on are its rows, those of `right` only its columns, those of both a batch. Elements are added in
     any order, in `dtype` at least.
+
+    within: (at, begin, end), integers: only terms with begin <= at < end are added. Limits that are loaded make a contraction ragged:
+    rows of groups (`at` is the row, the limits are those of the group, an axis of the sum), or blocks of a sparse row (`at` is an axis
+    of the sum, the limits depend on the row). Limits ascend, and where one interval ends the next one begins.
     """
 
     left: Scalar
     right: Scalar
     axes: tuple[str, ...]
+    within: tuple[Scalar, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,12 +199,12 @@ class Kernel:
     sources: the user's source lines, for the comment above the kernel; label: what it computes in a few words.
     faults: ops that read at computed positions; number n of `inside` is the n-th of them, counted from 1.
     recurrence: what makes the points along one axis wait for each other; every state has a store of its Last.
+    schedule: options of its walk that were chosen, as text; "" leaves them to the printer, and none changes what is computed.
     Outputs are written completely: every element exactly once.
     """
 
     name: str
     axes: tuple[Axis, ...]
-    schedule: options of its walk that were chosen, as text; "" leaves them to the printer, and none changes what is computed.
     inputs: tuple[Buffer, ...]
     outputs: tuple[Buffer, ...]
     stores: tuple[Store, ...]
@@ -209,12 +214,12 @@ class Kernel:
     inplace: tuple[tuple[str, str], ...] = field(default=())
     faults: tuple[str, ...] = ()
     recurrence: Recurrence | None = None
+    schedule: str = ""
 
     @property
     def grid(self) -> tuple[Axis, ...]:
         return tuple(a for a in self.axes if not a.inner)
 
-    schedule: str = ""
     @property
     def inner(self) -> tuple[Axis, ...]:
         return tuple(a for a in self.axes if a.inner)
@@ -232,7 +237,7 @@ def operands(value: Scalar) -> tuple[Scalar, ...]:
     if isinstance(value, (Reduce, Scan)):
         return (value.value,)
     if isinstance(value, Dot):
-        return (value.left, value.right)
+        return (value.left, value.right, *value.within)
     if isinstance(value, Attend):
         return (value.score, value.value)
     if isinstance(value, Last):

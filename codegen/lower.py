@@ -82,9 +82,13 @@ def in_place(kernel: Kernel, pairs: Sequence[tuple[int, int]]) -> Kernel:
     return replace(kernel, inplace=tuple((kernel.outputs[k].name, kernel.inputs[i].name) for k, i in pairs))
 
 
+POSITIONED = frozenset({"gather", "index", "embedding", "block_sparse_linear"})
+"""Ops that read at computed positions."""
+
+
 def position_readers(body: Graph) -> list[Node]:
     """The nodes that read at computed positions, in order: what the fault numbers of the body's kernel count."""
-    return [n for n in order(expanded(body)) if n.op.name in ("gather", "index", "embedding")]
+    return [n for n in order(expanded(body)) if n.op.name in POSITIONED]
 
 
 def _sources(body: Graph) -> dict[str, None]:
@@ -292,10 +296,11 @@ def _scan(low: _Lowering, point: Point) -> Scalar:
 
 
 def _dot(low: _Lowering, point: Point) -> Scalar:
-    left, right, *bias = low.operands(point)
+    left, right, *rest = low.operands(point)
+    bias, within = (rest[:-3], tuple(cast(v, torch.int64) for v in rest[-3:])) if point.masked else (rest, ())
     wide = compute_dtype(point.dtype)
     axes = point.axes or low.inner
-    total = Dot(wide, cast(left, wide), cast(right, wide), axes) if axes else left * right
+    total = Dot(wide, cast(left, wide), cast(right, wide), axes, within) if axes else left * right
     return total + cast(bias[0], wide) if bias else total
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..ir.dims import FloorDiv, Mod, evaluate
 from ..ir.scalar import Apply, Const, Scalar
-from .kernel import INSIDE, Attend, Dot, Kernel, Last, Load, Position, Previous, Recurrence, Reduce, Scan, Store, cone
+from .kernel import INSIDE, Attend, Dot, Kernel, Last, Load, Position, Previous, Recurrence, Reduce, Scan, Store, cone, operands
 
 _BINARY: dict[str, Callable[..., torch.Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "floordiv": torch.floor_divide, "mod": torch.remainder,
@@ -112,7 +112,7 @@ class _Run:
             wide = self.spread(values[value.value], (k,))
             return getattr(torch, value.op)(wide, k)
         if isinstance(value, Dot):
-            return self.dot(value, values[value.left], values[value.right])
+            return self.dot(value, *(values[v] for v in operands(value)))
         if isinstance(value, Attend):
             return self.attend(value, values[value.score], values[value.value])
         if isinstance(value, Previous):
@@ -133,9 +133,13 @@ class _Run:
         read = buffer[torch.where(mask, index, 0)].to(value.dtype)
         return torch.where(mask, read, torch.tensor(value.other, dtype=value.dtype))
 
-    def dot(self, value: Dot, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def dot(self, value: Dot, left: torch.Tensor, right: torch.Tensor, *within: torch.Tensor) -> torch.Tensor:
         axes = [self.place[a] for a in value.axes]
-        return (self.spread(left, axes) * right).sum(axes, keepdim=True).to(value.dtype)
+        terms = self.spread(left, axes) * right
+        if within:
+            at, begin, end = within
+            terms = torch.where((begin <= at) & (at < end), terms, 0)
+        return terms.sum(axes, keepdim=True).to(value.dtype)
 
     def attend(self, value: Attend, score: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         axis = self.place[value.axis]

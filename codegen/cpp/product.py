@@ -83,7 +83,9 @@ def without_matrix(kernel: Kernel) -> Kernel | None:
     """A contraction that has a batch but neither rows nor columns (depthwise) as a sum that is reduced; None for others."""
     free = free_axes(kernel)
     found = dots(kernel)
-    if any((free[d.left] ^ free[d.right]) - set(d.axes) for d in found) or not all(d.dtype == d.left.dtype == d.right.dtype for d in found):
+    if any(d.within or (free[d.left] ^ free[d.right]) - set(d.axes) for d in found):
+        return None
+    if not all(d.dtype == d.left.dtype == d.right.dtype for d in found):
         return None
     sums: dict[Scalar, Scalar] = {d: Reduce(d.dtype, "sum", Apply(d.dtype, "mul", (d.left, d.right)), d.axes) for d in found}
     return replace(kernel, stores=tuple(replace(s, value=Rewrite(sums, {})(s.value)) for s in kernel.stores))
@@ -96,6 +98,8 @@ def _only_dot(kernel: Kernel) -> Dot:
     found = dots(kernel)
     if len(found) != 1 or any(isinstance(v, Attend) for v in scalars(kernel.stores)):
         raise Unsupported(reason="a kernel with several contractions")
+    if found[0].within:
+        raise Unsupported(reason="a contraction within limits that are read")
     if found[0].dtype not in (torch.float32, torch.float64):
         raise Unsupported(reason=f"a contraction of elements of {found[0].dtype}")
     return found[0]

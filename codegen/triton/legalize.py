@@ -70,7 +70,7 @@ def _rebuild(value: Scalar, new: Mapping[Scalar, Scalar], units: dict[Any, Any])
     if isinstance(value, (Reduce, Scan)):
         return replace(value, value=new[value.value])
     if isinstance(value, Dot):
-        return replace(value, left=new[value.left], right=new[value.right])
+        return replace(value, left=new[value.left], right=new[value.right], within=tuple(new[v] for v in value.within))
     if isinstance(value, Attend):
         return replace(value, score=new[value.score], value=new[value.value])
     return value

@@ -74,7 +74,7 @@ def without_matrix(kernel: Kernel) -> Kernel:
     if not is_contraction(kernel):
         return kernel
     found, free = dots(kernel), free_axes(kernel)
-    if any((free[d.left] ^ free[d.right]) - set(d.axes) for d in found):
+    if any(d.within or (free[d.left] ^ free[d.right]) - set(d.axes) for d in found):
         return kernel
     return replace(kernel, stores=rewritten(kernel.stores, {d: as_sum(d) for d in found}))
 

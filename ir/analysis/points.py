@@ -40,7 +40,7 @@ class Kind(enum.Enum):
     WRAP = "an integer operand that must lie in 0 .. bound-1; a negative one counts from the end if `value`; then the mask if any"
     REDUCE = "a reduction over all inner axes"
     SCAN = "a scan along the inner axis"
-    DOT = "the sum of operand 0 * operand 1 over axes of its own; plus operand 2 if any"
+    DOT = "the sum of operand 0 * operand 1 over axes of its own; plus operand 2 if any; if masked, of terms within the last three operands"
     ATTEND = "the sum of softmax(operand 0) * operand 1 over an axis of its own"
     WINDOW = "a pooling of operand 0 over axes of its own, a mean divides by operand 1; of a depthwise convolution as DOT"
 

@@ -27,6 +27,7 @@ from .points import (
     regroup,
 )
 from .products import OWN_NAMES, PRODUCTS
+from .ragged import RAGGED
 from .windows import POOLS
 
 MAX_POINTS = 4000
@@ -415,11 +416,12 @@ _BY_NAME: dict[str, _Rule] = {
     "embedding": _embedding,
     "index": _index,
     **PRODUCTS,
+    **RAGGED,
     **ATTENTION,
     **POOLS,
 }
 
-FUSIBLE_NAMES = frozenset(_BY_NAME) - {"input"} - PRODUCTS.keys() - ATTENTION.keys() - POOLS.keys()
+FUSIBLE_NAMES = frozenset(_BY_NAME) - {"input"} - PRODUCTS.keys() - RAGGED.keys() - ATTENTION.keys() - POOLS.keys()
 FUSIBLE_CATEGORIES = frozenset(_BY_CATEGORY)
 
 __all__ = ["FUSIBLE_CATEGORIES", "FUSIBLE_NAMES", "MAX_POINTS", "Puller", "check_native"]

@@ -12,7 +12,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 
-from ..dims import Dim, dim, floordiv, product, same
+from ..dims import Dim, Mod, dim, floordiv, product, same
 from ..op import Category, Cost, Op, streaming_cost
 from ..types import TensorType, Type, broadcast, one_device
 
@@ -70,6 +70,44 @@ def grouped_matmul(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, *, out:
             start = end
     out[start:].zero_()
     return out
+
+
+def _infer_block_sparse_linear(x: TensorType, values: TensorType, columns: TensorType, starts: TensorType) -> Type:
+    """x [..., k], values [blocks, r, c], columns [blocks], starts [n / r + 1] -> [..., n]: x @ w.T, w [n, k] of blocks [r, c].
+
+    Block row i has the blocks starts[i] .. starts[i + 1], in block columns `columns`; the others count as absent, whatever x is there.
+    """
+    _same_dtype(x, values)
+    if values.rank != 3 or any(same(d, 0) for d in values.shape[1:]):
+        raise ValueError("values must be blocks with elements")
+    if x.rank < 1 or not same(dim(Mod(sympy.sympify(x.shape[-1]), sympy.sympify(values.shape[2]))), 0):
+        raise ValueError("x must end in whole blocks")
+    if columns.rank != 1 or not same(columns.shape[0], values.shape[0]):
+        raise ValueError("there must be one column for each block")
+    if starts.rank != 1 or same(starts.shape[0], 0):
+        raise ValueError("there must be a start for each block row, and an end")
+    if not {columns.dtype, starts.dtype} <= {torch.int32, torch.int64}:
+        raise ValueError("columns and starts must be i32 or i64")
+    one_device(x, values, columns, starts)
+    return x.with_shape((*x.shape[:-1], dim((starts.shape[0] - 1) * values.shape[1])))
+
+
+def block_sparse_linear(x: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """One product for each block row: its blocks side by side, and what of x stands at their columns."""
+    _, height, width = values.shape
+    parts = x.unflatten(-1, (x.shape[-1] // width, width))
+    out = x.new_zeros(*x.shape[:-1], len(starts) - 1, height)
+    limits = starts.tolist()
+    for row, (start, end) in enumerate(zip(limits, limits[1:])):
+        if end > start:
+            weight = values[start:end].transpose(0, 1).flatten(1)
+            out[..., row, :] = F.linear(parts[..., columns[start:end], :].flatten(-2), weight)
+    return out.flatten(-2)
+
+
+def _cost_blocks(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
+    x, values = types[:2]
+    return Cost(dim(2 * product(x.shape[:-1]) * values.numel), streaming_cost(types, out).bytes)
 
 
 def _cost_product(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
@@ -224,6 +262,7 @@ CONTRACTIONS: tuple[Op, ...] = (
     Op("matmul", Category.CONTRACTION, _infer_matmul, torch.matmul, _cost_product),
     Op("linear", Category.CONTRACTION, _infer_linear, F.linear, _cost_product),
     Op("grouped_matmul", Category.CONTRACTION, _infer_grouped_matmul, grouped_matmul, _cost_product),
+    Op("block_sparse_linear", Category.CONTRACTION, _infer_block_sparse_linear, block_sparse_linear, _cost_blocks),
     Op("conv", Category.CONTRACTION, _infer_conv, _conv, _cost_conv),
     Op("max_pool", Category.CONTRACTION, _infer_pool, _max_pool, _cost_pool),
     Op("avg_pool", Category.CONTRACTION, _infer_avg_pool, _avg_pool, _cost_pool),

@@ -216,6 +216,40 @@ def test_grouped_matmul(ends: list[int]) -> None:
     same(run("grouped_matmul", x, w, torch.tensor(ends, dtype=torch.int32)), torch.cat([*rows, torch.zeros(7 - ends[-1], 5)]))
 
 
+@pytest.mark.parametrize("rows", [([0, 2], [], [1]), ([], []), ([1], [0, 1, 2])])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_block_sparse_linear(rows: tuple[list[int], ...], index: torch.dtype) -> None:
+    counts = torch.tensor([0, *map(len, rows)])
+    columns = torch.tensor([c for row in rows for c in row], dtype=index)
+    values, starts = t(len(columns), 2, 4), counts.cumsum(0).to(index)
+    dense = torch.zeros(len(rows), 2, 3, 4)
+    places = [(row, column) for row, found in enumerate(rows) for column in found]
+    for (row, column), block in zip(places, values):
+        dense[row, :, column] = block
+    dense = dense.reshape(2 * len(rows), 12)
+    for x in (t(5, 12), t(2, 3, 12), t(12), t(0, 12)):
+        same(run("block_sparse_linear", x, values, columns, starts), F.linear(x, dense))
+    holes = t(3, 12)
+    holes[:, 4:8] = float("nan")
+    got = run("block_sparse_linear", holes, values, columns, starts)
+    assert torch.isnan(got).any(0).unflatten(0, (-1, 2)).all(1).tolist() == [1 in row for row in rows], "absent blocks read nothing"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        (((5, 13), (3, 2, 4), (3,), (4,)), "whole blocks"),
+        (((5, 12), (3, 2, 4), (2,), (4,)), "one column for each block"),
+        (((5, 12), (3, 2, 4), (3,), (0,)), "a start for each block row"),
+        (((5, 12), (3, 2, 0), (3,), (4,)), "blocks with elements"),
+    ],
+)
+def test_block_sparse_linear_refuses(shapes: Any, reason: str) -> None:
+    x, values, columns, starts = (sym(*shape, dtype=kind) for shape, kind in zip(shapes, (torch.float32, torch.float32, I64, I64)))
+    with pytest.raises(TypeInferenceError, match=reason):
+        ops.op("block_sparse_linear")(x, values, columns, starts)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2), st.integers(1, 2), st.booleans())
 def test_pooling(space: int, size: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool) -> None:
@@ -284,6 +318,7 @@ def sym(*shape: Any, dtype: torch.dtype = torch.float32) -> Any:
         (lambda: ops.matmul(sym(S, 1, 4, N), sym(3, N, 5)), (S, 3, 4, 5)),
         (lambda: ops.linear(sym(S, N, 8), sym(4, 8), sym(4)), (S, N, 4)),
         (lambda: ops.grouped_matmul(sym(S, 8), sym(3, 8, 4), sym(3, dtype=I64)), (S, 4)),
+        (lambda: ops.op("block_sparse_linear")(sym(S, 8), sym(N, 2, 4), sym(N, dtype=I64), sym(4, dtype=I64)), (S, 6)),
         (lambda: ops.conv(sym(S, 3, N), sym(8, 3, 3), stride=(1,), padding=(1,), dilation=(1,)), (S, 8, N)),
         (lambda: ops.layer_norm(sym(S, N, 8), sym(8), sym(8)), (S, N, 8)),
         (lambda: ops.group_norm(sym(S, 8, N), groups=2), (S, 8, N)),
@@ -404,7 +439,7 @@ def test_every_op_is_covered() -> None:
     here = {*REDUCTIONS, "cumsum", "cumprod", "input", "scalar", "constant", "full", "iota", "extern", "region", "item"}
     here |= {"reshape", "permute", "expand", "slice", "select", "flip", "as_strided", "layout"}
     here |= {"cat", "pad", "gather", "index", "embedding", "scatter", "index_put", "slice_scatter", "cache_update"}
-    here |= {"matmul", "linear", "grouped_matmul", "conv", "max_pool", "avg_pool"}
+    here |= {"matmul", "linear", "grouped_matmul", "block_sparse_linear", "conv", "max_pool", "avg_pool"}
     here |= {"int_linear"}  # test_quantized.py
     elsewhere = {op.name for op in OPS.values() if op.category in (Category.POINTWISE, Category.COMPOSITE, Category.RECURRENCE)}
     assert here == set(OPS) - elsewhere
