@@ -194,8 +194,10 @@ class _Results(Expressions):
         return tuple(d for d in self.layout.dimensions if d in along or store.value in self._along.get(d.constant, ()))
 
 
-class _DotPrinter(_Printer):
+class DotPrinter(_Printer):
     """Blocks [m, k] and [k, n] are multiplied by `tl.dot`; each is loaded along what is contiguous in memory, and transposed if need be."""
+
+    writer: type[Operand] = Operand
 
     def __init__(self, found: Product, tiles: Tiles) -> None:
         super().__init__(found, tiles)
@@ -233,7 +235,12 @@ class _DotPrinter(_Printer):
         stores = rewritten(stores, {}, places)
         axes = (*new, *(a for a in kernel.axes if a not in old))
         layout = Layout(self.batch, None, (depth, fixed) if self.turned[side] else (fixed, depth))
-        return Operand(replace(kernel, axes=axes, stores=stores, inplace=()), layout, self.tiles, beside, zero=(depth,))
+        return self.writer(replace(kernel, axes=axes, stores=stores, inplace=()), layout, self.tiles, beside, zero=(depth,))
+
+    @property
+    def repeats(self) -> bool:
+        """Whether blocks are multiplied in a loop."""
+        return self.k.looped
 
     def multiply(self, left: Operand, right: Operand, results: _Results) -> None:
         """The loop over the depth; afterwards the results know what the sums are called."""
@@ -241,16 +248,17 @@ class _DotPrinter(_Printer):
         names = [left.fresh("acc") for _ in dtypes]
         for name, dtype in zip(names, dtypes):
             outer.append(f"{name} = tl.full([BLOCK_M, BLOCK_N], 0, {TYPES[ACCUMULATORS[dtype]]})")
-        body = left.enter().lines if self.k.looped else outer
+        body = left.enter().lines if self.repeats else outer
         right.body = left.body and left.body.shared()
-        body.extend(() if all(self.turned) else self.depth_lines(self.k, "[None, :]"))
-        body.extend(self.depth_lines(self.down, "[:, None]") if any(self.turned) else ())
+        positions = body if self.k.looped else outer
+        positions.extend(() if all(self.turned) else self.depth_lines(self.k, "[None, :]"))
+        positions.extend(self.depth_lines(self.down, "[:, None]") if any(self.turned) else ())
         for name, dtype, one, other in zip(names, dtypes, left.kernel.stores, right.kernel.stores):
             a, b = left.operand(one.value, dtype), right.operand(other.value, dtype)
             first, second = (f"{a}.T" if self.turned[0] else a), (b if self.turned[1] else f"{b}.T")
             precision = ', input_precision="ieee"' if dtype == torch.float32 else ""
             body.append(f"{name} = tl.dot({first}, {second}, {name}{precision}, out_dtype={TYPES[ACCUMULATORS[dtype]]})")
-        if self.k.looped:
+        if self.repeats:
             self.loop(outer, body)
             left.leave()
             right.leave()
@@ -303,7 +311,7 @@ class _SumPrinter(_Printer):
         return writer.accumulate(total)
 
 
-_PRINTERS: dict[str, type[_Printer]] = {"dot": _DotPrinter, "sum": _SumPrinter}
+_PRINTERS: dict[str, type[_Printer]] = {"dot": DotPrinter, "sum": _SumPrinter}
 
 
 # ---- several programs share a tile's depth
