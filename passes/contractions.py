@@ -6,7 +6,10 @@ On a CPU mostly those whose constant weight lies in panels. `pack-weights` puts 
 
 The 48 columns that one register block of a kernel reads stand together for each k. Linears of many rows turn any weight into panels as
 they go. On a GPU those that a pointwise value follows, which
-then costs no memory traffic; the library's are faster where nothing does, and at convolutions.
+then costs no memory traffic; the library's are faster where nothing does, and at convolutions. A weight of few bits is turned into
+numbers where it is multiplied, so that its bytes are all that is read; the library could not:
+
+    linear(x, dequantize(unpack(packed, bits=4), scale, dtype=bf16))  -->  region(x, packed, scale) { ..., linear }
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from collections.abc import Callable
 
 import torch
 
-from ..ir.dims import product
+from ..ir.dims import hint, product
 from ..ir.graph import Node
 from ..ir.op import Category
+from ..ir.types import FLOAT8, TensorType, category
 from .facts import device_type
 
 PANELS = {48: 1.0, 32: 1.04, 16: 1.35}
@@ -27,7 +31,7 @@ cache too slowly. Measured with AVX-512."""
 WINDOW_PANELS = {48: 1.0, 64: 1.0, 32: 1.06, 16: 1.35}
 """The same for convolutions, which copy nothing and so have room in the cache."""
 
-PRODUCTS = frozenset({"linear", "matmul", "conv"})
+PRODUCTS = frozenset({"linear", "int_linear", "matmul", "conv"})
 
 
 FEW_ROWS = 4
@@ -55,7 +59,40 @@ def is_native(node: Node) -> bool:
 
 def needs_follower(node: Node) -> bool:
     """Whether a contraction is the library's where no pointwise value follows it."""
-    return device_type(node) == "cuda"
+    return device_type(node) == "cuda" and node.op.name != "int_linear" and not is_low_bit(node.inputs[1])
+
+
+def takes_computed(node: Node, operand: Node) -> bool:
+    """Whether a kernel of ours may compute the operand of a contraction where it multiplies it."""
+    rule = COMPUTED.get(device_type(node))
+    return rule is not None and rule(node, operand)
+
+
+def is_low_bit(operand: Node) -> bool:
+    """Whether an operand is computed, by pointwise ops and views, mostly from integers or 8-bit floats that take less memory than it."""
+    stack, seen, leaves = [operand], set[Node](), dict[Node, int]()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _is_pointwise(node):
+            stack.extend(i for i in node.inputs if isinstance(i.type, TensorType))
+        elif node.op.name not in ("full", "iota"):
+            leaves[node] = _bytes(node)
+    largest = max(leaves, key=leaves.__getitem__, default=operand)
+    if largest is operand or sum(leaves.values()) >= _bytes(operand):
+        return False
+    return largest.dtype in FLOAT8 or category(largest.dtype) == 1
+
+
+def _is_pointwise(node: Node) -> bool:
+    return node.op.category in (Category.POINTWISE, Category.VIEW) or node.op.name in ("unpack", "dequantize")
+
+
+def _bytes(node: Node) -> int:
+    """With symbolic sizes at a plausible value."""
+    return 0 if isinstance(node.type, tuple) else hint(node.tensor.nbytes, {})
 
 
 def _on_cpu(node: Node) -> bool:
@@ -64,11 +101,15 @@ def _on_cpu(node: Node) -> bool:
 
 
 def _on_gpu(node: Node) -> bool:
-    return node.op.name != "conv" and node.dtype in GPU_DTYPES
+    return node.op.name == "int_linear" or node.op.name != "conv" and node.dtype in GPU_DTYPES
 
 
 NATIVE: dict[str, Callable[[Node], bool]] = {"cpu": _on_cpu, "cuda": _on_gpu}
 """Device type -> which contractions can be kernels of ours there."""
+
+COMPUTED: dict[str, Callable[[Node, Node], bool]] = {"cuda": lambda node, operand: node.op.name != "conv" and is_low_bit(operand)}
+"""Device type -> which operands of them (contraction, operand) are computed in the kernel. Others are read: it would compute them once for
+every block of the result."""
 
 
 def has_few_rows(node: Node) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..ir.analysis.indices import Poly, expression
 from ..ir.analysis.iteration import Placement
 from ..ir.analysis.points import Kind, Point
+from ..ir.analysis.products import computed_operands
 from ..ir.dims import dim, hint
 from ..ir.graph import Graph
 from ..ir.types import TensorType
@@ -58,8 +59,8 @@ class _Model:
         self.deepest: dict[Point, int] = {}
         for point in placement.points:
             self.deepest[point] = self._depth(point)
-        attends = any(p.kind is Kind.ATTEND for p in placement.points)
-        self.runs = self._separate_runs() if attends else {p: self.trips[k] for p, k in self.deepest.items()}
+        separate = any(p.kind is Kind.ATTEND for p in placement.points) or bool(computed_operands(placement.points))
+        self.runs = self._separate_runs() if separate else {p: self.trips[k] for p, k in self.deepest.items()}
 
     def _size(self, extent: Poly) -> int:
         return hint(dim(expression(extent)), self.body.symbols)
@@ -71,12 +72,16 @@ class _Model:
         return max(below, *(self.depth.get(n, 0) for n in point.index.names()), 0)
 
     def _separate_runs(self) -> dict[Point, int]:
-        """How often each value of an attention is computed: its loops are nested in several ways, each over the axes that it needs."""
+        """How often each value is computed where loops are nested in several ways, each over the axes that it needs: in an attention, and
+        in a product with a computed operand, a block of which is computed beside other blocks' products.
+        """
         axes, final = self.placement.normal_form()
         sizes = {a.name: self._size(a.extent) for a in axes}
+        inner = frozenset(a.name for a in axes if a.inner)
         free: dict[Point, frozenset[str]] = {}
         for point in self.placement.points:
-            below = frozenset().union(*(free[p] for p in point.operands)) - set(point.axes)
+            summed = inner if point.kind is Kind.DOT and not point.axes else frozenset(point.axes)
+            below = frozenset().union(*(free[p] for p in point.operands)) - summed
             free[point] = below | (final.get(point.index, point.index).names() & sizes.keys())
         return {p: math.prod(sizes[n] for n in names) for p, names in free.items()}
 

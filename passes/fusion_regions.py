@@ -8,12 +8,15 @@ from typing import Any
 
 import sympy
 
-from ..ir.analysis.iteration import place
+from ..ir.analysis.iteration import Placement, place
 from ..ir.analysis.points import Refusal
+from ..ir.analysis.products import computed_operands
 from ..ir.dims import free_symbols
 from ..ir.graph import Graph, Node, graph_input, is_scalar, lift, scalar_value
+from ..ir.reasons import Reason
 from ..ir.rewrite import attr_key
 from ..ir.types import TensorType
+from .contractions import takes_computed
 from .fusion_cost import Price, price
 from .fusion_units import Units
 
@@ -132,10 +135,19 @@ class Builder:
         if key not in self.prices:
             body = self.body(members)
             try:
-                self.prices[key] = price(body, place(body))
+                placement = place(body)
+                self.prices[key] = _reading_refusal(placement) or price(body, placement)
             except Refusal as refusal:
                 self.prices[key] = refusal.with_traceback(None)  # its frames hold this builder, and so the graph
         return self.prices[key]
+
+
+def _reading_refusal(placement: Placement) -> Refusal | None:
+    """Why a region is no kernel though it could be one: a product reads an operand that is better computed once."""
+    for product, k in computed_operands(placement.points):
+        if not takes_computed(product, product.inputs[k]):
+            return Refusal(Reason.PROLOGUE, product, product.inputs[k].op.name)
+    return None
 
 
 def inside_order(nodes: Iterable[Node], position: dict[Node, int]) -> list[Node]:

@@ -13,6 +13,7 @@ from ..ir.dims import hint
 from ..ir.graph import Graph, Node, is_scalar, order, scalar_value, users
 from ..ir.op import Category
 from ..ir.reasons import Reason
+from ..ir.types import FLOAT8
 from .attentions import attention_refusal, is_native_attention, merging_reshapes
 from .contractions import is_native, needs_follower
 from .facts import readers_through
@@ -110,7 +111,7 @@ def _refusal(node: Node) -> Refusal | None:
         return refusal.with_traceback(None)  # its frames hold the graph
     tensors = [i for i in node.inputs if not is_scalar(i)]
     for x in tensors:
-        if isinstance(x.type, tuple) or x.dtype not in NATIVE_DTYPES:
+        if isinstance(x.type, tuple) or x.dtype not in NATIVE_DTYPES and not (node.op.name == "cast" and x.dtype in FLOAT8):
             return Refusal(Reason.UNSUPPORTED_DTYPE, node, str(x.type))
         if x.tensor.device != node.tensor.device:
             return Refusal(Reason.DIFFERENT_DEVICE, node, f"{x.type} and {node.type}")

@@ -2,52 +2,78 @@
 
 linear(x, w)[i, j]   -->   sum over c of x[i, c] * w[j, c]
 conv(x, w)[n, o, y]  -->   sum over ky, c of x[n, c, stride*y + ky - padding] * w[o, c, ky], 0 outside of x
+
+An operand is read or computed: linear(x, dequantize(q, s))[i, j]  -->  sum over c of x[i, c] * (q[j, c] * s[j])
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
+
+import torch
 
 from ..graph import Node
 from ..ops.contractions import is_depthwise
 from ..reasons import Reason
 from .indices import Poly, const
 from .points import Index, Kind, Point, Refusal, broadcast_index, dims_of
-from .windows import check, depthwise, padded, positions
+from .windows import FLOATS, check, depthwise, padded, positions
 
 if TYPE_CHECKING:
     from .pull import Mask, Puller
 
 OWN_NAMES = "abcd"
-_COMPUTED = frozenset({Kind.APPLY, Kind.REDUCE, Kind.SCAN, Kind.DOT, Kind.ATTEND, Kind.WINDOW})
+_EXACT = frozenset({torch.int32})
+_SUMMED = frozenset({Kind.REDUCE, Kind.SCAN, Kind.DOT, Kind.ATTEND, Kind.WINDOW})
+_COMPUTED = _SUMMED | {Kind.APPLY}
 
 
 def _dot(puller: Puller, node: Node, left: Point, right: Point, bias: Point | None) -> Point:
     for operand in (left, right):
-        require_memory(node, operand)
+        _require(node, operand, lambda point: point.kind not in _SUMMED)
     operands = (left, right) if bias is None else (left, right, bias)
     return puller.add(Point(Kind.DOT, node, operands, dtype=node.dtype))
 
 
 def require_memory(node: Node, operand: Point) -> None:
     """An operand is read, not computed: it is read once for every row or column."""
-    stack = [operand]
-    while stack:
-        point = stack.pop()
-        if point.kind in _COMPUTED and not _converts(point):
+    _require(node, operand, is_read)
+
+
+def _require(node: Node, operand: Point, allowed: Callable[[Point], bool]) -> None:
+    for point in _under(operand):
+        if not allowed(point):
             assert point.node is not None
             raise Refusal(Reason.PROLOGUE, node, point.node.op.name)
+
+
+def is_read(point: Point) -> bool:
+    """Whether a value is in memory as it is, or in another dtype."""
+    return point.kind not in _COMPUTED or (point.node is not None and point.node.op.name == "cast")
+
+
+def computed_operands(points: Iterable[Point]) -> list[tuple[Node, int]]:
+    """(product, number of an operand) for those operands of products among the points that are computed where they are multiplied."""
+    dots = [p for p in points if p.kind is Kind.DOT]
+    return [(p.node, k) for p in dots if p.node for k in (0, 1) if not all(map(is_read, _under(p.operands[k])))]
+
+
+def _under(operand: Point) -> Iterator[Point]:
+    """What an operand is computed from, up to what is loaded."""
+    stack, seen = [operand], set[Point]()
+    while stack:
+        point = stack.pop()
+        if point in seen:
+            continue
+        seen.add(point)
+        yield point
         if point.kind is not Kind.LOAD:
             stack.extend(point.operands)
 
 
-def _converts(point: Point) -> bool:
-    return point.node is not None and point.node.op.name == "cast"
-
-
 def linear(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
-    check(node, mask)
+    check(node, mask, _EXACT if node.op.name == "int_linear" else FLOATS)
     x, w, *bias = node.inputs
     (depth,) = puller.own_axes(node, dims_of(x)[-1:])
     left = puller.at(x, (*index[:-1], depth))
@@ -94,4 +120,6 @@ def _group(puller: Puller, node: Node, out: Poly) -> Poly:
     return puller.ranges.floordiv(out, const(size // node.attrs["groups"]))
 
 
-PRODUCTS: dict[str, Callable[[Puller, Node, Index, Mask], Point]] = {"linear": linear, "matmul": matmul, "conv": conv}
+PRODUCTS: dict[str, Callable[[Puller, Node, Index, Mask], Point]] = {
+    "linear": linear, "int_linear": linear, "matmul": matmul, "conv": conv,
+}  # fmt: skip

@@ -11,7 +11,7 @@ from ..graph import Node, scalar_value
 from ..op import Category
 from ..ops import unprintable
 from ..reasons import Reason
-from ..types import NATIVE_DTYPES, ScalarType, normalize_dim
+from ..types import FLOAT8, NATIVE_DTYPES, ScalarType, normalize_dim
 from .attention import ATTENTION
 from .indices import ONE, ZERO, Poly, Ranges, const, poly, variable
 from .points import (
@@ -188,10 +188,10 @@ def _axes_under(point: Point) -> set[str]:
 
 
 def check_native(node: Node) -> None:
-    """Raises Refusal unless the op's element type and operands have a scalar form."""
+    """Raises Refusal unless the op's element type and operands have a scalar form. 8-bit floats are only read."""
     if isinstance(node.type, (tuple, ScalarType)):
         raise Refusal(Reason.NOT_EXPRESSIBLE, node, f"{node.op.name} yields {node.type}")
-    if node.dtype not in NATIVE_DTYPES:
+    if node.dtype not in NATIVE_DTYPES and not (node.op.name == "input" and node.dtype in FLOAT8):
         raise Refusal(Reason.UNSUPPORTED_DTYPE, node, str(node.type))
     if node.op.category is Category.POINTWISE and unprintable(node.op, tuple(n.type for n in node.inputs)):  # type: ignore[arg-type]
         raise Refusal(Reason.RUNTIME_INTEGER_DIVISION, node, str(node.inputs[1].type))

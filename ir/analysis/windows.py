@@ -7,7 +7,7 @@ conv(x, w)[n, c, y], depthwise   -->   the sum over ky of x[n, c, stride*y + ky 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
-def check(node: Node, mask: Mask) -> None:
+def check(node: Node, mask: Mask, dtypes: Container[torch.dtype] = FLOATS) -> None:
     """Raises Refusal unless a product or window can be walked here."""
     if mask:
         raise Refusal(Reason.TILED_AXIS, node, f"{node.op.name} inside one piece of a concatenation")
-    if node.dtype not in FLOATS:
+    if node.dtype not in dtypes:
         raise Refusal(Reason.UNSUPPORTED_DTYPE, node, str(node.type))
 
 

@@ -8,7 +8,7 @@ from lowering import check, graph_of
 from tilewright.codegen.kernel import Dot, Kernel, Load, scalars
 from tilewright.codegen.lower import LoweringError, lower
 from tilewright.ir import ops
-from tilewright.ir.dims import SymbolRange, symbol
+from tilewright.ir.dims import FloorDiv, SymbolRange, symbol
 from tilewright.ir.graph import Node
 from tilewright.ir.reasons import Reason
 
@@ -89,8 +89,64 @@ def refusal(build, *xs):
     return error.value.reason
 
 
-def test_refused_because_an_operand_is_computed():
-    assert refusal(lambda a, w: ops.linear(ops.gelu(a), w), x(3, 4), x(5, 4)) is Reason.PROLOGUE
+def test_operands_are_computed_point_by_point():
+    kernel = check(lambda a, w: ops.relu(ops.linear(ops.gelu(a), ops.mul(w, 2.0))), x(3, 4), x(5, 4))
+    assert len(kernel.axes) == 3 and not isinstance(dot(kernel).left, Load)
+    check(lambda a, w, s: ops.matmul(ops.mul(a, s), ops.permute(ops.neg(w), dims=(0, 2, 1))), x(2, 3, 4), x(2, 5, 4), x(3, 1))
+
+
+def integers(*shape: int, low: int, high: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_weight_of_four_bits_is_computed_where_it_is_multiplied(dtype, groups):
+    def build(a, packed, scale, zero):
+        values = ops.unpack(packed, bits=4)
+        return ops.relu(ops.linear(a, ops.dequantize(values, scale, ops.unpack(zero, bits=4), dtype=dtype)))
+
+    packed, zero = (integers(6, n, low=0, high=256, dtype=torch.uint8) for n in (32, -(-groups // 2)))
+    scale = x(6, 2 * zero.shape[1])
+    kernel = check(build, x(5, 64, dtype=dtype), packed, scale, zero)
+    (load,) = (v for v in scalars(kernel.stores) if isinstance(v, Load) and v.buffer == "x1")
+    assert not load.index.atoms(FloorDiv) and kernel.axes[-1].extent == 2, "the depth is groups, their bytes, and what a byte holds"
+    assert len(kernel.inputs) == 4
+
+
+@pytest.mark.parametrize("storage", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_weight_of_eight_bits_is_computed_where_it_is_multiplied(storage):
+    def build(a, w, scale):
+        return ops.add(ops.linear(a, ops.dequantize(w, scale, dtype=torch.float32)), 1.0)
+
+    check(build, x(5, 64), integers(6, 64, low=-16, high=17, dtype=storage), x(6, 1))
+    check(lambda w: ops.cast(w, dtype=torch.float16), integers(6, 64, low=-16, high=17, dtype=storage))
+
+
+def test_a_product_of_integers():
+    def build(q, w, s, t):
+        return ops.mul(ops.mul(ops.cast(ops.int_linear(q, w), dtype=torch.float32), s), t)
+
+    q, w = (integers(*shape, low=-128, high=128, dtype=torch.int8) for shape in ((5, 64), (6, 64)))
+    kernel = check(build, q, w, x(5, 1), x(6))
+    assert dot(kernel).dtype == torch.int32
+    check(ops.int_linear, q, w)
+
+
+def test_refused_because_an_operand_is_summed():
+    assert refusal(lambda a, w: ops.linear(ops.softmax(a, dim=-1), w), x(3, 4), x(5, 4)) is Reason.DIFFERENT_SPACE
+    assert refusal(lambda a, w: ops.linear(ops.cumsum(a, dim=1), w), x(3, 4), x(4, 4)) is Reason.SECOND_WALK
+    assert refusal(lambda a, w, v: ops.linear(ops.linear(a, w), v), x(3, 4), x(5, 4), x(6, 5)) is Reason.SECOND_WALK
+    assert refusal(lambda a, w: ops.linear(ops.relu(ops.linear(a, w)), w), x(3, 4), x(4, 4)) is Reason.SECOND_WALK
+    assert refusal(lambda a, w: ops.linear(ops.sum(a, dims=(1,)), w), x(3, 1, 4), x(4, 4)) is Reason.PROLOGUE
+
+
+def test_refused_because_8_bit_floats_are_only_read():
+    def stored(a):
+        return ops.cast(a, dtype=torch.float8_e4m3fn)
+
+    assert refusal(lambda a: ops.cast(stored(ops.relu(a)), dtype=torch.float32), x(3, 4)) is Reason.UNSUPPORTED_DTYPE
+    assert refusal(stored, x(3, 4)) is Reason.UNSUPPORTED_DTYPE
 
 
 def test_refused_because_a_kernel_walks_one_contraction():
