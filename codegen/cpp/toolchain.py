@@ -15,6 +15,7 @@ from ..pool import START, Empty, allocator
 from ..target import Compiled, Failed, Native, NativeCall
 from .attention import print_attention
 from .contraction import print_any
+from .expressions import STORAGE
 from .recurrence import print_recurrence
 from .schedule import CpuTarget, detect_target
 
@@ -46,6 +47,9 @@ def compile_kernels(kernels: Sequence[Kernel], target: CpuTarget | None = None) 
 
 
 def _print(kernel: Kernel, target: CpuTarget) -> Source | Failed:
+    unread = next((b.dtype for b in kernel.inputs if b.dtype not in STORAGE), None)
+    if unread is not None:
+        return Failed(kernel, f"elements of {unread} have no form in C++")
     try:
         text = _printer(kernel)(kernel, target)
     except Unsupported as error:
