@@ -24,7 +24,7 @@ import torch
 
 from ...ir.dims import Dim, dim, product, same, to_source
 from ...ir.scalar import Scalar
-from ..kernel import Axis, Buffer, Kernel, Load, Reduce, Store, cone, scalars
+from ..kernel import Axis, Buffer, Kernel, Load, Reduce, Store, scalars
 from ..names import unique
 from .expressions import Expressions
 from .indices import Span
@@ -32,7 +32,7 @@ from .layout import Dimension, Layout, extent_source, mask_lines
 from .legalize import UnsupportedByTriton, rewritten
 from .operands import Operand
 from .printer import build_blocks, function_text, module, print_function, widened_sizes
-from .product import ACCUMULATORS, Product, as_sum, find_product, spreads, stride
+from .product import ACCUMULATORS, Product, as_sum, find_product, is_turned, spreads
 from .program import Launch, Program, blocks_of, function_name, pointers
 from .scalars import TYPES, Text
 from .schedule import default_schedule
@@ -201,7 +201,7 @@ class DotPrinter(_Printer):
 
     def __init__(self, found: Product, tiles: Tiles) -> None:
         super().__init__(found, tiles)
-        self.turned = tuple(_is_turned(found, side) for side in (0, 1))
+        self.turned = tuple(is_turned(found, side) for side in (0, 1))
         self.down = self.variant(self.k, "down") if any(self.turned) else self.k
 
     def variant(self, dimension: Dimension, word: str) -> Dimension:
@@ -265,17 +265,6 @@ class DotPrinter(_Printer):
         for dot, name, dtype in zip(self.found.dots, names, dtypes):
             same_type = dot.dtype == ACCUMULATORS[dtype]
             results.outer.texts[dot] = Text(name if same_type else f"{name}.to({TYPES[dot.dtype]})")
-
-
-def _is_turned(found: Product, side: int) -> bool:
-    """Whether an operand lies in memory along its rows or columns rather than along the depth."""
-    fixed = (found.rows, found.columns)[side]
-    loads = [v for pair in found.operands for v in cone([pair[side]]) if isinstance(v, Load)]
-
-    def contiguous(axes: Sequence[Axis]) -> int:
-        return sum(any(abs(stride(found.kernel, v.index, a)) == 1 for a in axes) for v in loads)
-
-    return contiguous(fixed) > contiguous(found.depth)
 
 
 class _SumPrinter(_Printer):

@@ -164,6 +164,17 @@ def stride(kernel: Kernel, index: sympy.Expr, axis: Axis) -> int:
     return int(evaluate(index, at | {axis.name: 1}) - evaluate(index, at | {axis.name: 0})) if axis.name in at else 0
 
 
+def is_turned(found: Product, side: int) -> bool:
+    """Whether an operand lies in memory along its rows or columns rather than along the depth."""
+    fixed = (found.rows, found.columns)[side]
+    loads = [v for pair in found.operands for v in cone([pair[side]]) if isinstance(v, Load)]
+
+    def contiguous(axes: Sequence[Axis]) -> int:
+        return sum(any(abs(stride(found.kernel, v.index, a)) == 1 for a in axes) for v in loads)
+
+    return contiguous(fixed) > contiguous(found.depth)
+
+
 def _check(roles: Product, free: dict[Scalar, frozenset[str]]) -> None:
     kernel = roles.kernel
     columns = {a.name for a in roles.columns}
