@@ -12,18 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import select
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
+from process import Answer, Worker
 from report import markdown
 from roofline import least_seconds, machine_limits
 
@@ -33,69 +28,27 @@ CACHING = ("tilewright", "tilewright-max", "tilewright-ahead", "inductor", "indu
 SETUP_LIMIT = 180.0  # seconds a peer has to import, build, compile and call
 RUN_LIMIT = 120.0  # seconds a peer has for one round
 ROUND = 0.3  # seconds a round of one peer should last
-Answer = dict[str, Any]
 
 
-class Worker:
-    """A peer's process; `ask` sends one command and waits for its one-line answer."""
-
-    def __init__(self, peer: str, workload: str, cache: str) -> None:
-        self.peer = peer
-        env = os.environ | {"TILEWRIGHT_CACHE": f"{cache}/tilewright", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/{peer}"}
-        self._log = open(f"{cache}/{peer}.log", "a")  # noqa: SIM115 (closed with the worker)
-        command = [sys.executable, str(HERE / "worker.py"), peer, workload]
-        self._process = subprocess.Popen(
-            command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
-        )
-
-    def ask(self, command: str, limit: float = RUN_LIMIT) -> Answer:
-        """The answer; {"failed": why} if the peer raised, died or took longer than `limit` seconds, after which it is dead."""
-        assert self._process.stdin and self._process.stdout
-        try:
-            self._process.stdin.write(command + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return {"failed": self._last_words()}
-        ready, _, _ = select.select([self._process.stdout], [], [], limit)
-        if not ready:
-            self._kill()
-            return {"failed": f"no answer to {command!r} within {limit:.0f} s"}
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else {"failed": self._last_words()}
-
-    def close(self) -> None:
-        """Ends the process and all it started."""
-        if self._process.stdin and not self._process.stdin.closed:
-            self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._kill()
-        self._log.close()
-
-    def _kill(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def _last_words(self) -> str:
-        self._process.wait()
-        lines = Path(self._log.name).read_text().strip().splitlines()
-        return f"exit status {self._process.returncode}: {lines[-1][:300] if lines else ''}"
+def started(peer: str, workload: str, cache: str) -> Worker:
+    """A peer's process."""
+    variables = {"TILEWRIGHT_CACHE": f"{cache}/tilewright", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/{peer}"}
+    return Worker([str(HERE / "worker.py"), peer, workload], variables, Path(cache) / f"{peer}.log")
 
 
 def measure(workload: str, peers: tuple[str, ...], rounds: int, limits: dict[str, float]) -> Answer:
     """One row of the table: per peer the first call, CPU seconds, peak memory, error, and the median time of a call."""
     with tempfile.TemporaryDirectory() as cache:
-        workers = {p: Worker(p, workload, cache) for p in peers}
+        workers = {p: started(p, workload, cache) for p in peers}
         row: Answer = {p: w.ask("setup", SETUP_LIMIT) for p, w in workers.items()}
         times = _interleaved({p: w for p, w in workers.items() if "failed" not in row[p]}, row, rounds)
-        price = workers["eager"].ask("price") if "eager" in times else {}
+        price = workers["eager"].ask("price", RUN_LIMIT) if "eager" in times else {}
         for peer, values in times.items():
-            row[peer] |= workers[peer].ask("finish") | _speed(values, times.get("eager"), price, limits)
+            row[peer] |= workers[peer].ask("finish", RUN_LIMIT) | _speed(values, times.get("eager"), price, limits)
         for w in workers.values():
             w.close()
         for peer in (p for p in CACHING if p in times):
-            again = Worker(peer, workload, cache)
+            again = started(peer, workload, cache)
             warm = again.ask("setup", SETUP_LIMIT)
             again.close()
             row[peer] |= {"first_call_warm": warm.get("first_call"), "cpu_warm": warm.get("cpu")}
@@ -106,7 +59,7 @@ def _interleaved(workers: dict[str, Worker], row: Answer, rounds: int) -> dict[s
     """Median seconds of a call in every round, peer after peer; a peer that fails on the way leaves, and its row says why."""
     repeats: dict[str, int] = {}
     for peer, w in list(workers.items()):
-        answer = w.ask("run 3")
+        answer = w.ask("run 3", RUN_LIMIT)
         if "failed" in answer:
             row[peer] = answer
         else:
@@ -114,7 +67,7 @@ def _interleaved(workers: dict[str, Worker], row: Answer, rounds: int) -> dict[s
     times: dict[str, list[float]] = {p: [] for p in repeats}
     for _ in range(rounds):
         for peer in list(times):
-            answer = workers[peer].ask(f"run {repeats[peer]}")
+            answer = workers[peer].ask(f"run {repeats[peer]}", RUN_LIMIT)
             if "failed" in answer:
                 row[peer] = answer
                 del times[peer]

@@ -64,16 +64,16 @@ class Decode(nn.Module):
     A call advances the cache by one token; `reset` takes it back.
     """
 
-    def __init__(self, model: nn.Module, cache: Any) -> None:
+    def __init__(self, model: nn.Module, cache: Any, position: int = POSITION) -> None:
         super().__init__()
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.position = model, cache, position
 
     def forward(self, token: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=token, past_key_values=self.cache, use_cache=True).logits
 
     def reset(self) -> None:
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(POSITION)
+            layer.cumulative_length.fill_(self.position)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Decode:
         """`double()` and the like take the cache along."""
