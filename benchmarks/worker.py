@@ -23,7 +23,8 @@ import psutil
 import torch
 from peers import PEERS, PORTABLE, Call, Notes
 from roofline import price
-from tilewright.driver.accuracy import relative_error, to_double
+from tilewright.driver.accuracy import to_double
+from tilewright.search.metrics import relative_error
 from torch import nn
 from workloads import WORKLOADS, build, reset
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..search.metrics import relative_error
+
 
 @dataclass(frozen=True)
 class ErrorCheck:
@@ -22,31 +24,6 @@ class ErrorCheck:
     @property
     def ok(self) -> bool:
         return self.ours <= self.allowed
-
-
-def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """||value - reference|| / ||reference|| in float64 over the elements where the reference is finite.
-
-    inf where a shape differs, or where one is NaN or infinite and the other is not the same. Integer and bool tensors must be equal.
-    """
-    if value.shape != reference.shape:
-        return float("inf")
-    if not reference.is_floating_point() and not reference.is_complex():
-        return 0.0 if torch.equal(value.to(reference.dtype), reference) else float("inf")
-    wide = torch.complex128 if reference.is_complex() else torch.float64
-    a, b = value.to(wide).flatten(), reference.to(wide).flatten()
-    finite = torch.isfinite(b)
-    if not _same_specials(a[~finite], b[~finite]):
-        return float("inf")
-    difference = torch.linalg.vector_norm(a[finite] - b[finite]).item()
-    scale = torch.linalg.vector_norm(b[finite]).item()
-    if difference != difference:
-        return float("inf")
-    return difference / scale if scale > 0 else difference
-
-
-def _same_specials(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool(((a == b) | (torch.isnan(a) & torch.isnan(b))).all())
 
 
 def check(ours: Any, eager: Any, reference: Any, k: float = 4.0, budget: float = 1e-6) -> ErrorCheck:

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 
 from .dims import evaluate
-from .graph import Graph, Node, order
+from .graph import Graph, Node, order, visit
 from .types import ScalarType, TensorType
 
 
-def interpret(graph: Graph, inputs: Sequence[Any], dtype: torch.dtype | None = None, sizes: Mapping[str, int] | None = None) -> list[Any]:
+def interpret(
+    graph: Graph,
+    inputs: Sequence[Any],
+    dtype: torch.dtype | None = None,
+    sizes: Mapping[str, int] | None = None,
+    known: Mapping[Node, Any] | None = None,
+    watch: Callable[[Node, Any], object] | None = None,
+) -> list[Any]:
     """The outputs of the graph on `inputs` (tensors, and ints for sizes), in order.
 
     Values the graph writes back update their input in place, after all outputs have their value.
     dtype: run every floating-point computation in this dtype instead (torch.float64 gives the reference of the error rule). Random
     draws keep their own dtype, so they draw the same numbers.
     sizes: values of symbols that the inputs do not tell (a region's body may mention a size of the graph around it).
+    known: what some nodes have been found to be, on these inputs; only what follows from them is run.
+    watch: called with each node that is run, and its value.
     """
     env = {**(sizes or {}), **bind_sizes(graph, inputs)}
-    values: dict[Node, Any] = {node: _widen(value, dtype) for node, value in zip(graph.inputs, inputs, strict=True)}
-    nodes = order(graph)
+    values: dict[Node, Any] = {node: _widen(value, dtype) for node, value in zip(graph.inputs, inputs, strict=True)} | dict(known or {})
+    nodes = order(graph) if known is None else _unknown(graph, values)
     last = {operand: node for node in nodes for operand in node.inputs}
     kept = {*graph.roots, *graph.inputs}
     for node in nodes:
         if node not in values:
             values[node] = _run(node, [values[n] for n in node.inputs], env, dtype)
+            if watch is not None:
+                watch(node, values[node])
             for operand in dict.fromkeys(node.inputs):
                 if last[operand] is node and operand not in kept:
                     del values[operand]  # its last reader has run
@@ -41,6 +52,15 @@ def interpret(graph: Graph, inputs: Sequence[Any], dtype: torch.dtype | None = N
     for target, value in written:
         target.copy_(value)
     return results
+
+
+def _unknown(graph: Graph, known: Mapping[Node, Any]) -> list[Node]:
+    """What must be run to have the roots, operands first."""
+    found: list[Node] = []
+    seen: set[Node] = set()
+    for root in graph.roots:
+        visit(root, seen, found, known)
+    return found
 
 
 def _copy(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
     int8           q i8 [n, k], scale f32 [n, 1]                            w = dequantize(q, scale)
     int4-g32       packed u8 [n, k/2], scale bf16, zero u8 [n, k/32]        w = dequantize(unpack(packed), scale, zero)
+    int8-bf16      as int8, which bfloat16 holds; inputs are rounded to it  y = linear(cast(x), cast(q)) * scale
     int8-dynamic   as int8, and the inputs are rounded too, row by row      y = int_linear(quantize_rows(x), q) * both scales
 
 Weights are a matrix here, [n, k]: a row for each output of a layer (each word of an embedding); groups lie along the rows, which are padded
@@ -11,7 +12,7 @@ with zeros to whole ones. The size of a layer is that of all its parts, scales a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,6 +35,7 @@ class Format:
 
     weight(parts, dtype): the matrix that the parts stand for, as a node; it may have columns behind the last. Instead, for what is not
     a matrix, linear(x, parts): the product with it. readers: the ops that may read the layer. bits: of an input of the products.
+    inputs: what products round their other operand to, and compute in. scale(parts): [n, 1] by which their results are multiplied.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Format:
     linear: Callable[[Node, Parts], Node] | None = None
     readers: frozenset[str] = ANY
     bits: int = 32
+    inputs: torch.dtype | None = None
+    scale: Callable[[Parts], Node] | None = None
 
 
 # -- narrower floats
@@ -111,7 +115,8 @@ def _integer_weight(grid: Grid) -> Callable[[Parts, torch.dtype], Node]:
     def weight(parts: Parts, dtype: torch.dtype) -> Node:
         if grid.symmetric:
             return OPS["dequantize"](parts["weight"], parts["scale"], dtype=dtype)
-        return OPS["dequantize"](OPS["unpack"](parts["weight"], bits=grid.bits), parts["scale"], parts["zero"], dtype=dtype)
+        codes = parts["weight"] if grid.bits == 8 else OPS["unpack"](parts["weight"], bits=grid.bits)
+        return OPS["dequantize"](codes, parts["scale"], parts["zero"], dtype=dtype)
 
     return weight
 
@@ -128,6 +133,20 @@ def _dynamic() -> Format:
         return OPS["cast"](OPS["mul"](OPS["mul"](total, scale), across), dtype=x.dtype)
 
     return Format("int8-dynamic", lambda w, gram: _stored(rounded(w, grid, gram), grid), None, linear, PRODUCTS, 8)
+
+
+def _in_bf16(base: Format) -> Format:
+    """The same parts; products run in bfloat16, which matrix units of CPUs and GPUs take. Integers of a row stay what they are."""
+    whole_rows = base.name == "int8"
+
+    def weight(parts: Parts, dtype: torch.dtype) -> Node:
+        if whole_rows:
+            return OPS["cast"](parts["weight"], dtype=dtype)
+        return parts["weight"] if base.name == "bf16" else base.weight(parts, dtype)  # type: ignore[misc]
+
+    scale = (lambda parts: parts["scale"]) if whole_rows else None
+    readers = ANY - {"embedding"}
+    return replace(base, name=f"{base.name}-bf16", weight=weight, readers=readers, bits=16, inputs=torch.bfloat16, scale=scale)
 
 
 # -- SplitQuant
@@ -248,13 +267,18 @@ def _with_residual(name: str, grid: Grid, rank: int) -> Format:
     return Format(name, encode, None, linear, PRODUCTS)
 
 
-_TABLE = (
+_PLAIN = (
     _cast(torch.bfloat16),
+    _integers("int8", Grid(8, symmetric=True)),
+    *(_integers(f"int4-g{g}", Grid(4, g)) for g in (32, 64, 128)),
+)
+_TABLE = (
+    *_PLAIN,
+    *map(_in_bf16, _PLAIN),
     _cast(torch.float16),
     _fp8(),
-    _integers("int8", Grid(8, symmetric=True)),
+    _integers("int8-g32", Grid(8, 32)),
     _dynamic(),
-    *(_integers(f"int4-g{g}", Grid(4, g)) for g in (32, 64, 128)),
     _split(4),
     _split(2),
     _bfp6("bfp6", in_order=True),

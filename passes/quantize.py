@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -76,8 +76,7 @@ class Quantize(Pass):
 
     def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
         notes = notes if notes is not None else Notes()
-        maker = ConstantMaker(graph)
-        replaced: dict[Node, _Replaced] = {}
+        chosen: list[Encoded] = []
         for layer in layers(
             graph, lambda node, reason, value: notes.decline(self.name, f"{node.op.name} {node.hint}", reason, node, value)
         ):
@@ -86,21 +85,29 @@ class Quantize(Pass):
                 continue
             made = encoded(layer, kind, self.plan.grams.get(layer.name))
             what = f"{layer.name} {_short(layer.weight.dtype)} -> {kind.name}"
-            if not isinstance(made, dict):
+            if isinstance(made, Encoded):
+                notes.apply(self.name, what, layer.readers[0], layer.nbytes - made.nbytes)
+                chosen.append(made)
+            else:
                 notes.decline(self.name, what, made[0], layer.readers[0], made[1])
-                continue
-            notes.apply(self.name, what, layer.readers[0], layer.nbytes - size_of(made))
-            parts = {part: _constant(maker, layer, kind, part, value) for part, value in made.items()}
-            replaced |= dict.fromkeys(layer.readers, _Replaced(layer, kind, parts))
-
-        def requantize(node: Node, inputs: tuple[Node, ...]) -> Node | None:
-            found = replaced.get(node)
-            return None if found is None else found.reader(node, inputs)
-
-        return rewrite(graph, requantize) if replaced else graph
+        return requantized(graph, chosen)
 
 
-def encoded(layer: Layer, kind: Format, gram: torch.Tensor | None = None) -> Tensors | tuple[Reason, str]:
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A layer in a format: its parts."""
+
+    layer: Layer
+    format: Format
+    parts: Tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts."""
+        return sum(p.nbytes for p in self.parts.values())
+
+
+def encoded(layer: Layer, kind: Format, gram: torch.Tensor | None = None) -> Encoded | tuple[Reason, str]:
     """The parts of a layer's weight in a format, or why it is kept as it is."""
     unserved = sorted(layer.kinds - kind.readers)
     if unserved:
@@ -110,24 +117,40 @@ def encoded(layer: Layer, kind: Format, gram: torch.Tensor | None = None) -> Ten
         return Reason.NOT_FINITE, layer.name
     with torch.no_grad():
         parts = kind.encode(matrix, gram)
-    if size_of(parts) >= layer.nbytes:
-        return Reason.NO_GAIN, f"{size_of(parts)} bytes instead of {layer.nbytes}"
-    return parts
+    made = Encoded(layer, kind, parts)
+    return made if made.nbytes < layer.nbytes else (Reason.NO_GAIN, f"{made.nbytes} bytes instead of {layer.nbytes}")
 
 
-def size_of(parts: Tensors) -> int:
-    """Bytes of all parts."""
-    return sum(p.nbytes for p in parts.values())
+def requantized(graph: Graph, chosen: Sequence[Encoded]) -> Graph:
+    """The graph with layers of it as they are encoded."""
+    maker = ConstantMaker(graph)
+    replaced: dict[Node, _Replaced] = {}
+    for made in chosen:
+        parts = {part: _constant(maker, made, part, value) for part, value in made.parts.items()}
+        replaced |= dict.fromkeys(made.layer.readers, _Replaced(made.layer, made.format, parts))
+
+    def requantize(node: Node, inputs: tuple[Node, ...]) -> Node | None:
+        found = replaced.get(node)
+        return None if found is None else found.reader(node, inputs)
+
+    return rewrite(graph, requantize) if replaced else graph
 
 
-def _constant(maker: ConstantMaker, layer: Layer, kind: Format, part: str, value: torch.Tensor) -> Node:
-    suffix = kind.name if part == "weight" else f"{kind.name}.{part}"
+def _constant(maker: ConstantMaker, made: Encoded, part: str, value: torch.Tensor) -> Node:
+    layer, name = made.layer, made.format.name
+    suffix = name if part == "weight" else f"{name}.{part}"
     value = value.to(layer.weight.tensor.device)
     return maker.make(f"{layer.name}.{suffix}", value, layer.weight.prov.with_rule(Quantize.name), layer.weight.hint)
 
 
 def _short(dtype: torch.dtype) -> str:
     return re.sub("float", "f", str(dtype).removeprefix("torch."))
+
+
+def along_outputs(values: Node, node: Node) -> Node:
+    """Numbers for each output of a product or convolution, as they stand in its result."""
+    behind = node.tensor.rank - 2 if node.op.name == "conv" and not node.attrs["channels_last"] else 0
+    return OPS["reshape"](values, shape=(values.shape[0], *(1,) * behind)) if behind else values
 
 
 @dataclass(frozen=True)
@@ -144,11 +167,25 @@ class _Replaced:
         if node.op.name == "embedding":
             picked = {name: OPS["embedding"](part, inputs[1], prov=prov) for name, part in self.parts.items()}
             return self._matrix(picked, node.shape[-1], node.dtype)
-        if self.format.linear is None:
+        if self.format.linear is None and self.format.inputs is None:
             weight = self.layer.from_matrix(self._matrix(self.parts, self._columns, node.dtype))
             return node.op(inputs[0], weight, *inputs[2:], hint=node.hint, prov=prov, **node.attrs)
-        product = self.format.linear(inputs[0], self.parts)
-        return OPS["add"](product, inputs[2], hint=node.hint, prov=prov) if len(inputs) > 2 else product
+        product = self.format.linear(inputs[0], self.parts) if self.format.linear is not None else self._narrow(node, inputs[0])
+        if len(inputs) == 2:
+            return product
+        return OPS["add"](product, along_outputs(inputs[2], node), hint=node.hint, prov=prov)
+
+    def _narrow(self, node: Node, x: Node) -> Node:
+        """The product in the dtype that the format says, without bias, as a value of the model's dtype."""
+        dtype = self.format.inputs
+        assert dtype is not None
+        weight = self.layer.from_matrix(self._matrix(self.parts, self._columns, dtype))
+        x = x if x.dtype == dtype else OPS["cast"](x, dtype=dtype)
+        product = OPS["cast"](node.op(x, weight, prov=node.prov.with_rule(Quantize.name), **node.attrs), dtype=torch.float32)
+        if self.format.scale is not None:
+            scale = self.format.scale(self.parts)
+            product = OPS["mul"](product, along_outputs(OPS["reshape"](scale, shape=(scale.shape[0],)), node))
+        return product if node.dtype == torch.float32 else OPS["cast"](product, dtype=node.dtype)
 
     @property
     def _columns(self) -> object:

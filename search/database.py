@@ -3,6 +3,9 @@
     kernel            shapes                   device                       version   candidate   seconds    noise
     sha256 of text    f32[1024, 384] ...       "EPYC 9B14, 2 cores, ..."    2.13.0    native      1.25e-3    0.004
 
+    model                     layer          format      error
+    sha256 of all it is of    encoder.fc1    int4-g32    6.3e-3
+
 Every write is one transaction in a write-ahead log: a process that is killed leaves all that was written before, and nothing half.
 """
 
@@ -21,6 +24,7 @@ from typing import TypeVar
 import torch
 
 from ..codegen.build import cache_directory
+from ..codegen.target import Usage
 from .device import identity
 
 WAIT_SECONDS = 20.0
@@ -29,13 +33,18 @@ WAIT_SECONDS = 20.0
 _TABLE = """CREATE TABLE IF NOT EXISTS timings (
   kernel TEXT, shapes TEXT, device TEXT, version TEXT, candidate TEXT, seconds REAL NOT NULL, noise REAL NOT NULL,
   PRIMARY KEY (kernel, shapes, device, version, candidate)) WITHOUT ROWID"""
+_ERRORS = """CREATE TABLE IF NOT EXISTS errors (
+  model TEXT, layer TEXT, format TEXT, error REAL NOT NULL, PRIMARY KEY (model, layer, format)) WITHOUT ROWID"""
+_USAGES = """CREATE TABLE IF NOT EXISTS usages (
+  program TEXT PRIMARY KEY, registers INTEGER NOT NULL, spills INTEGER NOT NULL, shared INTEGER NOT NULL) WITHOUT ROWID"""
 Result = TypeVar("Result")
 _COLUMNS = ("kernel", "shapes", "device", "version", "candidate", "seconds", "noise")
 
 
 @dataclass(frozen=True)
 class Key:
-    """What was measured: the hash of a kernel, the shapes it ran on, the machine, and torch's version."""
+    """What was measured: the hash of a kernel, the shapes it ran on, the machine, and the version of torch; of kernels that Triton
+    compiles, "2.13.0, triton 3.9.0"."""
 
     kernel: str
     shapes: str
@@ -46,6 +55,13 @@ class Key:
     def here(kernel: str, shapes: str) -> Key:
         """On this machine and this torch."""
         return Key(kernel, shapes, identity(), str(torch.__version__))
+
+    @staticmethod
+    def on_gpu(kernel: str, shapes: str, gpu: str) -> Key:
+        """On a GPU of that name, by this torch and this Triton."""
+        import triton  # which need not be there for kernels of a CPU
+
+        return Key(kernel, shapes, gpu, f"{torch.__version__}, triton {triton.__version__}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,24 @@ class Database:
         """Writes what was measured, over what was known."""
         self._write([(*astuple(key), name, t.seconds, t.noise) for name, t in timings.items()])
 
+    def usage(self, program: str) -> Usage | None:
+        """What a compiled program takes of its GPU; None where that is not known. program: a hash of all that it was compiled from."""
+        query = "SELECT registers, spills, shared FROM usages WHERE program=?"
+        row = self._do(lambda connection: connection.execute(query, (program,)).fetchone())
+        return None if row is None else Usage(*row)
+
+    def put_usage(self, program: str, usage: Usage) -> None:
+        self._insert("INSERT OR REPLACE INTO usages VALUES (?, ?, ?, ?)", [(program, *astuple(usage))])
+
+    def errors(self, model: str) -> dict[tuple[str, str], float]:
+        """(layer, format) -> the error measured; empty where nothing is known. model: a hash of all that errors depend on."""
+        query = "SELECT layer, format, error FROM errors WHERE model=?"
+        return {(layer, name): error for layer, name, error in self._do(lambda c: c.execute(query, (model,)).fetchall())}
+
+    def put_error(self, model: str, layer: str, name: str, error: float) -> None:
+        """Writes one error, finite or not, over what was known."""
+        self._insert("INSERT OR REPLACE INTO errors VALUES (?, ?, ?, ?)", [(model, layer, name, error)])
+
     def dump(self, path: str | Path) -> int:
         """Writes all rows as JSON lines; their number."""
         rows = self._do(lambda connection: connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM timings").fetchall())
@@ -85,8 +119,9 @@ class Database:
         return len(rows)
 
     def _write(self, rows: list[tuple[object, ...]]) -> None:
-        text = f"INSERT OR REPLACE INTO timings ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' for _ in _COLUMNS)})"
+        self._insert(f"INSERT OR REPLACE INTO timings ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' for _ in _COLUMNS)})", rows)
 
+    def _insert(self, text: str, rows: list[tuple[object, ...]]) -> None:
         def write(connection: sqlite3.Connection) -> None:
             with connection:  # one transaction
                 connection.executemany(text, rows)
@@ -119,6 +154,8 @@ def _set_up(connection: sqlite3.Connection) -> None:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
             connection.execute(_TABLE)
+            connection.execute(_ERRORS)
+            connection.execute(_USAGES)
             return
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > deadline:
