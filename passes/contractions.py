@@ -57,6 +57,12 @@ def is_native(node: Node) -> bool:
     return rule is not None and rule(node)
 
 
+def signature(node: Node) -> str:
+    """A contraction or attention by its name and types: what was measured of one holds for all that are alike."""
+    texts = [f"{n.type}{' packed' if is_low_bit(n) else ''}" for n in node.inputs if isinstance(n.type, TensorType)]
+    return "/".join(text.replace(", ", "x").replace(" ", "-") for text in (node.op.name, *texts, str(node.type)))
+
+
 def needs_follower(node: Node) -> bool:
     """Whether a contraction is the library's where no pointwise value follows it."""
     return device_type(node) == "cuda" and node.op.name != "int_linear" and not is_low_bit(node.inputs[1])

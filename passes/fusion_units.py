@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..ir.analysis.indices import poly
@@ -15,7 +15,7 @@ from ..ir.op import Category
 from ..ir.reasons import Reason
 from ..ir.types import FLOAT8
 from .attentions import attention_refusal, is_native_attention, merging_reshapes
-from .contractions import is_native, needs_follower
+from .contractions import is_native, needs_follower, signature
 from .facts import readers_through
 from .windows import is_native_window
 
@@ -56,13 +56,14 @@ class Units:
         return tuple(found)
 
 
-def find_units(graph: Graph) -> Units:
-    """Classifies every node of an expanded graph."""
+def find_units(graph: Graph, library: Sequence[str] = ()) -> Units:
+    """Classifies every node of an expanded graph. library: signatures of contractions and attentions that are not ours."""
     units = Units(graph, order(graph), users(graph))
     updates = in_place(graph, units.nodes).target
-    merging = merging_reshapes(units.nodes, units.readers, set(graph.roots))
+    given = {n for n in units.nodes if signature(n) in library} if library else set[Node]()
+    merging = merging_reshapes([n for n in units.nodes if n not in given], units.readers, set(graph.roots))
     for node in units.nodes:
-        if node in updates:  # a kernel would copy all of it
+        if node in updates or node in given:  # a kernel would copy all of what is updated
             units.barriers[node] = None
         elif _is_transparent(node) and node not in merging:
             units.transparent.add(node)

@@ -70,11 +70,11 @@ def _device(name: str, directory: Path) -> Device:
         return Device.from_json(path.read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent or damaged
         device = measure()
-        _write(path, json.dumps(dataclasses.asdict(device), indent=1))
+        write_whole(path, json.dumps(dataclasses.asdict(device), indent=1))
         return device
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """All of it under its final name, or nothing."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix="tmp-")
     with os.fdopen(handle, "w") as file:

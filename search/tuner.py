@@ -8,9 +8,9 @@ import sqlite3
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from .database import Database, Key, Timing
 
@@ -92,31 +92,46 @@ def decide(timings: Mapping[str, Timing], default: str) -> str:
 
 
 def remembered(
-    key: Key, database: Database, make: Callable[[], Mapping[str, Run]], default: str, names: tuple[str, ...], seconds: float = SECONDS
+    key: Key,
+    database: Database,
+    make: Callable[[], Mapping[str, Run]],
+    default: str,
+    names: Collection[str],
+    seconds: float = SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Verdict:
     """The verdict of what the database holds for the key; where it lacks one of `names`, `make` gives candidates, which are timed."""
-    known = _known(key, database)
+    known = reading(lambda: database.get(key), {})
     if all(name in known for name in names):
         timings = {name: known[name] for name in names}
         return Verdict(decide(timings, default), default, timings)
-    verdict = fastest(make(), default, seconds)
+    verdict = fastest(make(), default, seconds, clock=clock)
+    writing(database, lambda: database.put(key, verdict.timings))
+    return verdict
+
+
+Known = TypeVar("Known")
+
+
+def reading(read: Callable[[], Known], otherwise: Known) -> Known:
+    """What `read` finds in a database; `otherwise` where that cannot be read."""
     try:
-        database.put(key, verdict.timings)
+        return read()
+    except sqlite3.Error:
+        return otherwise
+
+
+def writing(database: Database, write: Callable[[], None]) -> None:
+    """Writes into a database; a warning, once, where that cannot be written."""
+    try:
+        write()
     except sqlite3.Error as error:
         _warn_once(f"{database.path} cannot be written ({error}): the next process measures again")
-    return verdict
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
-
-
-def _known(key: Key, database: Database) -> dict[str, Timing]:
-    try:
-        return database.get(key)
-    except sqlite3.Error:
-        return {}
 
 
 def _started(candidates: Mapping[str, Run], default: str) -> tuple[dict[str, Run], dict[str, str]]:

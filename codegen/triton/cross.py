@@ -17,7 +17,7 @@ from ..target import Compiled, Failed, Target, Usage
 from .binary import SHARED_BYTES, Binary, OfflineError
 from .driver import DoesNotFit
 from .native import launcher, strides
-from .offline import binary_and_usage
+from .offline import binary_and_usage, most
 from .prebuilt import key
 from .program import Launch, Program
 from .toolchain import under_schedules
@@ -31,7 +31,7 @@ def cross_target(name: str, binaries: dict[str, Binary]) -> Target:
         if sizes := strides(program.kernel):
             made |= _for_multiples(kernel, program, name, sizes)
         binaries.update((text, binary) for text, (binary, _) in made.items())
-        return Compiled(kernel, program.source, launcher(program), None, tried, _most([usage for _, usage in made.values()]))
+        return Compiled(kernel, program.source, launcher(program), None, tried, most([usage for _, usage in made.values()]))
 
     def compile(kernels: Sequence[Kernel], device: str) -> list[Union[Compiled, Failed]]:
         with ThreadPoolExecutor(cores()) as pool:
@@ -56,7 +56,3 @@ def _compiled(kernel: Kernel, program: Program, one: Launch, name: str, multiple
         reason = f"it takes {binary.shared} bytes of shared memory, and {binary.target} has {most} for one program"
         raise DoesNotFit(action=f"run {kernel.name}", reason=reason)
     return binary, usage
-
-
-def _most(usages: Sequence[Usage]) -> Usage:
-    return Usage(max(u.registers for u in usages), max(u.spills for u in usages), max(u.shared for u in usages))

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,8 +96,21 @@ def compile_binary(program: Program, launch: Launch, target: str, multiples: Col
 def binary_and_usage(program: Program, launch: Launch, target: str, multiples: Collection[str] = ()) -> tuple[Binary, Usage]:
     """The same, and what it takes of the device."""
     compiled = compile_launch(program, launch, target, multiples)
-    binary = _binary(program, launch, target, compiled)
-    return binary, Usage(*_usage(compiled), binary.shared)
+    return _binary(program, launch, target, compiled), _taken(compiled)
+
+
+def launch_usage(program: Program, launch: Launch, target: str) -> Usage:
+    """What a launch takes of the device; raises OfflineError when Triton fails, or what it makes cannot be launched."""
+    return binary_and_usage(program, launch, target)[1]
+
+
+def most(usages: Sequence[Usage]) -> Usage:
+    """The most that one of several launches takes, of each."""
+    return Usage(max(u.registers for u in usages), max(u.spills for u in usages), max(u.shared for u in usages))
+
+
+def _taken(compiled: CompiledKernel) -> Usage:
+    return Usage(*_usage(compiled), compiled.metadata.shared)
 
 
 def _binary(program: Program, launch: Launch, target: str, compiled: CompiledKernel) -> Binary:

@@ -15,7 +15,7 @@ from typing import Any
 
 import sympy
 
-from ...ir.dims import Dim, FloorDiv, product, symbol
+from ...ir.dims import Dim, FloorDiv, dim, product, symbol
 from ..kernel import Axis, Kernel, Load, scalars
 from ..space import Limit, Space
 from . import attention_tiles, recurrence_tiles, tiles
@@ -91,7 +91,7 @@ def _covering(space: Space, name: str, size: Dim, most: int = LARGEST_BLOCK) -> 
 
 def _over(extent: Dim, block: sympy.Symbol) -> Dim:
     """Blocks that cover an extent."""
-    return FloorDiv(extent + block - 1, block)
+    return dim(FloorDiv(extent + block - 1, block))
 
 
 def _known(amount: Any) -> bool:
