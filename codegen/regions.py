@@ -14,6 +14,7 @@ import sympy
 import torch
 
 from ..ir.dims import hint, to_source
+from ..ir.errors import DeviceLost
 from ..ir.graph import Graph, Node, order
 from ..ir.interpret import interpret
 from ..ir.op import Category
@@ -64,7 +65,10 @@ class Built:
 
 
 def build_regions(graph: Graph, targets: Mapping[str, Target]) -> Built:
-    """Lowers and compiles the regions of the graph. Nothing here raises for a region's sake: it gets a reason instead."""
+    """Lowers and compiles the regions of the graph. Nothing here raises for a region's sake: it gets a reason instead.
+
+    Raises DeviceLost.
+    """
     start = time.perf_counter()
     lowered = lowered_regions(graph, targets)
     middle = time.perf_counter()
@@ -173,9 +177,11 @@ def _compile(units: Sequence[Lowered], targets: Mapping[str, Target]) -> list[Un
 
 
 def _attempt(target: Target, kernels: Sequence[Kernel], device: str) -> Sequence[Compiled | Failed]:
-    """All at once; one by one where that shows a fault of ours."""
+    """All at once; one by one where that shows a fault of ours. Raises DeviceLost."""
     try:
         return target.compile(kernels, device)
+    except DeviceLost:
+        raise
     except Exception as error:  # as above
         if len(kernels) == 1:
             return [Failed(kernels[0], internal_error(kernels[0].name, error))]

@@ -115,6 +115,10 @@ def _compile_cpp(kernels: Sequence[Kernel], device: str) -> list[Union[Compiled,
 
 
 def _compile_triton(kernels: Sequence[Kernel], device: str) -> list[Union[Compiled, Failed]]:
+    from .triton.installed import needed, unusable
+
+    if found := unusable():
+        return [Failed(kernel, needed(found)) for kernel in kernels]
     from .triton.toolchain import compile_kernels
 
     return compile_kernels(kernels, device)

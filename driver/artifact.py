@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from ..codegen.program import Listing, Program, devices_of
 from ..codegen.triton.binary import Code
-from ..ir.errors import TilewrightError
+from ..ir.errors import DeviceLost, TilewrightError
 from ..ir.graph import Graph, constants
 from ..ir.retarget import retarget
 from ..ir.text import parse
@@ -186,7 +186,7 @@ def _reported(path: str | Path) -> Iterator[None]:
     """Whatever goes wrong with a file's content is a BadArtifact of one sentence."""
     try:
         yield
-    except BadArtifact:
+    except (BadArtifact, DeviceLost):
         raise
     except TilewrightError as error:
         raise BadArtifact(path=path, reason=first_line(error)) from error

@@ -61,7 +61,7 @@ class UnknownTarget(UserError):
 
 
 class NoTriton(UserError):
-    template = "compiling for {target} takes Triton {least} or later, and {found}; pip install triton"
+    template = "cannot compile for {target}: {reason}"
 
 
 class CannotOptimize(UserError):

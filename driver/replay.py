@@ -19,6 +19,7 @@ import torch
 
 from ..ir.analysis.memory import may_share, owners
 from ..ir.capture.aot import TRAINING, Held
+from ..ir.errors import is_lost
 from ..ir.graph import Graph, Node, is_scalar, order
 from ..ir.types import ScalarType, TensorType
 from ..passes.base import Notes, Reason
@@ -139,6 +140,8 @@ class Replayed:
         try:
             return self._recorder.record(self._run, inputs, self._held)
         except RuntimeError as error:  # an op that waits for the device, as a fallback may
+            if is_lost(error):
+                raise
             warnings.warn(f"mode='reduce-overhead': the launches cannot be recorded, and run as ever: {error}", RuntimeWarning, 4)
             return None
 

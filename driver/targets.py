@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
 
 from ..codegen.program import Listing, devices_of, list_program
 from ..codegen.triton.binary import SHARED_BYTES, Binary, Code
+from ..codegen.triton.installed import needed, unusable
 from ..ir.graph import Graph, Stage, constants
 from ..ir.interpret import interpret
 from ..ir.retarget import retarget
@@ -32,7 +32,6 @@ from .receipt import Receipt, make_receipt
 from .trust import all_nodes
 
 DEVICE = "cuda:0"
-LEAST_TRITON = (3, 6)
 
 COMPUTING = frozenset({"fold-constants", "recognize", "fold-norms", "merge-linears"})
 """Passes that read or compute values of weights, which are on the CPU."""
@@ -60,13 +59,8 @@ def require_target(name: str) -> None:
     """Raises UnknownTarget, and NoTriton where what compiles for targets is missing or too old."""
     if name not in SHARED_BYTES:
         raise UnknownTarget(target=name, known=", ".join(SHARED_BYTES))
-    least = ".".join(map(str, LEAST_TRITON))
-    try:
-        version = import_module("triton").__version__
-    except ImportError as error:
-        raise NoTriton(target=name, least=least, found="it is not installed") from error
-    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < LEAST_TRITON:
-        raise NoTriton(target=name, least=least, found=f"this is {version}")
+    if found := unusable():
+        raise NoTriton(target=name, reason=needed(found))
 
 
 def require_portable(model: str, graph: Graph, target: str) -> None:

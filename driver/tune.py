@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..codegen.regions import internal_error
+from ..ir.errors import is_lost
 from ..ir.graph import Graph, Node
 from ..passes.base import Notes, Pass
 from ..passes.pack_weights import PackWeights
@@ -127,6 +128,8 @@ class _Tuner:
             if verdict.winner == WITHOUT:
                 self.current, self.passes = other(), passes
         except Exception as error:  # a fault of what we do not need
+            if is_lost(error):
+                raise
             self.trials.append(Trial(what, True, note=internal_error(f"without {what}", error)))
         else:
             self.trials.append(_trial(what, verdict))

@@ -47,6 +47,24 @@ class IndexOutOfRange(TilewrightError, IndexError):
     template = "index out of range in {op}"
 
 
+class DeviceLost(TilewrightError):
+    """A GPU met a fault that ends its use by this process. Nobody tries anything else on it: this error goes through to the user."""
+
+    template = (
+        "cannot {action}: {reason}; this process has lost the device, by that or by what ran before (CUDA_LAUNCH_BLOCKING=1 tells): "
+        "start another"
+    )
+
+
+FATAL = frozenset({4, 46, 214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999})
+"""Errors of CUDA and HIP after which nothing more runs: illegal addresses and instructions, time-outs, failed assertions, broken memory."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error, ours or torch's own, says that a device is lost."""
+    return isinstance(error, DeviceLost) or getattr(error, "error_code", 0) in FATAL
+
+
 class CaptureError(TilewrightError):
     """The model cannot be expressed as a graph at all; the caller runs it by eager and lists the reason."""
 

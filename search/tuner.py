@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ..ir.errors import is_lost
 from .database import Database, Key, Timing
 
 ROUNDS = 40
@@ -142,7 +143,7 @@ def _started(candidates: Mapping[str, Run], default: str) -> tuple[dict[str, Run
         try:
             run()
         except Exception as error:  # whatever it is, this candidate is out
-            if name == default:
+            if name == default or is_lost(error):
                 raise
             failed[name] = f"{type(error).__name__}: {error}"
         else:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...ir.errors import TilewrightError
+from ...ir.errors import FATAL, DeviceLost, TilewrightError
 from ..arena import raw_stream
 from ..threads import loaded_libraries
 from .binary import Binary, runs_on
@@ -27,7 +27,7 @@ SHARED_BYTES_FREELY = 48 << 10
 
 
 class DriverError(TilewrightError):
-    """The driver refused to do something, or lost the device."""
+    """The driver refused to do something."""
 
     template = "cannot {action}: {reason}"
 
@@ -119,7 +119,7 @@ class Driver:
         return context.value or 0
 
     def load(self, binary: Binary) -> Launchable:
-        """The kernel, ready to be launched: loaded once per image. Raises DriverError, and DoesNotFit where less might fit."""
+        """The kernel, ready to be launched: loaded once per image. Raises DriverError, DoesNotFit where less might fit, and DeviceLost."""
         key = (hashlib.sha256(binary.image).hexdigest(), binary.function)
         with self._lock:
             if key not in self._loaded:
@@ -127,9 +127,12 @@ class Driver:
                 self._loaded[key] = self._chosen(lambda: self._load(binary))
             return self._loaded[key]
 
-    def failed(self, name: str, code: int) -> DriverError:
-        """The error of a launch of the kernel `name` that returned a number."""
-        return DriverError(action=f"launch {name} on {self._device}", reason=self._reason(code))
+    def failed(self, name: str, code: int) -> TilewrightError:
+        """The error of a launch of the kernel `name` that returned a number: DriverError, or DeviceLost."""
+        return self._error(f"launch {name} on {self._device}", code)
+
+    def _error(self, action: str, code: int) -> TilewrightError:
+        return (DeviceLost if code in FATAL else DriverError)(action=action, reason=self._reason(code))
 
     @property
     def _device(self) -> str:
@@ -172,10 +175,10 @@ class Driver:
         return ctypes.cast(self._library[name], ctypes.c_void_p).value
 
     def _check(self, action: str, function: str, *arguments: Any) -> None:
-        """Calls a function of the library; raises what it says."""
+        """Calls a function of the library; raises what it says: DriverError, or DeviceLost."""
         code = self._library[function](*arguments)
         if code:
-            raise DriverError(action=action, reason=self._reason(code))
+            raise self._error(action, code)
 
     def _reason(self, code: int) -> str:
         """What the driver says of an error: CUDA_ERROR_ILLEGAL_ADDRESS (an illegal memory access was encountered)."""

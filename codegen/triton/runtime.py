@@ -7,11 +7,12 @@ launch(program, {"x": x, "out": out}, {"n": 1000})       # GPU tensors: compiled
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import linecache
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder
 from triton.runtime.jit import JITFunction
 
@@ -184,11 +186,14 @@ _STANDARD = ("sum", "max", "min", "cumsum", "cumprod")
 @contextlib.contextmanager
 def _interpreting() -> Iterator[None]:
     """Lets the interpreter call those functions of `tl` that are themselves kernels and check assertions; leaves both as they were."""
-    namespaces = (tl, tl.core, tl.math, tl.tensor, interpreter_builder)
+    namespaces = (tl, tl.core, tl.math, tl.tensor, interpreter_builder, interpreter)
     before = [dict(vars(n)) for n in namespaces]
     interpreter_builder.options = replace(interpreter_builder.options, debug=True, sanitize_overflow=False)
     interpreter_builder.create_splat = _splat
     interpreter_builder.create_dot = _dot
+    interpreter_builder.create_minnumf = functools.partial(interpreter_builder.binary_op, op=np.fmin)  # before Triton 3.9 NaN wins
+    interpreter_builder.create_maxnumf = functools.partial(interpreter_builder.binary_op, op=np.fmax)
+    interpreter._patch_lang_tensor = functools.partial(_patch_tensor, interpreter._patch_lang_tensor)
     for name in _STANDARD:
         function = getattr(tl, name)
         if isinstance(function, JITFunction):
@@ -199,6 +204,12 @@ def _interpreting() -> Iterator[None]:
     finally:
         for namespace, names in zip(namespaces, before):
             _restore(namespace, names)
+
+
+def _patch_tensor(patch: Callable[..., None], tensor: Any, scope: Any) -> None:
+    """What the interpreter does to `tl.tensor`. Before Triton 3.9 it cannot loop up to what is computed under a recent numpy."""
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda block: int(block.handle.data.squeeze()))
 
 
 def _splat(ret_ty: Any, arg: TensorHandle) -> TensorHandle:

@@ -11,6 +11,7 @@ import torch
 import torch.fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..errors import is_lost
 from ..graph import Graph
 from .decompositions import traced_decompositions
 from .direct import direct
@@ -92,6 +93,8 @@ def _compiled(
             captured = capture_fx(gm, inputs, name, binding)
             run = compile_graph(captured.graph, owned.behind(gm))
     except Exception as error:  # whatever goes wrong here must not take the user's model down
+        if is_lost(error):  # eager cannot run it either
+            raise
         on_failure(error)
         return None
 

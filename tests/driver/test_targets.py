@@ -256,7 +256,7 @@ def test_without_a_triton_that_compiles(tmp_path, monkeypatch, capsys, version, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "triton", version and SimpleNamespace(__version__=version))
     assert run("offline:with_inputs", "--target", "sm_90") == 2
-    assert sentence(capsys) == f"compiling for sm_90 takes Triton 3.6 or later, and {found}; pip install triton"
+    assert sentence(capsys) == f"cannot compile for sm_90: it takes Triton 3.6 or later, and {found}; pip install triton"
     assert not os.listdir()
 
 
