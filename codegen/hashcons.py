@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 
 from ..ir.scalar import Apply, Const, Scalar
@@ -47,15 +48,59 @@ def folded(value: Scalar) -> Scalar:
     if value.op == INSIDE and all(isinstance(v, Const) for v in value.args[:2]):
         at, extent = (v.value for v in value.args[:2])  # type: ignore[attr-defined]
         return value.args[0] if 0 <= at < extent else value
-    if value.op == "where" and isinstance(value.args[0], Const):
-        return value.args[1] if value.args[0].value else value.args[2]
+    if value.op == "where":
+        return _where(value)
     if value.op == "cast" and isinstance(value.args[0], Const):
         return _cast(value, value.args[0])
     if value.op in ("mul", "div") and isinstance(value.args[1], Const) and value.args[1].value == 1 and value.dtype != torch.bool:
         return value.args[0]
     if value.op == "add" and isinstance(value.args[1], Const) and value.args[1].value == 0 and not value.dtype.is_floating_point:
         return value.args[0]
-    return value
+    return _position(value)
+
+
+def _position(value: Apply) -> Scalar:
+    """The distance of two positions is one."""
+    if value.op not in ("add", "sub") or value.dtype != torch.int64 or not any(isinstance(a, Position) for a in value.args):
+        return value
+    indices = [_index(a) for a in value.args]
+    if indices[0] is None or indices[1] is None:
+        return value
+    return folded(Position(value.dtype, sympy.expand(indices[0] + (-1 if value.op == "sub" else 1) * indices[1])))
+
+
+def _index(value: Scalar) -> sympy.Expr | None:
+    if isinstance(value, Position):
+        return sympy.sympify(value.index)
+    return sympy.Integer(int(value.value)) if isinstance(value, Const) and abs(value.value) < 1 << 30 else None
+
+
+def _where(value: Apply) -> Scalar:
+    """One form for masks: where(drop, -inf, x) is where(keep, x, -inf), if what keeps can be said as plainly."""
+    condition, a, b = value.args
+    if isinstance(condition, Const):
+        return a if condition.value else b
+    if not isinstance(a, Const) or a.value != float("-inf") or isinstance(b, Const):
+        return value
+    keep = _negated(condition)
+    return value if keep is None else replace(value, args=(keep, b, a))
+
+
+_NEGATED = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
+
+
+def _negated(condition: Scalar) -> Scalar | None:
+    """Comparisons of integers, negations, and either of two such."""
+    if not isinstance(condition, Apply):
+        return None
+    if condition.op == "not":
+        return condition.args[0]
+    if condition.op in _NEGATED and not condition.args[0].dtype.is_floating_point:
+        return replace(condition, op=_NEGATED[condition.op])
+    if condition.op != "or":
+        return None
+    a, b = map(_negated, condition.args)
+    return None if a is None or b is None else replace(condition, op="and", args=(a, b))
 
 
 def _cast(value: Apply, literal: Const) -> Scalar:
@@ -84,7 +129,7 @@ def _key(value: Scalar) -> Any:
     if isinstance(value, Position):
         return (*head, value.index)
     if isinstance(value, (Dot, Attend)):
-        return (*head, *map(id, operands(value)), value.axes if isinstance(value, Dot) else (value.axis, value.rounded))
+        return (*head, *map(id, operands(value)), value.axes if isinstance(value, Dot) else (value.axis, value.rounded, value.weights))
     assert isinstance(value, (Reduce, Scan))
     where = value.axes if isinstance(value, Reduce) else value.axis
     return (*head, value.op, id(value.value), where)

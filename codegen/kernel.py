@@ -37,6 +37,11 @@ REDUCTIONS: dict[str, str] = {
     "argmin": "i64: flat position over the reduced axes of the first smallest; the first NaN wins",
 }
 
+WEIGHTS: dict[str, str] = {
+    "softmax": "softmax(score) along the axis; 0 where every score is -inf",
+    "given": "the score itself: a contraction whose left operand is computed from contractions over axes of their own",
+}
+
 SCANS: dict[str, str] = {"cumsum": "inclusive running sum", "cumprod": "inclusive running product"}
 
 
@@ -131,9 +136,16 @@ class Dot(Scalar):
 
 @dataclass(frozen=True, eq=False)
 class Attend(Scalar):
-    """Sum over the inner `axis` of softmax(score) * value: one element of an attention. 0 where every score is -inf.
+    """Sum over the inner `axis` of weight * value: one element of an attention, or of what follows from it.
 
     `score` depends on the row (usually a Dot of query and key under masks), `value` on the column. Both on `axis` and the batch.
+    weights: one of WEIGHTS, how they come from the score. With "given" ones a score is any expression over Dots at (row, axis):
+
+        sigmoid attention         score = sigmoid(s)                     s = Dot(q, k) under masks
+        gradient of the values    score = exp(s - lse)                   summed over queries, times grad
+        gradient of the queries   score = exp(s - lse) * (dp - delta)    dp = Dot(grad, v), summed over keys, times k
+
+    It is 0 at points of the axis that do not count (masked ones: where(keep, .., -inf) under exp or sigmoid, where(keep, .., 0)).
     rounded: the dtype of the operation's tensors, to which the weights may be rounded before they meet the values.
     """
 
@@ -141,6 +153,7 @@ class Attend(Scalar):
     value: Scalar
     axis: str
     rounded: torch.dtype | None = None
+    weights: str = "softmax"
 
 
 @dataclass(frozen=True, eq=False)

@@ -308,7 +308,7 @@ def _attend(low: _Lowering, point: Point) -> Scalar:
     wide = compute_dtype(point.dtype)
     score, value = (cast(v, wide) for v in low.operands(point))
     (axis,) = point.axes
-    return Attend(wide, score, value, axis, point.dtype)
+    return Attend(wide, score, value, axis, point.dtype, "given" if point.value else "softmax")
 
 
 def _window(low: _Lowering, point: Point) -> Scalar:

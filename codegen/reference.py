@@ -143,8 +143,9 @@ class _Run:
 
     def attend(self, value: Attend, score: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         axis = self.place[value.axis]
-        score = self.spread(score, [axis])
-        weight = torch.where((score == -torch.inf).all(axis, keepdim=True), 0, torch.softmax(score, axis))
+        weight = score = self.spread(score, [axis])
+        if value.weights == "softmax":
+            weight = torch.where((score == -torch.inf).all(axis, keepdim=True), 0, torch.softmax(score, axis))
         return (weight * values).sum(axis, keepdim=True).to(value.dtype)
 
     def spread(self, value: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Rules of `recognize` for attention: matmul, scale, mask, softmax, matmul."""
+"""Rules of `recognize` for attention: matmul, scale, masks and biases, softmax or sigmoid, matmul."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from ..ir.ops import OPS
 from ..ir.patterns import Refusal, Var, pat
 from ..ir.reasons import Reason
 from ..ir.rules import Match, Rule, pattern_rule
-from ..ir.types import ScalarType, same_type
-from .facts import literal
+from ..ir.types import ScalarType, TensorType, same_type
+from .attentions import WALKED, attention_refusal
+from .facts import device_type, literal
 from .weights import value_of
+
+MOST_LAYERS = 4
+"""Of masks and biases on one product."""
 
 _FAR_BELOW = -1e30
 """Added to a logit, it leaves nothing of it: exp(logit + fill - max) is 0 beside any attended key."""
@@ -28,6 +32,7 @@ class _Parts:
     """The operands of an attention under construction; `inner` are the nodes it swallows."""
 
     product: Node
+    weights: str = "softmax"
     scale: float = 1.0
     mask: Node | None = None
     causal: bool = False
@@ -42,7 +47,17 @@ def _attends(m: Match) -> bool | Refusal:
     if shared is not None:
         return Refusal(Reason.SHARED, shared)
     made = _build(found, m["v"])
-    return True if made is not None and same_type(made.type, m.root.type) else Refusal(Reason.SHAPE_MISMATCH, m.root)
+    if made is None or not same_type(made.type, m.root.type):
+        return Refusal(Reason.SHAPE_MISMATCH, m.root)
+    return found.weights == "softmax" or _is_kernel(made)
+
+
+def _is_kernel(attention: Node) -> bool | Refusal:
+    """No library has a sigmoid attention: as one op it is a kernel of ours, or nothing is gained."""
+    if device_type(attention) not in WALKED:
+        return Refusal(Reason.OTHER_DEVICE, attention)
+    refusal = attention_refusal(attention)
+    return True if refusal is None else Refusal(refusal.reason, refusal.value)
 
 
 def _rewritten(m: Match) -> Node:
@@ -53,10 +68,10 @@ def _rewritten(m: Match) -> Node:
 
 
 def _analyse(m: Match) -> _Parts | Refusal:
-    logits, last = m["logits"], m["logits"].tensor.rank - 1
-    if last < 2 or m["p"].attrs["dim"] not in (last, -1):
+    logits, last, weights = m["logits"], m["logits"].tensor.rank - 1, m["p"].op.name
+    if last < 2 or m["p"].attrs.get("dim", last) not in (last, -1):
         return Refusal(Reason.SHAPE_MISMATCH, m["p"])
-    parts = _masked(logits)
+    parts = _masked(logits, weights)
     if isinstance(parts, Refusal):
         return parts
     if not same_shape(parts.product.shape, logits.shape) or parts.product.dtype != logits.dtype:
@@ -67,20 +82,25 @@ def _analyse(m: Match) -> _Parts | Refusal:
 # -- from the softmax down to the product
 
 
-def _masked(logits: Node) -> _Parts | Refusal:
-    """The mask, then the scale, then the product."""
-    if logits.op.name == "where":
-        return _where_mask(logits)
-    if logits.op.name != "add":
-        return _scaled(logits) or Refusal(Reason.SHAPE_MISMATCH, logits)
+def _masked(logits: Node, weights: str, layers: int = MOST_LAYERS) -> _Parts | Refusal:
+    """The masks and biases, the last one first, then the scale, then the product."""
+    parts = _scaled(logits, weights)
+    if parts is not None:
+        return parts
+    if layers == 0 or logits.op.name not in ("where", "add"):
+        return Refusal(Reason.SHAPE_MISMATCH, logits)
+    return (_where_mask if logits.op.name == "where" else _sum)(logits, weights, layers - 1)
+
+
+def _sum(logits: Node, weights: str, layers: int) -> _Parts | Refusal:
     for value, mask in (logits.inputs, logits.inputs[::-1]):
-        parts = _scaled(value)
-        if parts is not None:
+        parts = None if isinstance(value.type, ScalarType) else _masked(value, weights, layers)
+        if isinstance(parts, _Parts):
             return _added_mask(logits, parts, mask)
     return Refusal(Reason.SHAPE_MISMATCH, logits)
 
 
-def _scaled(node: Node) -> _Parts | None:
+def _scaled(node: Node, weights: str) -> _Parts | None:
     """matmul(q, kt), times or divided by numbers."""
     scale, inner = 1.0, []
     while node.op.name in ("mul", "div"):
@@ -90,7 +110,7 @@ def _scaled(node: Node) -> _Parts | None:
         scale *= number
         inner.append(node)
         node = node.inputs[0]
-    return _Parts(node, scale, inner=(*inner, node)) if node.op.name == "matmul" else None
+    return _Parts(node, weights, scale, inner=(*inner, node)) if node.op.name == "matmul" else None
 
 
 def _factor(node: Node) -> float | None:
@@ -105,34 +125,82 @@ def _factor(node: Node) -> float | None:
 
 
 def _added_mask(logits: Node, parts: _Parts, mask: Node) -> _Parts | Refusal:
-    inner = (*parts.inner, logits)
-    if isinstance(mask.type, ScalarType) or mask.tensor.rank < 2 or mask.dtype != parts.product.dtype:
+    inner, number, like = (*parts.inner, logits), literal(mask), parts.product.tensor
+    if isinstance(number, (int, float)):
+        mask = OPS["full"](shape=(1, 1), value=float(number), dtype=like.dtype, device=like.device)
+    if isinstance(mask.type, ScalarType) or mask.tensor.rank < 2 or mask.dtype != like.dtype:
         return Refusal(Reason.SHAPE_MISMATCH, mask)
-    return replace(parts, mask=mask, inner=inner)
+    return replace(parts, mask=mask if parts.mask is None else OPS["add"](_as_bias(parts.mask, like), mask), inner=inner)
 
 
-def _where_mask(node: Node) -> _Parts | Refusal:
+def _where_mask(node: Node, weights: str, layers: int) -> _Parts | Refusal:
     """where(keep, logits, fill) or where(drop, fill, logits)."""
     condition, a, b = node.inputs
     for value, fill, keep in ((a, b, True), (b, a, False)):
-        number, parts = literal(fill), None if isinstance(value.type, ScalarType) else _scaled(value)
-        if parts is not None and isinstance(number, (int, float)) and number <= _FAR_BELOW:
+        number = literal(fill)
+        if isinstance(value.type, ScalarType) or not isinstance(number, (int, float)) or number > _FAR_BELOW:
+            continue
+        parts = _masked(value, weights, layers)
+        if isinstance(parts, _Parts):
             return _filled(node, parts, condition, float(number), keep)
     return Refusal(Reason.SHAPE_MISMATCH, node)
+
+
+def _as_bias(mask: Node, like: TensorType) -> Node:
+    """What a mask adds to the logits."""
+    return mask if mask.dtype != torch.bool else _biased(mask, None, -math.inf, like)
+
+
+def _biased(keep: Node, bias: Node | None, fill: float, like: TensorType) -> Node:
+    """`bias` (0) where `keep`, else `fill`."""
+    nothing, low = (OPS["full"](shape=(), value=v, dtype=like.dtype, device=like.device) for v in (0.0, fill))
+    return OPS["where"](keep, nothing if bias is None else bias, low)
 
 
 def _filled(node: Node, parts: _Parts, condition: Node, fill: float, keep: bool) -> _Parts | Refusal:
     inner = (*parts.inner, node)
     attended = condition if keep else OPS["logical_not"](condition)
-    if is_causal(attended):
+    sigmoid = parts.weights == "sigmoid"
+    if is_causal(attended) and (sigmoid or parts.mask is None or _masks_nothing(parts.mask)):
         return replace(parts, causal=True, inner=inner)
-    if math.isinf(fill):
+    if math.isinf(fill) and not sigmoid:
         return Refusal(Reason.NOT_FINITE, "a row that is masked everywhere yields NaN, as one op it would yield 0")
     if condition.tensor.rank < 2:
         return Refusal(Reason.SHAPE_MISMATCH, condition)
-    dtype, device = parts.product.dtype, parts.product.tensor.device
-    nothing, low = (OPS["full"](shape=(), value=v, dtype=dtype, device=device) for v in (0.0, fill))
-    return replace(parts, mask=OPS["where"](attended, nothing, low), inner=inner)
+    like = parts.product.tensor
+    if sigmoid:  # of what is far below it is 0
+        bias = None if parts.mask is None else _as_bias(parts.mask, like)
+        return replace(parts, mask=attended if bias is None else _biased(attended, bias, -math.inf, like), inner=inner)
+    return replace(parts, mask=_biased(attended, parts.mask, fill, like), inner=inner)
+
+
+def _masks_nothing(bias: Node) -> bool:
+    """The bias is made of positions and of numbers that are the same for all keys (the slopes of ALiBi): it leaves every key in account."""
+    stack = [bias]
+    while stack:
+        node = stack.pop()
+        shape: tuple[object, ...] = getattr(node.type, "shape", ())
+        number = literal(node)
+        if isinstance(number, (int, float)):
+            if abs(number) >= -_FAR_BELOW:
+                return False
+        elif node.op.name != "iota" and not all(same(d, 1) for d in shape[-2:]):  # type: ignore[arg-type]
+            if node.op.name not in _OF_POSITIONS and not _is_moderate(node):
+                return False
+            stack.extend(node.inputs)
+    return True
+
+
+_OF_POSITIONS = frozenset({"add", "sub", "mul", "neg", "abs", "minimum", "maximum", "cast", "reshape", "expand", "permute", "slice"})
+
+
+def _is_moderate(node: Node) -> bool:
+    value = value_of(node)
+    return value is not None and bool((value.abs() < -_FAR_BELOW).all())
+
+
+_MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}
+_NEGATED = {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le"}
 
 
 def is_causal(keep: Node) -> bool:
@@ -141,14 +209,20 @@ def is_causal(keep: Node) -> bool:
     if value is not None:
         return value.dtype == torch.bool and _lower_triangle(value)
     if keep.op.name == "logical_not":
-        flipped = {"lt": "ge", "gt": "le"}.get(keep.inputs[0].op.name)
-        return flipped is not None and _compares(flipped, *keep.inputs[0].inputs)
-    return keep.op.name in ("ge", "le") and _compares(keep.op.name, *keep.inputs)
+        (compared,) = keep.inputs
+        return compared.op.name in _NEGATED and _orders(_NEGATED[compared.op.name], *compared.inputs)
+    return keep.op.name in _MIRRORED and _orders(keep.op.name, *keep.inputs)
 
 
-def _compares(op: str, a: Node, b: Node) -> bool:
-    rows, columns = (a, b) if op == "ge" else (b, a)
-    return _counts(rows, 2) and _counts(columns, 1)
+def _orders(op: str, a: Node, b: Node) -> bool:
+    """`a op b` says that the key comes no later than the query."""
+    if op in ("le", "lt"):
+        op, a, b = _MIRRORED[op], b, a
+    if a.op.name == "sub":  # query - key >= 0, > -1
+        return literal(b) == (0 if op == "ge" else -1) and _counts(a.inputs[0], 2) and _counts(a.inputs[1], 1)
+    if b.op.name == "sub":  # 0 >= key - query, 1 > key - query
+        return literal(a) == (0 if op == "ge" else 1) and _counts(b.inputs[0], 1) and _counts(b.inputs[1], 2)
+    return op == "ge" and _counts(a, 2) and _counts(b, 1)
 
 
 def _counts(node: Node, axis: int) -> bool:
@@ -188,7 +262,8 @@ def _build(parts: _Parts, v: Node) -> Node | None:
         return None
     operands = (q, k, v) if parts.mask is None else (q, k, v, parts.mask)
     try:
-        return OPS["attention"](*operands, causal=parts.causal, scale=parts.scale * q_scale * outer * k_scale)
+        scale = parts.scale * q_scale * outer * k_scale
+        return OPS["attention"](*operands, causal=parts.causal, scale=scale, weights=parts.weights)
     except TypeInferenceError:
         return None
 
@@ -256,15 +331,16 @@ def _attends_causally(m: Match) -> bool | Refusal:
 def _without_mask(causal: bool) -> Callable[[Match], Node]:
     def rewrite(m: Match) -> Node:
         attrs = m.root.attrs
-        return OPS["attention"](m["q"], m["k"], m["v"], causal=causal or attrs["causal"], scale=attrs["scale"])
+        return OPS["attention"](m["q"], m["k"], m["v"], **{**attrs, "causal": causal or attrs["causal"]})
 
     return rewrite
 
 
+_WEIGHED = pat("matmul", pat(("softmax", "sigmoid"), Var("logits"), name="p"), Var("v"))
 _MASKED = pat("attention", Var("q"), Var("k"), Var("v"), Var("mask"))
 
 ATTENTION_RULES: list[Rule] = [
     pattern_rule("recognize.no-mask", _MASKED, _without_mask(False), _attends_all),
     pattern_rule("recognize.causal-mask", _MASKED, _without_mask(True), _attends_causally),
-    pattern_rule("recognize.attention", pat("matmul", pat("softmax", Var("logits"), name="p"), Var("v")), _rewritten, _attends),
+    pattern_rule("recognize.attention", _WEIGHED, _rewritten, _attends),
 ]

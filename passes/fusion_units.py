@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..ir.analysis.indices import poly
@@ -21,6 +21,9 @@ from .windows import is_native_window
 
 INLINE_FLOPS = 8
 """Values that cost at most this many flops per element, read almost nothing and have several readers are recomputed by each."""
+
+MASK_FLOPS = 32
+"""The same for what attentions alone read, a mask or bias: an element of it costs them four flops for each column of their heads."""
 
 FILLS = frozenset({"full", "iota"})
 
@@ -126,31 +129,47 @@ def _is_followed(node: Node, units: Units) -> bool:
 
 
 def _inline_cheap(units: Units) -> None:
-    """Cheap values that read almost nothing (masks from ranges) become transparent where all their readers can recompute them."""
+    """Cheap values that read almost nothing (masks from ranges) become transparent where all their readers can recompute them.
+
+    `flops`, `leaves`: of each node, if it is computed from values in memory by whoever reads it. `chains`: what such a value is computed
+    from that has no reader but it.
+    """
     symbols = units.graph.symbols
-    roots = set(units.graph.roots)
     flops: dict[Node, int] = {}
     leaves: dict[Node, int] = {}
+    chains: dict[Node, tuple[Node, ...]] = {}
     for node in units.nodes:
         if node in units.transparent:
             flops[node] = sum(flops.get(i, 0) for i in node.inputs)
             leaves[node] = sum(leaves.get(i, 0) for i in node.inputs)
+            chains[node] = _joined(chains, node)
             continue
         size = 0 if is_scalar(node) or isinstance(node.type, tuple) else hint(node.tensor.nbytes, symbols)
         flops[node], leaves[node] = 0, size
-        if node.op.category is not Category.POINTWISE or not units.computes(node) or node in roots:
+        if node.op.category is not Category.POINTWISE or not units.computes(node):
             continue
         price = flops_per_element(node, units.graph) + sum(flops[i] for i in node.inputs)
         read = sum(leaves[i] for i in node.inputs)
-        if price <= INLINE_FLOPS and 16 * read <= size and _recomputable(node, units):
-            units.transparent.add(node)
-            flops[node], leaves[node] = price, read
+        readers = _fusing_readers(node, units)
+        if not readers or 16 * read > size or price > (MASK_FLOPS if all(map(is_native_attention, readers)) else INLINE_FLOPS):
+            continue
+        flops[node], leaves[node] = price, read
+        chain = (node, *_joined(chains, node))
+        if len(readers) > 1:
+            units.transparent.update(chain)
+        else:
+            chains[node] = chain
 
 
-def _recomputable(node: Node, units: Units) -> bool:
-    """Several readers, every one able to fuse (through views)."""
+def _joined(chains: Mapping[Node, tuple[Node, ...]], node: Node) -> tuple[Node, ...]:
+    return tuple(n for i in node.inputs for n in chains.get(i, ()))
+
+
+def _fusing_readers(node: Node, units: Units) -> list[Node]:
+    """The readers, through views, if every one is able to fuse."""
     readers = readers_through(node, units.readers, set(units.graph.roots), lambda n: n.op.name in VIEW_INDEX)
-    return len(readers) > 1 and all(r is not None and (units.computes(r) or r in units.transparent) for r in readers)
+    found = [r for r in readers if r is not None and (units.computes(r) or r in units.transparent)]
+    return found if len(found) == len(readers) else []
 
 
 def flops_per_element(node: Node, graph: Graph) -> int:

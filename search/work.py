@@ -18,7 +18,7 @@ import torch
 from ..codegen.kernel import Axis, Kernel, Load, Reduce, cone, free_axes, operands, scalars
 from ..codegen.triton.attention import roles
 from ..codegen.triton.attention_limits import find_limits
-from ..codegen.triton.attention_tiles import AttentionTiles, element_size, padded
+from ..codegen.triton.attention_tiles import AttentionTiles, depth_of, element_size, padded
 from ..codegen.triton.product import ACCUMULATORS, find_product, without_matrix
 from ..codegen.triton.recurrence_tiles import RecurrenceTiles, find_layer, holds_weights, in_registers
 from ..codegen.triton.schedule import Schedule, group_block, inner_groups, next_power_of_two
@@ -211,9 +211,9 @@ def _from_memory(read: float, per_term: tuple[float, float], counts: tuple[int, 
 def _of_attention(kernel: Kernel, sizes: _Sizes) -> Estimate:
     found = roles(kernel)
     rows, batch, keys = sizes.of(found.rows), sizes.of(found.batch), sizes(found.key.extent)
-    depth, width, size = padded(found.depth.extent), padded(found.column.extent), element_size(kernel, found)
-    score = _cost(v for v in cone([found.attend.score]) if v not in set(cone([found.dot])))
-    half = find_limits(kernel, found.attend.score, found.key.name).any and rows > 16
+    depth, width, size = depth_of(found), padded(found.column.extent), element_size(kernel, found)
+    score = _cost(v for v in cone([found.attend.score]) if v not in set(cone(found.dots)))
+    half = find_limits(kernel, found.attend).any and rows > 16
     words, units = found.attend.dtype.itemsize // 4, size <= 2
     single = 0 if units else 1  # matrix units take nothing wider
     read, written = _unique(kernel, sizes)

@@ -1,4 +1,5 @@
 // Attention of generated kernels (included by vec.h): softmax(q k^T) v in tiles, with a running maximum and sum: no matrix of scores exists.
+// `Weights` are those of a softmax (Soften), or what `score` gives (Given).
 //
 // A kernel describes one head of keys and values by lambdas: `query(to, row)` writes the query of a row; `bounds(row)` are the keys it
 // attends to; `score(tile, row, begin, end)` turns the products of a row with keys begin .. end, which are tile[0], tile[1], ..., into
@@ -14,6 +15,8 @@ template <int64_t NR> constexpr int64_t KEYS = 128 / NR * NR;
 struct Bounds {
   int64_t begin, end;
   INLINE void include(Bounds more) { begin = least_of(begin, more.begin), end = more.end > end ? more.end : end; }
+  // How many of the `count` keys from j on come before the end.
+  INLINE int64_t before_end(int64_t j, int64_t count) const { return end - j < count ? (end < j ? 0 : end - j) : count; }
 };
 
 // Rows of a tile: as even as can be, in groups of R.
@@ -96,7 +99,7 @@ template <class T, int L> struct Soften {
   template <class Score> INLINE T add(T* scores, int64_t row, int64_t j, int64_t count, const Score& score) {
     constexpr bool plain = __is_same(Score, Plain);
     constexpr T unit = plain ? T(1) : T(1.4426950408889634);
-    const int64_t end = own.end - j < count ? (own.end < j ? 0 : own.end - j) : count, padded = (end + L - 1) / L * L;
+    const int64_t end = own.before_end(j, count), padded = (end + L - 1) / L * L;
     if constexpr (!plain) score(scores, row, j, j + end);
     for (int64_t c = end; c < padded; c++) scores[c] = -inf<T>;
     for (int64_t c = 0; c < least_of(own.begin - j, end); c++) scores[c] = -inf<T>;
@@ -128,6 +131,22 @@ template <class T, int L> struct Soften {
   }
 };
 
+// Weights that the kernel computes by itself, in place of scores: they are added up as they are.
+template <class T, int L> struct Given {
+  Bounds own;
+  INLINE void begin(Bounds bounds) { own = bounds; }
+
+  template <class Score> INLINE T add(T* scores, int64_t row, int64_t j, int64_t count, const Score& score) {
+    const int64_t end = own.before_end(j, count);
+    score(scores, row, j, j + end);
+    for (int64_t c = end; c < count; c++) scores[c] = T(0);
+    for (int64_t c = 0; c < least_of(own.begin - j, end); c++) scores[c] = T(0);
+    return T(1);
+  }
+
+  INLINE T scale() const { return T(1); }
+};
+
 // Queries times the first `vectors` vectors, at most N, of a panel of keys whose rows are `width` apart.
 template <int R, int N, int L, int D, class T>
 INLINE void multiply(const T* q, int64_t rows, const T* panel, int64_t width, int64_t vectors, T* scores, int64_t ld) {
@@ -151,14 +170,15 @@ template <int L, class T> INLINE void scale_row(T* row, int64_t count, T factor)
 }
 
 // Every `parts`-th tile of queries from `part` on, over all keys of one head. D and E: columns of keys and values, multiples of L.
-template <int R, int N, int L, int D, int E, class T, class KeyRows, class ValueRows, class Query, class Limits, class Score, class Finish>
+template <int R, int N, int L, int D, int E, class T, template <class, int> class Weights, class KeyRows, class ValueRows, class Query,
+          class Limits, class Score, class Finish>
 void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyRows& keys, const ValueRows& values, const Query& query,
             const Limits& bounds, const Score& score, const Finish& finish) {
   constexpr int64_t NR = N * L, KEYS = tile::KEYS<NR>;
   const int64_t size = query_rows(rows, R);
   Row<T> panels(ceil_div(count, NR) * NR * D), packed_values(count * E);
   alignas(64) T q[QUERIES * D] = {}, scores[QUERIES * KEYS], out[QUERIES * E];
-  Soften<T, L> rows_of[QUERIES];
+  Weights<T, L> rows_of[QUERIES];
   const Rows<T> side_by_side = {(const T*)packed_values, E};
   int64_t packed = 0;
   for (int64_t first = part * size; first < rows; first += parts * size) {
@@ -195,12 +215,13 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
 }
 
 // The same for so few rows that keys are not worth packing: each key and value is read once.
-template <int R, int N, int L, int D, int E, class T, class KeyRows, class ValueRows, class Query, class Limits, class Score, class Finish>
+template <int R, int N, int L, int D, int E, class T, template <class, int> class Weights, class KeyRows, class ValueRows, class Query,
+          class Limits, class Score, class Finish>
 void attend_few(int64_t count, const KeyRows& keys, const ValueRows& values, const Query& query, const Limits& bounds, const Score& score,
                 const Finish& finish) {
   constexpr int64_t KEYS = tile::KEYS<L>;
   alignas(64) T q[R * D] = {}, scores[R * KEYS], out[R * E];
-  Soften<T, L> rows_of[R];
+  Weights<T, L> rows_of[R];
   Bounds range = {count, 0};
   for (int64_t r = 0; r < R; r++) {
     query(q + r * D, r);

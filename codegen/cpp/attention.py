@@ -46,8 +46,9 @@ class AttentionPrinter(PartPrinter):
     def __init__(self, kernel: Kernel, target: CpuTarget) -> None:
         super().__init__(kernel, target)
         self.found = find_attention(kernel)
+        self.dot, (self.summed,) = self.found.only_dot, self.found.depths
         self.bounds = _bounds(kernel, self.found)
-        self.factor = _factor(self.bounds.score, self.found.dot)
+        self.factor = _factor(self.bounds.score, self.dot) if self.found.softmax else None
         self.dtype = self.found.attend.dtype
         self.kind = STORAGE[self.dtype]
         self.lanes = target.vector_bytes // self.dtype.itemsize
@@ -60,19 +61,20 @@ class AttentionPrinter(PartPrinter):
         head = self.flat_name(found.batch, "head")
         part, parts = self.names.fresh("part"), self.names.fresh("parts")
         rows, count = self.size(*found.rows), self.size(found.key)
-        width = sum(a.extent for a in (found.column, found.depth) if isinstance(a.extent, int))
+        width = sum(a.extent for a in (found.column, self.summed) if isinstance(a.extent, int))
         work = self.size(*found.rows, found.key, Axis("width", width))
         self.open(f"tile::heads({self.size(*found.batch)}, {rows}, {work}, threads, [=](int64_t {head}, int64_t {part}, int64_t {parts})")
         self.bind(found.batch, head, self.kernel.stores)
-        self.writer(self.callables["query"], self.query(), self.row, found.rows, found.depth)
-        widths = self.rows_of("keys", found.dot.right, found.depth), self.rows_of("values", found.attend.value, found.column)
+        self.writer(self.callables["query"], self.query(), self.row, found.rows, self.summed)
+        widths = self.rows_of("keys", self.dot.right, self.summed), self.rows_of("values", found.attend.value, found.column)
         self.limits()
         terms = self.key_terms()
         self.score(terms)
         self.finish()
         few = product(a.extent for a in found.rows)
         direct = isinstance(few, int) and few <= FEW_ROWS
-        shape = (few if direct else ROWS, 4 if self.target.vector_bytes == 64 else 2, self.lanes, *widths, self.kind)
+        vectors, weights = 4 if self.target.vector_bytes == 64 else 2, "tile::Soften" if found.softmax else "tile::Given"
+        shape = (few if direct else ROWS, vectors, self.lanes, *widths, self.kind, weights)
         function, sizes = ("attend_few", count) if direct else ("attend", f"{rows}, {count}, {part}, {parts}")
         order = (self.callables[n] for n in ("keys", "values", "query", "bounds", "score", "finish"))
         self.line(f"tile::{function}<{', '.join(map(str, shape))}>({sizes}, {', '.join(order)});")
@@ -82,7 +84,7 @@ class AttentionPrinter(PartPrinter):
 
     def query(self) -> Scalar:
         """The left operand, so that products are scores to the base 2 where nothing else happens to them."""
-        left = self.found.dot.left
+        left = self.dot.left
         return left if self.factor is None else Apply(self.dtype, "mul", (left, Const(self.dtype, self.factor * LOG2_E)))
 
     def writer(self, name: str, value: Scalar, flat: str, rows: Sequence[Axis], column: Axis) -> None:
@@ -131,7 +133,7 @@ class AttentionPrinter(PartPrinter):
                 continue
             below = cone([value])
             used = {s.name for s in free_symbols([v.index for v in below if isinstance(v, (Load, Position))])}
-            if value.dtype != self.dtype or used & rows or key.name not in used or self.found.dot in below:
+            if value.dtype != self.dtype or used & rows or key.name not in used or self.dot in below:
                 stack.extend(value.args)
                 continue
             name, memory = self.names.fresh("term"), self.names.fresh("term_memory")
@@ -146,7 +148,7 @@ class AttentionPrinter(PartPrinter):
         if self.factor is not None:
             self.line(f"const tile::Plain {self.callables['score']};")
             return
-        key, dot = self.found.key, self.found.dot
+        key, dot = self.found.key, self.dot
         at = key.symbol - symbol(self.begin)
         stores = (Store(self.tile, at, Rewrite({dot: Load(dot.dtype, self.tile, at), **terms}, {})(self.bounds.score)),)
         parameters = f"{self.kind}* {self.tile}, int64_t {self.row}, int64_t {self.begin}, int64_t {self.end}"
@@ -194,7 +196,7 @@ def _bounds(kernel: Kernel, found: Attention) -> Bounds:
     analysis = LaneAnalysis(kernel, found.key.name, 1)
     known = Bounds(sympy.Integer(0), sympy.sympify(found.key.extent), found.attend.score)
     kept: dict[Scalar, Scalar] = {}
-    for masked in hidden(found.attend.score):
+    for masked in hidden(found.attend):
         assert isinstance(masked, Apply)
         limits = [_limit(analysis, c, found.key.symbol) for c in all_of(masked.args[0])]
         for below, at in filter(None, limits):

@@ -6,6 +6,7 @@
       weights = 2^(score - most); total, attended        rescaled where a block holds a larger score
     the kernel's own stores, over [BLOCK_M, BLOCK_E]
 
+Weights that are given (sigmoid attention, gradients) are added up as they are; their score may be made of several such products.
 Limits that masks set (causal, sliding window, filled length) bound the walk. Blocks that lie within all limits come first and have no
 masks, then those at the edges. With `splits`, several programs share the keys of their queries, and a second kernel joins the parts.
 """
@@ -24,7 +25,7 @@ from ...ir.dims import product
 from ...ir.scalar import Scalar
 from ..attentions import Attention, attentions, find_attention
 from ..errors import Unsupported
-from ..kernel import Axis, Kernel, Store
+from ..kernel import Axis, Dot, Kernel, Store
 from ..names import unique
 from .attention_limits import find_limits, unscaled
 from .attention_parts import Parts, parts_of
@@ -42,7 +43,7 @@ from .schedule import default_schedule
 LOG2_E = 1.4426950408889634
 Writer = TypeVar("Writer", bound=Tile)
 _NAMES = (
-    "dot", "score", "weights", "decay", "largest", "total", "attended",
+    "score", "weights", "decay", "largest", "total", "attended",
     "blocks", "block", "part", "begin", "end", "clear_begin", "clear_end", "share", "clear", "at",
 )  # fmt: skip
 """Variables of a printed function; what a kernel's own names take is numbered."""
@@ -97,6 +98,18 @@ class Walk:
     start: str = ""
 
 
+@dataclass
+class _Product:
+    """One product of rows and keys: its operands as they are multiplied; what writes the left one, and the variable that holds it."""
+
+    dot: Dot
+    depth: Dimension
+    left: Scalar
+    right: Scalar
+    writer: Tile | None = None
+    query: str = ""
+
+
 class AttentionPrinter:
     """Prints the function of a kernel with one attention."""
 
@@ -107,34 +120,42 @@ class AttentionPrinter:
         self.kernel = replace(kernel, axes=(*kernel.axes, *(a for a in rows if a not in kernel.axes)))
         self.heads = Span(found.batch, flat_name(found.batch, "head", taken))
         self.rows = Dimension(Span(rows, flat_name(rows, "row", taken)), "BLOCK_M", tiles.block_m, shared=True)
-        self.depth = _whole(found.depth, "BLOCK_D")
         self.columns = _whole(found.column, "BLOCK_E")
-        self.limits = find_limits(kernel, found.attend.score, found.key.name)
-        self.left, self.right, _ = multiplied(kernel, found.dot.left, found.dot.right, found.dot.dtype)
+        self.limits = find_limits(kernel, found.attend)
+        self.products = [_Product(dot, _whole(axis, f"BLOCK_{letter}"), *multiplied(kernel, dot.left, dot.right, dot.dtype)[:2])
+                         for dot, axis, letter in zip(found.dots, found.depths, "DC")]  # fmt: skip
         value = narrow(kernel, found.attend.value)
         self.weighted = value if value.dtype == found.attend.rounded else found.attend.value
         written = kernel.outputs if parts is None else parts.buffers
         self.buffers = tuple(b.name for b in (*kernel.inputs, *written))
-        blocks = {d.constant: d.block for d in (self.rows, self.depth, self.columns)}
+        self.whole = (*(p.depth for p in self.products), self.columns)
+        blocks = {d.constant: d.block for d in (self.rows, *self.whole)}
         self.constants = blocks | {"BLOCK_N": tiles.block_n} | ({} if parts is None else {"SPLITS": tiles.splits})
         self.type = TYPES[found.attend.dtype]
         self.wide = ".to(tl.int64)" if tiles.wide else ""
         self.beside: Tile | None = None
+        first, *others = self.products
         limits = (*self.limits.begins, *self.limits.ends)
-        self.first, (self.left, *self.bounds) = self.tile(Operand, (self.left, *limits), (self.rows, self.depth))
-        self.beside = self.first
+        self.first, (first.left, *self.bounds) = self.tile(Operand, (first.left, *limits), (self.rows, first.depth))
+        self.beside = first.writer = self.first
+        for other in others:
+            other.writer, (other.left,) = self.tile(Operand, (other.left,), (self.rows, other.depth))
         self.lines = self.first.outer.lines
         self.names = {name: self.first.fresh(name) for name in _NAMES}
+        self.dots = [self.first.fresh("dot") for _ in self.products]
         self.names |= {word: self.first.fresh(f"{found.key.name}_{word}") for word in ("start", "edge", "down")}
 
     def function(self) -> str:
         self.place()
-        self.query = self.first.operand(self.left)
+        for one in self.products:
+            assert isinstance(one.writer, Operand)
+            one.query = one.writer.operand(one.left)
         begins = len(self.limits.begins)
         walks = self.walks(self.bounds[:begins], self.bounds[begins:])
         names = self.names
-        self.lines.append(f'{names["largest"]} = tl.full([BLOCK_M, 1], float("-inf"), {self.type})')
-        self.lines.append(f"{names['total']} = tl.full([BLOCK_M, 1], 0.0, {self.type})")
+        if self.found.softmax:
+            self.lines.append(f'{names["largest"]} = tl.full([BLOCK_M, 1], float("-inf"), {self.type})')
+            self.lines.append(f"{names['total']} = tl.full([BLOCK_M, 1], 0.0, {self.type})")
         self.lines.append(f"{names['attended']} = tl.full([BLOCK_M, BLOCK_E], 0.0, {self.type})")
         for walk in walks:
             self.walk(walk)
@@ -180,9 +201,9 @@ class AttentionPrinter:
             self.lines.append(f"{self.heads.flat} = {program}")
         row = f"({first}tl.arange(0, BLOCK_M))" if first else "tl.arange(0, BLOCK_M)"
         self.lines.append(f"{rows.span.flat} = {row}[:, None]{'' if first else self.wide}")
-        for dimension in (self.depth, self.columns):
+        for dimension in self.whole:
             self.lines.append(f"{dimension.span.flat} = tl.arange(0, {dimension.constant})[None, :]")
-        for dimension in (rows, self.depth, self.columns):
+        for dimension in (rows, *self.whole):
             self.lines.extend(mask_lines(dimension))
 
     # ---- the loops over the keys
@@ -256,8 +277,8 @@ class AttentionPrinter:
         across, down = self.key(walk.within), self.key(walk.within, self.names["down"])
         before = first.names()
         body = first.enter().lines
-        score, unit = self.scores(walk, across, down)
-        self.soften(score, unit)
+        known: dict[Scalar, str] = {p.dot: self.product(name, p, down) for name, p in zip(self.dots, self.products)}
+        (self.soften if self.found.softmax else self.weigh)(walk, across, known)
         self.attend(down)
         first.leave()
         first.forget(first.names() - before)
@@ -272,25 +293,30 @@ class AttentionPrinter:
         keys = f"{flat} = ({start} + tl.arange(0, BLOCK_N)){along}{self.wide}"
         return [keys, *mask_lines(dimension)]
 
-    def scores(self, walk: Walk, across: Dimension, down: Dimension) -> tuple[str, float]:
-        """(variable of the scores, what they are to be multiplied by to be exponents of 2)."""
-        keys, (right,) = self.tile(Operand, (self.right,), (down, self.depth))
-        product = f"tl.dot({self.query}, {keys.operand(right)}.T{_precision(right)})"
-        dot = self.found.dot
-        self.first.assign(self.names["dot"], product)
-        factor, score = unscaled(self.limits.inside if walk.within else self.found.attend.score, dot)
-        tile, (score,) = self.tile(Tile, (score,), (self.rows, across), {dot: self.names["dot"]})
-        code = tile.masked(score, across.mask) if across.masked else tile.value(score)
-        if code.isidentifier():
-            return code, factor * LOG2_E
-        return self.first.assign(self.names["score"], code), factor * LOG2_E
+    def product(self, name: str, product: _Product, down: Dimension) -> str:
+        """A variable that holds the products of the rows with a block of keys."""
+        keys, (right,) = self.tile(Operand, (product.right,), (down, product.depth))
+        return self.first.assign(name, f"tl.dot({product.query}, {keys.operand(right)}.T{_precision(right)})")
 
-    def soften(self, score: str, unit: float) -> None:
-        """The running softmax; what came before decays where a score is the largest so far."""
-        n = self.names
+    def scored(self, score: Scalar, across: Dimension, known: Mapping[Scalar, str], out: float) -> str:
+        """The text of scores or weights, which are `out` beyond the last key."""
+        tile, (score,) = self.tile(Tile, (score,), (self.rows, across), known)
+        return tile.masked(score, across.mask, out) if across.masked else tile.value(score)
+
+    def soften(self, walk: Walk, across: Dimension, known: Mapping[Scalar, str]) -> None:
+        """The running softmax; what came before decays where a score is the largest so far. Scores become exponents of 2."""
+        n, dot = self.names, self.found.dots[0]
+        factor, score = unscaled(self.limits.inside if walk.within else self.found.attend.score, dot)
+        code = self.scored(score, across, known, float("-inf"))
+        score = code if code.isidentifier() else self.first.assign(n["score"], code)
         function = "_soften_wide" if self.found.attend.dtype == torch.float64 else "_soften"
         state = f"{n['largest']}, {n['total']}"
-        self.first.assign(f"{n['weights']}, {n['decay']}, {state}", f"{function}({score}, {unit!r}, {state})")
+        self.first.assign(f"{n['weights']}, {n['decay']}, {state}", f"{function}({score}, {factor * LOG2_E!r}, {state})")
+
+    def weigh(self, walk: Walk, across: Dimension, known: Mapping[Scalar, str]) -> None:
+        """Weights that are given."""
+        score = self.limits.inside if walk.within else self.found.attend.score
+        self.first.assign(self.names["weights"], self.scored(score, across, known, 0.0))
 
     def attend(self, down: Dimension) -> None:
         """Adds the weighted values of a block."""
@@ -298,14 +324,16 @@ class AttentionPrinter:
         tile, (value,) = self.tile(Operand, (self.weighted,), (down, self.columns))
         values = tile.operand(value)
         weights = f"{n['weights']}.to({TYPES[value.dtype]})" if value.dtype in NARROW else n["weights"]
-        self.first.assign(n["attended"], f"tl.dot({weights}, {values}, {n['attended']} * {n['decay']}{_precision(value)})")
+        before = n["attended"] + (f" * {n['decay']}" if self.found.softmax else "")
+        self.first.assign(n["attended"], f"tl.dot({weights}, {values}, {before}{_precision(value)})")
 
     # ---- results
 
     def store(self) -> None:
         """The stores of the kernel, where the attention is what was found."""
         attended, total = self.names["attended"], self.names["total"]
-        self.lines.append(f"{attended} *= 1.0 / tl.where({total} == 0.0, 1.0, {total})")
+        if self.found.softmax:
+            self.lines.append(f"{attended} *= 1.0 / tl.where({total} == 0.0, 1.0, {total})")
         known: dict[Scalar, str] = {self.found.attend: attended}
         tile, stores = self.tile_of(Tile, self.kernel.stores, (self.rows, self.columns), known)
         for store in stores:
@@ -323,9 +351,8 @@ class AttentionPrinter:
         rows = f", {row.mask}" if row.masked else ""
         both = " & ".join(d.mask for d in (row, columns) if d.masked)
         place = f"{at} * {self.found.column.extent} + {columns.span.flat}"
-        for buffer, where, value, mask in zip(
-            self.parts.buffers, (at, at, place), ("largest", "total", "attended"), (rows, rows, f", {both}" if both else "")
-        ):
+        of_rows = [(value, at, rows) for value in ("largest", "total") if self.found.softmax]
+        for buffer, (value, where, mask) in zip(self.parts.buffers, [*of_rows, ("attended", place, f", {both}" if both else "")]):
             self.lines.append(f"tl.store({buffer.name}_ptr + {where}, {n[value]}{mask})")
 
 

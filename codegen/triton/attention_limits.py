@@ -2,6 +2,7 @@
 
     where(key <= query, s, -inf)                              -->   keys before query + 1, and there the score is s
     where(key >= first[query] and key < last[query], s, -inf)  -->   keys first[query] .. last[query]; the score is s
+    exp(where(key <= query, s, -inf) - lse)                    -->   the same, for weights that are given: there it is exp(s - lse)
 
 Limits may be computed or loaded (offsets of packed sequences, the filled length of a cache), as long as they know no key.
 """
@@ -15,9 +16,9 @@ import torch
 
 from ...ir.dims import symbol
 from ...ir.scalar import Apply, Const, Scalar, apply, where
-from ..attentions import all_of, hidden
+from ..attentions import all_of, hidden, selections
 from ..hashcons import rebuilt
-from ..kernel import Dot, Kernel, Position, cone, free_axes
+from ..kernel import Attend, Dot, Kernel, Position, cone, free_axes
 
 _INTEGERS = frozenset({torch.int32, torch.int64})
 _MIRRORED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
@@ -107,12 +108,12 @@ def _index(value: Scalar) -> sympy.Expr | None:
     return sympy.Integer(int(value.value)) if isinstance(value, Const) else None
 
 
-def find_limits(kernel: Kernel, score: Scalar, key: str) -> Limits:
-    """The limits that a score's masks set, and what the score is within them."""
-    free = free_axes(kernel)
+def find_limits(kernel: Kernel, attend: Attend) -> Limits:
+    """The limits that the masks of an attention set, and what its score is within them."""
+    free, score, key = free_axes(kernel), attend.score, attend.axis
     search = _Search(key, {v for v in cone([score]) if key in free[v]})
     kept: dict[Scalar, list[Scalar]] = {}
-    for masked in hidden(score):
+    for masked in hidden(attend):
         assert isinstance(masked, Apply)
         kept[masked] = [c for c in all_of(masked.args[0]) if not search.bounds(c)]
     new: dict[Scalar, Scalar] = {}
@@ -140,7 +141,7 @@ def unscaled(score: Scalar, dot: Dot) -> tuple[float, Scalar]:
 
     where(keep, 0.3 * dot, -inf)  -->  0.3, where(keep, dot, -inf)
     """
-    if isinstance(score, Apply) and score.op == "where" and score in hidden(score):
+    if isinstance(score, Apply) and score.op == "where" and score in selections(score, float("-inf")):
         condition, value, low = score.args
         factor, rest = unscaled(value, dot)
         return (factor, score) if rest is value else (factor, where(condition, rest, low))

@@ -3,6 +3,7 @@
     part s of a row:  largest[s], total[s] = sum of weights, attended[s] = sum of weights * values;  weights = 2^(score - largest[s])
     join:  f[s] = 2^(largest[s] - max over s of largest);  (sum over s of f * attended) / (sum over s of f * total)
 
+Where weights are given, parts are sums: attended[s] alone, and (sum over s of attended).
 The joining kernel is an ordinary one of the kernel IR, whose stores are those of the attention.
 """
 
@@ -24,28 +25,30 @@ from .legalize import rewritten
 
 @dataclass(frozen=True)
 class Parts:
-    """buffers: largest and total, by part of each row, and attended, by column as well. join: the kernel over them."""
+    """buffers: largest and total, by part of each row, of a softmax; attended, by column as well. join: the kernel over them."""
 
-    buffers: tuple[Buffer, Buffer, Buffer]
+    buffers: tuple[Buffer, ...]
     join: Kernel
 
 
 def parts_of(kernel: Kernel, found: Attention, splits: int) -> Parts:
     """The parts of an attention whose rows stand in the order of `found`: batch, rows, part, column."""
     taken = {b.name for b in (*kernel.inputs, *kernel.outputs)} | {a.name for a in kernel.axes} | set(kernel.sizes)
-    names = [unique(name, taken) for name in ("largest", "total", "attended")]
+    of_rows = ("largest", "total") if found.softmax else ()
+    names = [unique(name, taken) for name in (*of_rows, "attended")]
     part = Axis(unique("s", taken), splits, inner=True)
     walked = (*found.batch, *found.rows, part)
-    count, dtype = product(a.extent for a in walked), found.attend.dtype
-    sizes = (count, count, product((count, found.column.extent)))
-    largest, total, attended = (Buffer(name, dtype, size) for name, size in zip(names, sizes))
-    loads = (Load(dtype, b.name, flat(axes)) for b, axes in ((largest, walked), (total, walked), (attended, (*walked, found.column))))
-    stores = rewritten(kernel.stores, {found.attend: _joined(part.name, *loads)})
+    dtype = found.attend.dtype
+    spaces = (*(walked for _ in of_rows), (*walked, found.column))
+    buffers = tuple(Buffer(name, dtype, product(a.extent for a in axes)) for name, axes in zip(names, spaces))
+    loads = [Load(dtype, b.name, flat(axes)) for b, axes in zip(buffers, spaces)]
+    joined = _joined(part.name, *loads) if found.softmax else Reduce(dtype, "sum", loads[0], (part.name,))
+    stores = rewritten(kernel.stores, {found.attend: joined})
     read = {v.buffer for v in scalars(stores) if isinstance(v, Load)}
-    inputs = (*(b for b in kernel.inputs if b.name in read), largest, total, attended)
+    inputs = (*(b for b in kernel.inputs if b.name in read), *buffers)
     label = f"joins the parts of {kernel.name}"
     join = replace(kernel, name=f"{kernel.name}_join", axes=(*kernel.grid, part), inputs=inputs, stores=stores, label=label)
-    return Parts((largest, total, attended), join)
+    return Parts(buffers, join)
 
 
 def _joined(part: str, largest: Scalar, total: Scalar, attended: Scalar) -> Scalar:

@@ -61,13 +61,19 @@ def padded(extent: Dim) -> int:
 
 def element_size(kernel: Kernel, found: Attention) -> int:
     """Bytes of a key in the block that is multiplied."""
-    return max((kernel.buffer(v.buffer).dtype.itemsize for v in cone([found.dot.right]) if isinstance(v, Load)), default=4)
+    rights = [d.right for d in found.dots]
+    return max((kernel.buffer(v.buffer).dtype.itemsize for v in cone(rights) if isinstance(v, Load)), default=4)
+
+
+def depth_of(found: Attention) -> int:
+    """Columns of what is read of one key to multiply it."""
+    return sum(padded(a.extent) for a in found.depths)
 
 
 def space(kernel: Kernel, found: Attention, target: str | None = None) -> Space:
     """The tiles of an attention (on a target)."""
     m, n, warps, stages = (symbol(s) for s in ("block_m", "block_n", "num_warps", "num_stages"))
-    depth, width = padded(found.depth.extent), padded(found.column.extent)
+    depth, width = depth_of(found), padded(found.column.extent)
     words, shared = found.attend.dtype.itemsize // 4, UNITS[target].shared if target else SHARED_BYTES
     limits = (
         Limit("keys and values in flight fit shared memory", stages * n * (depth + width) * element_size(kernel, found), shared),
@@ -86,14 +92,14 @@ def refusal(kernel: Kernel, found: Attention, tiles: AttentionTiles) -> str | No
 
 def default_tiles(kernel: Kernel, found: Attention, ranges: Mapping[str, SymbolRange] | None = None) -> AttentionTiles:
     """Reasonable tiles: no more rows than there are, and keys split where there are few programs (a step of decoding)."""
-    size, width = element_size(kernel, found), max(padded(found.depth.extent), padded(found.column.extent))
+    size, width = element_size(kernel, found), max(padded(a.extent) for a in (*found.depths, found.column))
     size = max(size, found.attend.dtype.itemsize) if found.attend.dtype == torch.float64 else max(size, 2)
     m, n, warps, stages = next(tiles for widest, tiles in _DEFAULTS[size] if width <= widest)
     rows = product(a.extent for a in found.rows)
     if isinstance(rows, int) and rows < m:
         m = padded(rows)
     if m == LEAST:  # the keys set the time
-        flight = _IN_FLIGHT // ((padded(found.depth.extent) + padded(found.column.extent)) * size)
+        flight = _IN_FLIGHT // ((depth_of(found) + padded(found.column.extent)) * size)
         n, warps, stages = max(LEAST, min(128, next_power_of_two(flight + 1) // 2)), 4, 3 if flight >= LEAST else 1
     tiles = AttentionTiles(m, n, warps, stages, wide=is_wide(kernel, ranges or {}))
     return replace(tiles, splits=_splits(found, tiles))

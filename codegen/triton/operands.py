@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from ...ir.scalar import Apply, Scalar
-from ..attentions import hidden
+from ..attentions import selections
 from ..kernel import Kernel, Load, Position, scalars
 from .expressions import Expressions, Widths
 from .layout import Dimension, Layout
@@ -44,13 +44,14 @@ class Tile(Expressions):
         self.prepare(value)
         return self.text(value).code
 
-    def masked(self, score: Scalar, mask: str) -> str:
-        """A score that is -inf outside of a mask."""
-        if not isinstance(score, Apply) or score not in hidden(score):
-            return f'tl.where({mask}, {self.value(score)}, float("-inf"))'
+    def masked(self, score: Scalar, mask: str, out: float) -> str:
+        """A score that is `out`, 0 or -inf, outside of a mask."""
+        other = 'float("-inf")' if out else "0.0"
+        if not isinstance(score, Apply) or score not in selections(score, out):
+            return f"tl.where({mask}, {self.value(score)}, {other})"
         condition, value, _ = score.args
         self.prepare(condition)
-        return f'tl.where({mask} & {self.text(condition).at(AND)}, {self.value(value)}, float("-inf"))'
+        return f"tl.where({mask} & {self.text(condition).at(AND)}, {self.value(value)}, {other})"
 
     def limit(self, value: Scalar) -> tuple[str, bool]:
         """An integer, and whether it differs between the rows of the block."""

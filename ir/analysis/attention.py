@@ -1,6 +1,6 @@
 """How an attention is evaluated at an index: a point of kind ATTEND over the keys.
 
-    attention(q, k, v)[i, e]   -->   sum over a of softmax over a (score[i, a]) * v[a, e]
+    attention(q, k, v)[i, e]   -->   sum over a of softmax over a (score[i, a]) * v[a, e]; or sigmoid (score[i, a]) * v[a, e]
                                      score[i, a] = scale * (sum over b of q[i, b] * k[a, b]), masked
 
 Here a numbers the keys and b the columns of query and key.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..graph import Node, graph_input
+from ..ops import OPS
 from ..ops.composites import attention_scores
 from ..reasons import Reason
 from ..types import TensorType, compute_dtype
@@ -42,8 +43,10 @@ def attention(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
     product = graph_input("product", TensorType(wide, (*node.shape[:-1], k.shape[-2]), node.tensor.device))
     place = (*batch, row, at)
     puller.place(product, place, puller.add(Point(Kind.DOT, node, (left, right), dtype=wide, axes=tuple(c.names()))))
-    score = puller.at(attention_scores(product, *masks, causal=node.attrs["causal"], scale=node.attrs["scale"]), place)
-    return puller.add(Point(Kind.ATTEND, node, (score, value), dtype=node.dtype, axes=tuple(at.names())))
+    score = attention_scores(product, *masks, causal=node.attrs["causal"], scale=node.attrs["scale"])
+    given = node.attrs["weights"] == "sigmoid"
+    weights = puller.at(OPS["sigmoid"](score) if given else score, place)
+    return puller.add(Point(Kind.ATTEND, node, (weights, value), dtype=node.dtype, axes=tuple(at.names()), value=given))
 
 
 def _heads(puller: Puller, x: Node, batch: Sequence[Poly], node: Node) -> Index:

@@ -41,7 +41,7 @@ class Kind(enum.Enum):
     REDUCE = "a reduction over all inner axes"
     SCAN = "a scan along the inner axis"
     DOT = "the sum of operand 0 * operand 1 over axes of its own; plus operand 2 if any; if masked, of terms within the last three operands"
-    ATTEND = "the sum of softmax(operand 0) * operand 1 over an axis of its own"
+    ATTEND = "the sum of softmax(operand 0) * operand 1 over an axis of its own; of operand 0 * operand 1 if `value`"
     WINDOW = "a pooling of operand 0 over axes of its own, a mean divides by operand 1; of a depthwise convolution as DOT"
 
 

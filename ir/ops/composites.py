@@ -182,14 +182,18 @@ def _expand_batch_norm(x: Node, mean: Node, var: Node, w: Node | None = None, b:
 
 
 def _infer_attention(
-    q: TensorType, k: TensorType, v: TensorType, mask: TensorType | None = None, *, causal: bool = False, scale: float
-) -> Type:
+    q: TensorType, k: TensorType, v: TensorType, mask: TensorType | None = None, *, causal: bool = False, scale: float,
+    weights: str = "softmax",
+) -> Type:  # fmt: skip
     """q [..., h, m, d], k [..., g, n, d], v [..., g, n, e] with h a multiple of g (grouped queries) -> [..., h, m, e].
 
     mask broadcasts to [..., h, m, n]: bool (True = attend) or added to the logits. causal: key position <= query position, both from 0.
-    A row with nothing to attend to (all False, all -inf, or no keys) yields 0.
+    A row with nothing to attend to (all False, all -inf, or no keys) yields 0. weights: softmax of the logits over the keys, or the
+    sigmoid of each (Ramapuram et al., Theory, Analysis, and Best Practices for Sigmoid Self-Attention, 2024).
     """
     _float(q)
+    if weights not in ("softmax", "sigmoid"):
+        raise ValueError(f"weights are by softmax or by sigmoid, not by {weights}")
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError("q, k and v must have one dtype")
     if not 2 <= q.rank == k.rank == v.rank:
@@ -223,7 +227,9 @@ def _check_mask(mask: TensorType | None, dtype: torch.dtype, logits: tuple[Dim, 
         raise ValueError(f"{mask} has more dimensions than the logits")
 
 
-def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, causal: bool, scale: float) -> Any:
+def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, causal: bool, scale: float, weights: str) -> Any:
+    if weights == "sigmoid":
+        return _sigmoid_attention(q, k, v, mask, causal, scale)
     grouped = q.dim() > 2 and q.shape[-3] != k.shape[-3]
     if causal and mask is not None:
         keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
@@ -234,25 +240,47 @@ def _attention(q: Any, k: Any, v: Any, mask: Any = None, *, causal: bool, scale:
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
 
 
-def _expand_attention(q: Node, k: Node, v: Node, mask: Node | None = None, *, causal: bool, scale: float) -> Node:
+def _sigmoid_attention(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> Any:
+    wide = compute_dtype(q.dtype)
+    if q.dim() > 2:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) if t.shape[-3] != q.shape[-3] else t for t in (k, v))
+    logits = masked_logits((q.to(wide) @ k.to(wide).mT) * scale, mask, causal)
+    return (logits.sigmoid() @ v.to(wide)).to(q.dtype)
+
+
+def masked_logits(logits: Any, mask: Any, causal: bool) -> Any:
+    """The meaning of `attention_scores`, from scaled products on."""
+    if causal:
+        logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril(), -math.inf)
+    if mask is None:
+        return logits
+    return torch.where(mask, logits, -math.inf) if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
+
+
+def _expand_attention(q: Node, k: Node, v: Node, mask: Node | None = None, *, causal: bool, scale: float, weights: str) -> Node:
     out = q.tensor.with_shape(_infer_attention(*(t.tensor for t in (q, k, v)), causal=causal, scale=scale).shape)  # type: ignore[union-attr]
     if same(k.shape[-2], 0):
         return _op("full")(shape=out.shape, value=0.0, dtype=q.dtype, device=out.device)
     if q.tensor.rank > 2 and not same(q.shape[-3], k.shape[-3]):
-        k, v = (_repeat_heads(t, q.shape[-3]) for t in (k, v))
-    rank, wide = k.tensor.rank, compute_dtype(q.dtype)
-    kt = _op("permute")(_cast(k, wide), dims=(*range(rank - 2), rank - 1, rank - 2))
-    logits = attention_scores(_op("matmul")(_cast(q, wide), kt), mask, causal=causal, scale=scale)
-    weights = _expand_softmax(logits, dim=-1)
-    if mask is not None:
+        k, v = (repeat_heads(t, q.shape[-3]) for t in (k, v))
+    wide = compute_dtype(q.dtype)
+    logits = attention_scores(_op("matmul")(_cast(q, wide), transposed(_cast(k, wide))), mask, causal=causal, scale=scale)
+    shares = _op("sigmoid")(logits) if weights == "sigmoid" else _expand_softmax(logits, dim=-1)
+    if mask is not None and weights == "softmax":
         nothing = _op("eq")(_op("amax")(logits, dims=(-1,), keepdim=True), -math.inf)
-        weights = _op("where")(nothing, 0.0, weights)
-    return _cast(_op("matmul")(weights, _cast(v, wide)), q.dtype)
+        shares = _op("where")(nothing, 0.0, shares)
+    return _cast(_op("matmul")(shares, _cast(v, wide)), q.dtype)
+
+
+def transposed(x: Node) -> Node:
+    """x with its last two dimensions swapped."""
+    rank = x.tensor.rank
+    return _op("permute")(x, dims=(*range(rank - 2), rank - 1, rank - 2))
 
 
 def attention_scores(product: Node, mask: Node | None = None, *, causal: bool, scale: float) -> Node:
-    """What an attention takes the softmax of, from q @ k^T: scaled; -inf where a bool mask is False or, if causal, where the key comes
-    after the query; other masks are added.
+    """What an attention takes the softmax or sigmoid of, from q @ k^T: scaled; -inf where a bool mask is False or, if causal, where the
+    key comes after the query; other masks are added.
     """
     logits = _op("mul")(product, scale)
     if causal:
@@ -268,7 +296,7 @@ def attention_scores(product: Node, mask: Node | None = None, *, causal: bool, s
     return _op("add")(logits, _cast(mask, logits.dtype))
 
 
-def _repeat_heads(x: Node, heads: Dim) -> Node:
+def repeat_heads(x: Node, heads: Dim) -> Node:
     """Each of the g heads `heads / g` times in a row."""
     *lead, g, n, d = x.shape
     wide = _op("expand")(_op("reshape")(x, shape=(*lead, g, 1, n, d)), shape=(*lead, g, heads // g, n, d))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ def kept(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) > 0.3
 
 
-def attention(q: Node, k: Node, v: Node, mask: Node | None = None, causal: bool = False) -> Node:
-    return ops.op("attention")(q, k, v, *([mask] if mask is not None else []), causal=causal, scale=0.3)
+def attention(q: Node, k: Node, v: Node, mask: Node | None = None, causal: bool = False, **attrs: Any) -> Node:
+    return ops.op("attention")(q, k, v, *([mask] if mask is not None else []), causal=causal, scale=0.3, **attrs)
 
 
 def causal(q: Node, k: Node, v: Node, mask: Node | None = None) -> Node:
@@ -54,10 +55,29 @@ def grouped(q: Node, k: Node, v: Node) -> Node:
     return joined(causal(heads(q, 4), heads(k, 2), heads(v, 2)))
 
 
+def sigmoid(q: Node, k: Node, v: Node, mask: Node | None = None, causal: bool = False) -> Node:
+    return attention(q, k, v, mask, causal, weights="sigmoid")
+
+
+def biased(q: Node, k: Node, v: Node, causal: bool = True) -> Node:
+    """FlashSigmoid: a bias of -log(keys), so that the weights of a row are about 1 together."""
+    return sigmoid(q, k, v, ops.op("full")(shape=(), value=-math.log(k.shape[-2]), dtype=torch.float32, device="cpu"), causal)
+
+
+def decoded(q: Node, k: Node, v: Node) -> Node:
+    return biased(q, k, v, causal=False)
+
+
 def window(q: Node, k: Node, v: Node) -> Node:
     rows, keys = positions(q.shape[-2])
     away = ops.sub(rows, keys)
     return attention(q, k, v, ops.logical_and(ops.ge(away, 0), ops.lt(away, 20)))
+
+
+def sigmoid_window(q: Node, k: Node, v: Node) -> Node:
+    rows, keys = positions(q.shape[-2])
+    away = ops.sub(rows, keys)
+    return sigmoid(q, k, v, ops.logical_and(ops.ge(away, 0), ops.lt(away, 20)))
 
 
 def alibi(q: Node, k: Node, v: Node, slopes: Node) -> Node:
@@ -99,6 +119,14 @@ add("causal and additive mask", causal, x(2, 3, 40, 16), x(2, 3, 40, 16), x(2, 3
 add("padding", padded, x(2, 3, 40, 16), x(2, 3, 50, 16), x(2, 3, 50, 16), kept(2, 50))
 add("sliding window", window, x(1, 2, 200, 16), x(1, 2, 200, 16), x(1, 2, 200, 16))
 add("alibi", alibi, x(1, 4, 80, 16), x(1, 4, 80, 16), x(1, 4, 80, 16), x(4, 1, 1).abs())
+add("sigmoid", sigmoid, x(2, 3, 37, 16), x(2, 3, 50, 16), x(2, 3, 50, 32) / 50)
+add("sigmoid, biased and causal", biased, x(1, 2, 200, 16), x(1, 2, 200, 16), x(1, 2, 200, 16))
+add("sigmoid in a window", sigmoid_window, x(1, 2, 200, 16), x(1, 2, 200, 16), x(1, 2, 200, 16) / 20)
+add("sigmoid, bool mask", sigmoid, x(2, 3, 40, 16), x(2, 3, 50, 16), x(2, 3, 50, 16) / 50, kept(40, 50))
+add("sigmoid, bfloat16", sigmoid, *(x(1, 2, 70, 64, dtype=torch.bfloat16) for _ in range(2)), x(1, 2, 70, 64, dtype=torch.bfloat16) / 70,
+    x(70, 70, dtype=torch.bfloat16))  # fmt: skip
+add("sigmoid, grouped heads", sigmoid, x(2, 4, 21, 16), x(2, 2, 30, 16), x(2, 2, 30, 16) / 30)
+add("sigmoid, a step of decoding", decoded, x(2, 4, 1, 32), x(2, 2, 300, 32), x(2, 2, 300, 32))
 add("bfloat16", causal, *(x(1, 2, 70, 64, dtype=torch.bfloat16) for _ in range(3)), x(70, 70, dtype=torch.bfloat16))
 add("float16", attention, *(x(1, 2, 33, 40, dtype=torch.float16) for _ in range(3)))
 add("float64", causal, *(x(1, 2, 70, 16, dtype=torch.float64) for _ in range(3)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lowering import check, graph_of
 from tilewright.codegen.cpp.toolchain import compile_kernels
-from tilewright.codegen.kernel import Load, Reduce, scalars
+from tilewright.codegen.kernel import Load, Position, Reduce, scalars
 from tilewright.codegen.lower import LoweringError, lower
 from tilewright.codegen.reference import run
 from tilewright.codegen.triton.runtime import run as interpreted
@@ -366,3 +366,18 @@ def test_names_are_readable_and_distinct():
     graph = graph_of(lambda a, b: ops.op("add")(a, b, hint="x0"), [x(3), x(3)])
     kernel = lower(graph, "k")
     assert [b.name for b in (*kernel.inputs, *kernel.outputs)] == ["x0", "x1", "x0_2"]
+
+
+def test_masks_and_distances_have_one_form():
+    """where(drop, -inf, x) is where(keep, x, -inf) where what keeps can be said as plainly; a distance of positions is one position."""
+
+    def masked(scores, *more):
+        i = ops.iota(length=6)
+        away = ops.sub(i, ops.reshape(i, shape=(6, 1)))
+        return ops.where(ops.logical_or(ops.gt(away, 0), *more or (ops.le(away, -3),)), -math.inf, scores)
+
+    (store,) = check(masked, x(6, 6)).stores
+    assert store.value.op == "where" and store.value.args[0].op == "and" and store.value.args[2].value == -math.inf
+    assert {str(v.index) for v in scalars([store]) if isinstance(v, Position)} == {"-i + j"}
+    (store,) = check(masked, x(6, 6), x(6, 6, dtype=torch.bool)).stores
+    assert store.value.args[1].value == -math.inf

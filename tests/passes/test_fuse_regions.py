@@ -314,3 +314,25 @@ def grown(kind, a, b, shape):
         lambda: ops.where(ops.gt(full, other), full, ops.sum(full, dims=(2,), keepdim=True)),
     ]  # fmt: skip
     return made[kind]()
+
+
+def test_a_bias_of_positions_is_computed_by_each_attention_that_reads_it():
+    """Values with a single reader go with it: the distances and their products with the slopes have no kernel of their own."""
+    after = fused("""
+        graph g(q: f32[1, 4, 64, 8], k: f32[1, 4, 64, 8], v: f32[1, 4, 64, 8], s: f32[4, 1, 1]) stage canonical {
+          i = iota(length=64)
+          r = reshape(i, shape=(64, 1))
+          d = sub(i, r)
+          n = abs(d)
+          o = neg(n)
+          p = mul(s, o)
+          m = le(d, 0)
+          w = gt(d, -20)
+          l = logical_and(m, w)
+          b = where(l, p, -inf)
+          y = attention(q, k, v, b, scale=0.5)
+          z = attention(q, k, y, b, scale=0.5)
+          return z
+        }""")
+    assert len(bodies(after)) == 2
+    assert all("abs" in [n.op.name for n in order(b)] for b in bodies(after))

@@ -9,6 +9,7 @@ import torch
 from pass_checks import assert_same_values, body, refusals, run
 from tilewright.ir.graph import Graph, graph_input, make_graph, order
 from tilewright.ir.ops import OPS
+from tilewright.ir.retarget import retarget
 from tilewright.ir.types import TensorType
 from tilewright.passes.base import Notes, Reason
 from tilewright.passes.canonicalize import Canonicalize
@@ -239,6 +240,92 @@ def test_refused_because_it_is_no_attention(why: str) -> None:
     mask, lines, value = NO_ATTENTION[why]
     new, notes = _recognized(body(f"{QKV}, {mask}", *lines, *TAIL), [*_qkv(), value])
     assert "softmax" in _ops(new) and refusals(notes) == {("recognize.attention", Reason.SHAPE_MISMATCH)}
+
+
+# -- attention with a bias of positions (ALiBi)
+
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625]).view(1, 4, 1, 1)
+BIAS = ["n = iota(length=s)", "f = cast(n, dtype=f32)", "g = reshape(f, shape=[1, 1, 1, s])", "bias = mul(slopes, g)", "c = mul(l, 0.25)",
+        "b1 = add(c, bias)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("drop", ["gt(i, r)", "lt(r, i)", "ge(d, 1)", "lt(e, 0)", "le(e, -1)", "gt(d, 0)"])
+def test_a_bias_of_positions_under_a_causal_mask(drop: str) -> None:
+    """As in MPT: the bias is added, what comes later is filled with the least number."""
+    away = ["d = sub(i, r)", "e = sub(r, i)", f"m = {drop}", "a = where(m, -3.4028234663852886e+38, b1)"]
+    text = body(QKV + ", slopes: f32[1, 4, 1, 1]", *LOGITS, *BIAS, *CAUSAL, *away, *TAIL)
+    new, _ = _recognized(text, [*_qkv(), SLOPES])
+    (attention,) = [n for n in order(new) if n.op.name == "attention"]
+    assert attention.attrs["causal"] and attention.inputs[3].op.name == "mul" and "softmax" not in _ops(new)
+
+
+def test_two_masks_are_added() -> None:
+    text = body(QKV + ", slopes: f32[1, 4, 1, 1], mask: f32[b, 1, s, s]", *LOGITS, *BIAS, "a = add(b1, mask)", *TAIL)
+    mask = torch.where(torch.ones(5, 5).tril() > 0, 0.0, torch.finfo(torch.float32).min).expand(2, 1, 5, 5)
+    new, _ = _recognized(text, [*_qkv(), SLOPES, mask])
+    assert "attention" in _ops(new) and "softmax" not in _ops(new)
+
+
+def test_a_mask_under_a_causal_fill_stays_one() -> None:
+    """A row may be masked wherever causality lets it attend: then the fill decides, as it does in eager."""
+    fill = "a = where(m, b1, -3.4028234663852886e+38)"
+    text = body(QKV + ", mask: f32[1, 1, s, s]", *LOGITS, *CAUSAL, "m = ge(r, i)", "b1 = add(l, mask)", fill, *TAIL)
+    mask = torch.zeros(1, 1, 5, 5)
+    mask[..., :2] = -3e38
+    new, _ = _recognized(text, [*_qkv(), mask])
+    (attention,) = [n for n in order(new) if n.op.name == "attention"]
+    assert not attention.attrs["causal"]
+
+
+# -- sigmoid attention
+
+SIGMOID = ["p = sigmoid(a)", "y = matmul(p, v)", "y"]
+SIGMOID_FORMS = {
+    "plain": ("", ["a = mul(l, 0.25)"]),
+    "a bias": ("", ["c = mul(l, 0.25)", "a = add(c, -1.6)"]),
+    "a bias of each head": (", t: f32[4, 1, 1]", ["c = mul(l, 0.25)", "a = add(c, t)"]),
+    "a mask": (", t: bool[s, s]", ["a = where(t, l, -inf)"]),
+    "a bias and a mask": (", t: bool[s, s]", ["c = add(l, -1.6)", "a = where(t, c, -inf)"]),
+    "a mask and a bias": (", t: bool[s, s]", ["c = where(t, l, -1e38)", "a = add(c, -1.6)"]),
+    "causal, a bias": ("", [*CAUSAL, "m = ge(r, i)", "c = add(l, -1.6)", "a = where(m, c, -inf)"]),
+}
+
+
+@pytest.mark.parametrize("name", SIGMOID_FORMS)
+def test_sigmoid_attention(name: str) -> None:
+    operand, lines = SIGMOID_FORMS[name]
+    keep = torch.rand(5, 5) > 0.3
+    keep[2] = False
+    more = [] if not operand else [keep] if "bool" in operand else [torch.randn(4, 1, 1)]
+    new, _ = _recognized(body(QKV + operand, *LOGITS, *lines, *SIGMOID), [*_qkv(), *more])
+    (attention,) = [n for n in order(new) if n.op.name == "attention"]
+    assert attention.attrs["weights"] == "sigmoid" and "sigmoid" not in _ops(new)
+    assert attention.attrs["causal"] == ("causal" in name)
+
+
+NO_SIGMOID_ATTENTION = {
+    "its weights are returned": (QKV, [*LOGITS, "a = mul(l, 0.25)", *SIGMOID[:-1], "y, p"], Reason.SHARED),
+    "it is no kernel in float64": (QKV.replace("f32", "f64"), [*LOGITS, "a = mul(l, 0.25)", *SIGMOID], Reason.UNSUPPORTED_DTYPE),
+    "its heads are too wide": (QKV.replace("8]", "300]"), [*LOGITS, "a = mul(l, 0.25)", *SIGMOID], Reason.LIBRARY_CALL),
+    "the logits are no product": (QKV + ", m: f32[b, 4, s, s]", ["a = mul(m, 0.25)", *SIGMOID], Reason.SHAPE_MISMATCH),
+    "a gate, no attention": ("x: f32[b, s, s], v: f32[b, s, 8]", ["p = sigmoid(x)", "y = matmul(p, v)", "y"], Reason.SHAPE_MISMATCH),
+}
+
+
+@pytest.mark.parametrize("why", NO_SIGMOID_ATTENTION)
+def test_no_sigmoid_attention_because(why: str) -> None:
+    signature, lines, reason = NO_SIGMOID_ATTENTION[why]
+    _, canonical, _ = run(Canonicalize(), body(signature, *lines))
+    notes = Notes()
+    assert "sigmoid" in _ops(Recognize().run(canonical, notes)) and refusals(notes) == {("recognize.attention", reason)}
+
+
+def test_sigmoid_attention_is_the_kernels_of_this_device() -> None:
+    lines = ["a = mul(l, 0.25)", *SIGMOID]
+    _, canonical, _ = run(Canonicalize(), body(QKV, *LOGITS, *lines))
+    notes = Notes()
+    assert "sigmoid" in _ops(Recognize().run(retarget(canonical, "mps"), notes))
+    assert refusals(notes) == {("recognize.attention", Reason.OTHER_DEVICE)}
 
 
 def test_refused_because_a_scale_widens_the_norm() -> None:
