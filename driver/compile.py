@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,15 +57,26 @@ class Compiled:
     receipt: Receipt
 
 
-def compile_graph(graph: Graph, options: Options = Options(), notes: Notes | None = None, passes: Sequence[Pass] | None = None) -> Compiled:
+def compile_graph(
+    graph: Graph,
+    options: Options = Options(),
+    notes: Notes | None = None,
+    passes: Sequence[Pass] | None = None,
+    schedules: Mapping[str, str] = {},
+) -> Compiled:
     """Runs the passes and compiles. Raises what a broken pass raises; a region that cannot be compiled is a fallback, never an error.
 
-    notes: what was done to the graph before, for the receipt. passes: instead of those of the options.
+    notes: what was done to the graph before, for the receipt. passes: instead of those of the options. schedules: of regions, as
+    `search.schedules.with_schedules` takes them.
     """
     notes, seconds = notes or Notes(), dict[str, float]()
     start = time.perf_counter()
     passes = passes_from(options.passes) if passes is None else passes
     fused = rewritten(graph, options, passes, notes, seconds)
+    if schedules:
+        from ..search.schedules import with_schedules
+
+        fused = with_schedules(fused, schedules)
     if options.offload:
         offload(graph, fused)
     program = build_program(fused)

@@ -75,7 +75,7 @@ def optimize_model(
     convention = replace(convention_of(model.program, captured), names=model.names)
     _require_fitting(model, captured, convention)
     if target is not None:
-        return _compiled_for(target, model, captured, convention, passes, stage)
+        return _compiled_for(target, model, captured, convention, options, stage)
     with stage("rewriting, building kernels and measuring them" if options.tunes else "rewriting and building kernels"):
         compiled = _compiled(model, captured, convention, options)
     optimized = Optimized(compiled.graph, convention, compiled.program, compiled.receipt, captured.state)
@@ -87,12 +87,12 @@ def optimize_model(
 
 
 def _compiled_for(
-    target: str, model: Model, captured: CapturedModule, convention: CallingConvention, passes: str | None, stage: Stages
+    target: str, model: Model, captured: CapturedModule, convention: CallingConvention, options: Options, stage: Stages
 ) -> Optimized:
     """For a GPU that is not here: what has to run there is not measured."""
     require_portable(model.name, captured.graph, target)
     with stage(f"rewriting and building kernels for {target}"):
-        made = compile_for(captured.graph, target, passes)
+        made = compile_for(captured.graph, target, options.passes, options.tuning_seconds if options.tunes else 0.0)
     with stage("checking the rewritten graph against float64"):
         error = _error(_apart(model, captured), captured, convention, interpreted(made.graph, convention, captured.state))
     receipt = replace(made.receipt, error=error, target=target, unmeasured=UNMEASURED)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..codegen.program import Fallback, LibraryCall, Listing
 from ..codegen.target import Usage
 from ..passes.base import Applied, Notes
+from ..search.bench import Searched
 from .accuracy import ErrorCheck
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Receipt:
     copies: values that are laid out anew when they do not come row-major. failure: why the whole graph runs by eager, "" if it does not.
     error, speed: where they were measured. trials: groups of rewrites that were measured, and taken back if they did not gain.
     target: what it was compiled for, "" for the machine at hand; unmeasured: what is therefore not known, and why.
+    schedules: of kernels, where they were searched.
     """
 
     graph: str
@@ -123,6 +125,7 @@ class Receipt:
     trials: tuple[Trial, ...] = ()
     target: str = ""
     unmeasured: tuple[str, ...] = ()
+    schedules: tuple[Searched, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -161,7 +164,7 @@ class Receipt:
 
 
 _ROWS: dict[str, type] = {"kernels": KernelLine, "library": LibraryCall, "fallbacks": Fallback, "applied": Applied, "refused": Refusal,
-                         "trials": Trial}  # fmt: skip
+                         "trials": Trial, "schedules": Searched}  # fmt: skip
 
 
 def _row(kind: type, row: dict[str, Any]) -> Any:

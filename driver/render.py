@@ -53,6 +53,8 @@ def _parts(receipt: Receipt, details: bool) -> Iterator[RenderableType]:
         yield from _section("run by eager, one by one", list(_fallbacks(receipt)))
     if receipt.trials:
         yield from _section("measured", [_trials(receipt)])
+    if receipt.schedules:
+        yield from _section("schedules", [_schedules(receipt, details)])
     if receipt.unmeasured:
         yield from _section("not measured", map(Text, receipt.unmeasured))
     if receipt.refused:
@@ -121,6 +123,27 @@ def _trials(receipt: Receipt) -> Table:
             continue
         change = f"{t.without / t.with_it:.3g}x faster" if t.with_it <= t.without else f"{t.with_it / t.without:.3g}x slower"
         _row(table, t.what, _time(t.with_it), _time(t.without), f"{change}, {'kept' if t.kept else 'rolled back'}")
+    return table
+
+
+def _schedules(receipt: Receipt, details: bool) -> RenderableType:
+    """Which kernels are not walked as their templates start, and why; with details all that were looked at."""
+    chosen = [s for s in receipt.schedules if s.schedule or details]
+    if not chosen:
+        return Text(f"{len(receipt.schedules)} kernels stay with those that their templates start from")
+    table = _grid(("kernel", "left"), ("legal", "right"), ("compiled", "right"), ("before", "right"), ("now", "right"), ("", "left"))
+    for s in chosen:
+        how = "measured" if s.measured else "predicted"
+        because = f"{s.why} ({how})" if s.schedule else s.why
+        _row(
+            table,
+            _short(s.kernel),
+            s.legal,
+            s.compiled,
+            _time(s.start_seconds),
+            _time(s.seconds),
+            "\n".join(filter(None, (s.schedule, because))),
+        )
     return table
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,8 @@ from ..ir.interpret import interpret
 from ..ir.retarget import retarget
 from ..ir.text import parse
 from ..passes.base import Notes, Pass
+from ..search.database import Database
+from ..search.gpus import of_target
 from .calling import CallingConvention
 from .compile import Options, rewritten
 from .errors import CannotOptimize, NoTriton, UnknownTarget
@@ -74,22 +76,27 @@ def require_portable(model: str, graph: Graph, target: str) -> None:
         raise CannotOptimize(path=f"{model} for {target}", reason=f"torch runs {stays}, which is part of it, on CPUs only")
 
 
-def compile_for(graph: Graph, target: str, passes: str | None = None) -> CompiledFor:
+def compile_for(graph: Graph, target: str, passes: str | None = None, seconds: float = 0.0) -> CompiledFor:
     """Rewrites a graph that was captured on the CPU for a GPU, and compiles its kernels.
 
     A kernel that cannot be compiled is run by eager there. The receipt has no times: equal models give equal artifacts.
+    seconds: for compiling kernels under other schedules than those that templates start from (`search.schedules.by_facts`).
     """
     from ..codegen.triton.cross import cross_target
+    from ..search.schedules import by_facts, with_schedules
 
     notes, binaries = Notes(), dict[str, Binary]()
     fused = rewritten(graph, Options(), retargeted(passes_from(passes)), notes, {})
     weights = {name: data.value for name, data in constants(fused).items() if data.value is not None}
     graph = parse(str(fused), weights)
+    found = by_facts(graph, of_target(target), seconds, Database())
+    graph = with_schedules(graph, found.schedules)
     program = list_program(graph, {torch.device(DEVICE).type: cross_target(target, binaries)})
     program.seconds.clear()
     code = Code(target, dict(sorted(binaries.items())))
     remember(code)
-    return CompiledFor(graph, program, make_receipt(program, notes, {}), code)
+    receipt = replace(make_receipt(program, notes, {}), schedules=tuple(found.lines))
+    return CompiledFor(graph, program, receipt, code)
 
 
 def retargeted(passes: Sequence[Pass]) -> list[Pass]:

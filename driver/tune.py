@@ -5,6 +5,8 @@
       without channel layouts     2.8 ms    rolled back: channel layouts cost 0.3 ms
     op by op, by the library      4.0 ms    kept: what is left of the rewrites gains
 
+On a GPU the schedules of kernels are chosen first (`search.schedules`).
+
 The two are called in turn, and a difference within noise changes nothing. What was measured is kept in the tuning database, so that the
 next process compiles what won.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +26,9 @@ from ..codegen.regions import internal_error
 from ..ir.errors import is_lost
 from ..ir.graph import Graph, Node
 from ..passes.base import Notes, Pass
+from ..passes.fuse_regions import FuseRegions
 from ..passes.pack_weights import PackWeights
+from ..search.bench import Searched, bench_of
 from ..search.database import Database, Key
 from ..search.providers import VENDOR, Provided, providers
 from ..search.tuner import LEAST_ROUNDS, Run, Verdict, remembered
@@ -35,6 +39,9 @@ from .pipeline import passes_from
 from .receipt import Receipt, Trial
 
 WITH, WITHOUT = "with", "without"
+SCHEDULES = "schedules to start from"
+SEARCHING = 0.7
+"""Of the time for tuning, what the search for schedules may take."""
 TRIAL_SECONDS = 1.0
 TRIAL_CALLS = 2 * (LEAST_ROUNDS + 2)
 """The shortest trial: rounds of two candidates, and the calls that warm them up."""
@@ -80,28 +87,33 @@ class _Tuner:
         self.database = Database()
         self.trials: list[Trial] = []
         self.passes = tuple(passes_from(options.passes))
+        self.schedules: dict[str, str] = {}  # of regions, where they are not walked as their templates start
+        self.searched: tuple[Searched, ...] = ()
         self.current = self.compiled(self.passes)
+        self.bench = bench_of(self.current.graph)
         self.start = time.perf_counter()
         self.deadline = self.start + options.tuning_seconds
         self.call_seconds = 0.0
 
     def run(self) -> Compiled:
         self.try_vendor()
+        self.try_schedules()
         for group in GROUPS:
             if group.applied(self.current.receipt):
                 self.try_passes(group.name, tuple(p for p in self.passes if p.name not in group.passes))
         self.try_passes("all rewrites", (), always=True)
         if self.options.dump is not None:  # what was compiled last is not what was chosen
-            self.current = compile_graph(self.graph, replace(self.options, offload=False), self.copied_notes(), self.passes)
+            self.current = compile_graph(self.graph, replace(self.options, offload=False), self.copied_notes(), self.passes, self.schedules)
         receipt = self.current.receipt
         seconds = {**receipt.seconds, "tune": time.perf_counter() - self.start}
-        return replace(self.current, receipt=replace(receipt, trials=tuple(self.trials), seconds=seconds))
+        receipt = replace(receipt, trials=tuple(self.trials), schedules=self.searched, seconds=seconds)
+        return replace(self.current, receipt=receipt)
 
     def copied_notes(self) -> Notes:
         return Notes(list(self.notes.applied), list(self.notes.declined))
 
-    def compiled(self, passes: Sequence[Pass]) -> Compiled:
-        return compile_graph(self.graph, replace(self.options, dump=None, offload=False), self.copied_notes(), passes)
+    def compiled(self, passes: Sequence[Pass], schedules: Mapping[str, str] = {}) -> Compiled:
+        return compile_graph(self.graph, replace(self.options, dump=None, offload=False), self.copied_notes(), passes, schedules)
 
     # -- what is tried
 
@@ -116,17 +128,39 @@ class _Tuner:
             passes = tuple(packed if isinstance(p, PackWeights) else p for p in self.passes)
             self.try_passes(f"native: {', '.join(_labels(found))}", passes)
 
-    def try_passes(self, what: str, passes: tuple[Pass, ...], always: bool = False) -> None:
-        """Goes over to these passes if they are faster than the current ones, beyond noise. always: however little time is left."""
+    def try_schedules(self) -> None:
+        """On a GPU: each kernel by the fastest of its schedules, or its contraction by the library, if that gains on the whole."""
+        bench = self.bench
+        if bench is None or not any(isinstance(p, FuseRegions) for p in self.passes):
+            return
+        from ..search.schedules import by_measuring  # Triton need not be there where there is no GPU
+
+        try:
+            found = by_measuring(self.current.graph, bench, self.start + SEARCHING * self.options.tuning_seconds, self.database)
+        except Exception as error:  # a fault of what we do not need
+            if is_lost(error):
+                raise
+            self.trials.append(Trial(SCHEDULES, True, note=internal_error("the search for schedules", error)))
+            return
+        self.searched = tuple(found.lines)
+        if found.schedules or found.library:
+            library = tuple(sorted(found.library))
+            passes = tuple(replace(p, library=library) if isinstance(p, FuseRegions) else p for p in self.passes)
+            self.try_passes(SCHEDULES, passes, schedules=found.schedules)
+
+    def try_passes(self, what: str, passes: tuple[Pass, ...], always: bool = False, schedules: dict[str, str] | None = None) -> None:
+        """Goes over to these passes if they are faster than the current ones, beyond noise. always: however little time is left.
+        schedules: those to go over to with them; None leaves what there are."""
+        schedules = self.schedules if schedules is None else schedules
         if not always and time.perf_counter() + TRIAL_CALLS * self.call_seconds > self.deadline:
             self.trials.append(Trial(what, True, note=f"not measured: the {self.options.tuning_seconds:g} s for tuning were used up"))
             return
-        other = functools.cache(lambda: self.compiled(passes))  # not called where the database knows that it is slower
+        other = functools.cache(lambda: self.compiled(passes, schedules))  # not called where the database knows that it is slower
         try:
-            verdict = self.verdict(what, other)
+            verdict = self.verdict(what, other, schedules)
             self.call_seconds = verdict.timings[WITH].seconds
             if verdict.winner == WITHOUT:
-                self.current, self.passes = other(), passes
+                self.current, self.passes, self.schedules = other(), passes, schedules
         except Exception as error:  # a fault of what we do not need
             if is_lost(error):
                 raise
@@ -136,12 +170,14 @@ class _Tuner:
         del other
         return_free_memory(constant_bytes(self.graph))  # before the next is built
 
-    def verdict(self, what: str, other: Callable[[], Compiled]) -> Verdict:
+    def verdict(self, what: str, other: Callable[[], Compiled], schedules: Mapping[str, str]) -> Verdict:
         def candidates() -> dict[str, Run]:
             return {WITH: _run(self.current, self.inputs), WITHOUT: _run(other(), self.inputs)}
 
-        text = f"{what}\0{self.current.program.source}"
-        key = Key.here(hashlib.sha256(text.encode()).hexdigest(), ", ".join(map(_shape, self.graph.inputs, self.inputs)))
+        walked = "".join(f"\0{sorted(s.items())}" for s in (self.schedules, schedules) if s)  # sizes of blocks are in no source
+        text = f"{what}\0{self.current.program.source}{walked}"
+        digest, shapes = hashlib.sha256(text.encode()).hexdigest(), ", ".join(map(_shape, self.graph.inputs, self.inputs))
+        key = Key.here(digest, shapes) if self.bench is None else Key.on_gpu(digest, shapes, self.bench.identity)
         seconds = min(TRIAL_SECONDS, max(0.0, self.deadline - time.perf_counter()))
         return remembered(key, self.database, candidates, WITH, (WITH, WITHOUT), seconds)
 

@@ -28,6 +28,7 @@ from ..codegen.triton.prebuilt import key
 from ..codegen.triton.program import Program
 from ..codegen.triton.spaces import offers
 from ..codegen.triton.templates import build
+from ..codegen.triton.tiles import UNITS
 from .cost import seconds
 from .database import Database
 from .gpus import Gpu
@@ -89,7 +90,7 @@ def _kind(schedule: Any) -> tuple[Any, ...]:
 def candidates(kernel: Kernel, gpu: Gpu, sizes: Mapping[str, int] = {}) -> Candidates:
     """The legal schedules of a kernel. sizes: of symbolic extents, to predict for. Raises UnsupportedByTriton."""
     kernel = replace(kernel, schedule="")
-    made, estimate = offers(kernel, gpu.target), estimator(kernel, sizes)
+    made, estimate = offers(kernel, gpu.target if gpu.target in UNITS else None), estimator(kernel, sizes)
     start = made[0].start
     found: list[Candidate] = []
     for offer in made:

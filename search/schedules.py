@@ -11,7 +11,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -19,11 +19,11 @@ from typing import Any
 from ..codegen.kernel import Kernel
 from ..codegen.program import Program, compile_program
 from ..codegen.regions import internal_error, lowered_regions
-from ..codegen.target import Target
 from ..codegen.triton.legalize import UnsupportedByTriton
 from ..codegen.triton.templates import build, text_of
 from ..ir.analysis.hashing import structural_hash
 from ..ir.dims import hint, symbol
+from ..ir.errors import is_lost
 from ..ir.graph import Graph, Node, Stage, order
 from ..ir.ops import OPS
 from ..passes.base import Notes
@@ -31,6 +31,7 @@ from ..passes.contractions import PRODUCTS, signature
 from ..passes.fuse_regions import FuseRegions
 from ..passes.manager import run_passes
 from ..passes.plan_memory import PlanMemory
+from .bench import LIBRARY, START, Bench, Found, Searched
 from .candidates import COMPILED, Candidate, Candidates, candidates, explored
 from .cost import predicted_seconds
 from .database import Database, Key
@@ -50,45 +51,6 @@ KERNEL_SECONDS = 0.5
 
 WORTH = 0.02
 """A kernel whose best schedule is not predicted to spare more than this is left as it is."""
-
-START, LIBRARY = "start", "library"
-
-
-@dataclass(frozen=True)
-class Searched:
-    """What was found for a kernel. schedule: "" where it stays the one its template starts from, "library" where the contraction goes
-    there. legal, compiled: how many schedules there are, and were compiled. seconds, start_seconds: of a call, by the chosen schedule and
-    by the one to start from; measured, or predicted. why: in words.
-    """
-
-    kernel: str
-    schedule: str
-    legal: int
-    compiled: int
-    seconds: float
-    start_seconds: float
-    measured: bool
-    why: str
-
-
-@dataclass
-class Found:
-    """schedules: of regions, by `region_name`; library: signatures of contractions and attentions that it computes faster."""
-
-    schedules: dict[str, str] = field(default_factory=dict)
-    library: set[str] = field(default_factory=set)
-    lines: list[Searched] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A GPU to measure on. device: its type in graphs; identity: its name in the database; clock: seconds of its work."""
-
-    gpu: Gpu
-    identity: str
-    clock: Callable[[], float]
-    targets: Mapping[str, Target]
-    device: str = "cuda"
 
 
 def region_name(region: Node) -> str:
@@ -126,10 +88,9 @@ def by_facts(graph: Graph, gpu: Gpu, seconds: float, database: Database, device:
             found.lines.append(place.unsearched(f"not searched: {seconds:g} s buy {int(seconds / COMPILE_SECONDS)} compilations"))
             continue
         legal = candidates(place.kernel, gpu, place.sizes)
-        if not place.worth(legal):
-            found.lines.append(place.line(legal, [], "", "no other schedule is predicted to gain"))
-            continue
-        made = explored(legal, database, min(left, COMPILED))
+        made = explored(legal, database, min(left, COMPILED if place.worth(legal) else 1))
+        if len(made) == 1 and (made[0].spills or made[0].failure):
+            made = explored(legal, database, min(left, COMPILED))
         left -= len(made)
         found.lines.append(_by_facts(place, legal, made, found))
     return found
@@ -162,7 +123,9 @@ def by_measuring(graph: Graph, bench: Bench, deadline: float, database: Database
             verdict = _verdict(place, [text_of(c.schedule) for c in tried], bench, deadline, database)
             found.lines.append(_by_verdict(place, legal, made, verdict, found))
         except Exception as error:  # a fault of ours costs this kernel its search
-            found.lines.append(place.unsearched(internal_error(place.label, error)))
+            if is_lost(error):
+                raise
+            found.lines.append(place.unsearched(internal_error(place.kernel.name, error)))
     return found
 
 
@@ -228,10 +191,6 @@ class _Place:
         return region_name(self.regions[0])
 
     @property
-    def label(self) -> str:
-        return self.kernel.label or self.kernel.name
-
-    @property
     def contractions(self) -> list[str]:
         """Signatures of what the library could compute."""
         body = order(self.regions[0].attrs["body"])
@@ -270,10 +229,10 @@ class _Place:
         measured: bool = False,
     ) -> Searched:
         start = self.seconds if start is None else start
-        return Searched(self.label, schedule, legal.legal, len(made), start if seconds is None else seconds, start, measured, why)
+        return Searched(self.kernel.name, schedule, legal.legal, len(made), start if seconds is None else seconds, start, measured, why)
 
     def unsearched(self, why: str) -> Searched:
-        return Searched(self.label, "", 0, 0, self.seconds, self.seconds, False, why)
+        return Searched(self.kernel.name, "", 0, 0, self.seconds, self.seconds, False, why)
 
 
 def _places(graph: Graph, gpu: Gpu, device: str) -> list[_Place]:

@@ -158,6 +158,7 @@ def _of_product(kernel: Kernel, sizes: _Sizes) -> Estimate:
         flops, threads, matrix = 2.0 * results * k * blocks, 32 * tiles.num_warps, tiles.walk == "dot"
         units = matrix and dtype in ACCUMULATORS and dtype not in (torch.float32, torch.float64)
         plain = blocks * k * (m * left_ops + n * right_ops) + (after * results if split == 1 else results)
+        plain += 0.0 if units else flops / (_reused(results / threads) if matrix else 1)
         operands_ = k * (lefts * m + rights * n) * dtype.itemsize
         held = results * max(dtype.itemsize // 4, 1) * (1 if matrix else k)
         pipelined = max(tiles.num_stages - 1, 1)
@@ -169,7 +170,7 @@ def _of_product(kernel: Kernel, sizes: _Sizes) -> Estimate:
             memory=once + (parts or written),
             cached=block * blocks + (parts or written) / programs,
             flight=pipelined * block,
-            plain=plain + (0.0 if units else flops),
+            plain=plain,
             flops=flops if units else 0.0,
             dtype=str(dtype).removeprefix("torch."),
             fed=_fed(m, n),
@@ -184,7 +185,14 @@ def _of_product(kernel: Kernel, sizes: _Sizes) -> Estimate:
     return estimate
 
 
+def _reused(results: float) -> float:
+    """The share of plain arithmetic's rate that a thread reaches which makes so many results of a product: it loads two operands for each
+    row and column of them, and shared memory gives one for four multiplications."""
+    return min(1.0, math.sqrt(results) / 8)
+
+
 def _fed(m: int, n: int) -> float:
+    """The share of their rate that matrix units reach on a tile."""
     return 1 / (1 + FEED * (1 / m + 1 / n))
 
 
@@ -236,7 +244,7 @@ def _of_attention(kernel: Kernel, sizes: _Sizes) -> Estimate:
             memory=again + (parts or written),
             cached=block * blocks + query,
             flight=pipelined * block,
-            plain=plain + single * flops,
+            plain=plain + single * flops / _reused(m * n / threads),
             flops=flops * (1 - single),
             dtype="float16",
             fed=_fed(m, n),
@@ -265,7 +273,7 @@ def _of_recurrence(kernel: Kernel, sizes: _Sizes) -> Estimate:
         m, n, k = tiles.block_m, tiles.block_n, tiles.block_k
         across, deep = _over(units, n), _over(units, k)
         programs, threads = max(1, _over(rows, m)), 32 * tiles.num_warps
-        flops = 2.0 * gates * m * across * n * deep * k * steps
+        flops = 2.0 * gates * m * across * n * deep * k * steps / (_reused(gates * m * n / threads) if tiles.walk == "dot" else 1)
         block = 4.0 * k * (gates * n + m)
         weights = 0.0 if holds_weights(found, tiles) else across * deep * block
         held = m * n * (gates + states) * (k if tiles.walk == "sum" else 1) + (0 if tiles.walk == "sum" else k * (m + n))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from ..kernel import Kernel
@@ -47,7 +47,7 @@ def build(kernel: Kernel, schedule: Any = None) -> Program:
 
 
 def chosen(kernel: Kernel, template: Template) -> Any:
-    """The options that a kernel's `schedule` names, over those it starts from. Raises UnsupportedByTriton for what are none."""
+    """The options that a kernel's `schedule` names; those it starts from where it names none. Raises UnsupportedByTriton."""
     kinds, values = get_type_hints(template.options), dict[str, Any]()
     for item in kernel.schedule.split():
         name, _, text = item.partition("=")
@@ -56,15 +56,16 @@ def chosen(kernel: Kernel, template: Template) -> Any:
             raise UnsupportedByTriton(what=kernel.name, reason=f"{item} is no option of {template.options.__name__}")
         values[name] = value
     start = template.default(kernel)
-    return replace(start, **values) if values else start
+    return template.options(**values, **{name: getattr(start, name) for name in _OF_THE_KERNEL}) if values else start
 
 
 def text_of(schedule: Any) -> str:
-    """A schedule as `Kernel.schedule` has it: "block_m=128 num_warps=8"."""
-    return " ".join(f"{f.name}={getattr(schedule, f.name)}" for f in fields(schedule) if f.name not in _OF_THE_KERNEL)
+    """A schedule as `Kernel.schedule` has it, "block_m=128 num_warps=8": the first option, and those that are not what they usually are."""
+    first, *rest = (f for f in fields(schedule) if f.name not in _OF_THE_KERNEL)
+    return " ".join(f"{f.name}={getattr(schedule, f.name)}" for f in (first, *rest) if f is first or getattr(schedule, f.name) != f.default)
 
 
-_OF_THE_KERNEL = frozenset({"wide"})
+_OF_THE_KERNEL = ("wide",)
 """Options that are no choice: whether indices need 64 bits."""
 
 
