@@ -91,7 +91,8 @@ class Position(Scalar):
 
 INSIDE = "inside"
 """The one operation that is no function of numbers: `inside(at, extent, fault[, mask])` is `at`, which must lie in 0 .. extent-1; where it
-does not (and the mask is true) the kernel reports the literal `fault`, and the value is clamped, so that memory stays safe."""
+does not (and the mask is true) the kernel reports the literal `fault`, and the value is clamped, so that memory stays safe. 0 is not
+reported: what holds such positions promises that they are right."""
 
 
 def inside(at: Scalar, extent: Scalar, fault: int, mask: Scalar | None = None) -> Scalar:

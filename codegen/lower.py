@@ -82,13 +82,9 @@ def in_place(kernel: Kernel, pairs: Sequence[tuple[int, int]]) -> Kernel:
     return replace(kernel, inplace=tuple((kernel.outputs[k].name, kernel.inputs[i].name) for k, i in pairs))
 
 
-POSITIONED = frozenset({"gather", "index", "embedding", "block_sparse_linear"})
-"""Ops that read at computed positions."""
-
-
 def position_readers(body: Graph) -> list[Node]:
     """The nodes that read at computed positions, in order: what the fault numbers of the body's kernel count."""
-    return [n for n in order(expanded(body)) if n.op.name in POSITIONED]
+    return [n for n in order(expanded(body)) if n.op.name in ("gather", "index", "embedding")]
 
 
 def _sources(body: Graph) -> dict[str, None]:
@@ -117,8 +113,7 @@ class _Lowering:
             stores.append(Store(buffer.name, self.index(out.offset), _stored(self.values[out.point], buffer.dtype)))
         axes = tuple(Axis(a.name, dim(expression(a.extent)), a.inner) for a in self.axes)
         stores = shared(stores)
-        checked = any(isinstance(v, Apply) and v.op == INSIDE for v in scalars(stores))
-        faults = tuple(n.op.name for n in self.readers) if checked else ()
+        faults = tuple(n.op.name for n in self.readers) if any(map(_reported, scalars(stores))) else ()
         return Kernel(
             name, axes, inputs, tuple(outputs), stores, sizes_of(axes, stores, (*inputs, *outputs)), label, sources, faults=faults
         )
@@ -266,7 +261,13 @@ def _wrap(low: _Lowering, point: Point) -> Scalar:
         value = where(value < 0, value + extent, value)
     mask = low.values[point.operands[-1]] if point.masked else None
     assert point.node is not None
-    return inside(value, extent, low.readers.index(point.node) + 1, mask)
+    fault = low.readers.index(point.node) + 1 if point.node in low.readers else 0
+    return inside(value, extent, fault, mask)
+
+
+def _reported(value: Scalar) -> bool:
+    """Whether a value may be a fault."""
+    return isinstance(value, Apply) and value.op == INSIDE and isinstance(value.args[2], Const) and value.args[2].value != 0
 
 
 def _reduce(low: _Lowering, point: Point) -> Scalar:

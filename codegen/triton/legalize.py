@@ -151,8 +151,11 @@ def _cast(value: Apply) -> Scalar:
 
 def _inside(value: Apply) -> Scalar:
     """Clamped here; `Expressions` asserts what was outside."""
-    at, extent = value.args[:2]
-    return replace(value, args=(apply("max", apply("min", at, extent - 1), 0), *value.args))
+    at, extent, fault = value.args[:3]
+    last = Const(extent.dtype, int(extent.value) - 1) if isinstance(extent, Const) else extent - 1
+    clamped = apply("max", apply("min", at, last), 0)
+    reported = not isinstance(fault, Const) or fault.value != 0
+    return replace(value, args=(clamped, *value.args)) if reported else clamped
 
 
 def _shift(value: Apply) -> Scalar:

@@ -15,6 +15,7 @@ from ..hashcons import shared
 from ..kernel import Attend, Axis, Dot, Kernel, Load, Reduce, Scan, cone, free_axes, scalars
 from ..kernel import operands as below
 from .legalize import UnsupportedByTriton, legalize, rewritten
+from .ragged_roles import Parts, one_part, with_parts
 
 ACCUMULATORS: dict[torch.dtype, torch.dtype] = {
     torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64,
@@ -36,7 +37,8 @@ TYPICAL = 64
 class Product:
     """left[batch, rows, depth] @ right[batch, depth, columns]; each a tuple of axes, outermost first.
 
-    kernel: legalized, its `dots` all over the same depth; operands: of each, the one with the rows first.
+    kernel: legalized, its `dots` all over the same depth; operands: of each, the one with the rows first. parts: what is uneven, if
+    anything; the product is then that of one part.
     """
 
     kernel: Kernel
@@ -46,6 +48,7 @@ class Product:
     rows: tuple[Axis, ...]
     columns: tuple[Axis, ...]
     depth: tuple[Axis, ...]
+    parts: Parts | None = None
 
     def size(self, axes: Sequence[Axis]) -> Dim:
         return product(a.extent for a in axes)
@@ -85,6 +88,8 @@ def as_sum(dot: Dot) -> Reduce:
 
 def find_product(kernel: Kernel) -> Product:
     """The roles of the axes of a kernel with contractions. Raises UnsupportedByTriton where they are no products of matrices."""
+    whole = kernel
+    kernel, limits = one_part(whole)
     kernel = _one_depth(legalize(kernel))
     found, free = dots(kernel), free_axes(kernel)
     depth = [a for a in kernel.axes if a.name in found[0].axes]
@@ -102,7 +107,7 @@ def find_product(kernel: Kernel) -> Product:
         depth=_ordered(kernel, operands[0], depth),
     )
     _check(roles, free)
-    return roles
+    return roles if limits is None else with_parts(roles, whole, limits)
 
 
 def _one_depth(kernel: Kernel) -> Kernel:

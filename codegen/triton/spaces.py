@@ -67,7 +67,7 @@ def _products(kernel: Kernel, start: Tiles, unit: Unit, target: str | None) -> l
         limits.append(Limit("the depth is shared where programs are few", sympy.Min(split - 1, 1) * programs, PROCESSORS))
     if isinstance(depth, int):
         limits.append(Limit("a part of the depth has two blocks", 2 * k * sympy.Min(split - 1, 1) * split, max(depth, 2)))
-    few = isinstance(rows, int) and rows <= 2 * SEVERAL_ROWS
+    few = isinstance(rows, int) and rows <= 2 * SEVERAL_ROWS and found.parts is None
     made: list[Offer] = []
     for walk in ("dot", "sum") if few and not found.reduces else ("dot",):
         space = tiles.space(found, walk, target)

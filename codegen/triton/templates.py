@@ -14,6 +14,8 @@ from .legalize import UnsupportedByTriton
 from .printer import build_blocks
 from .product import is_contraction, without_matrix
 from .program import Program
+from .ragged import build_ragged
+from .ragged_roles import is_ragged
 from .recurrence import build_recurrence
 from .recurrence_tiles import RecurrenceTiles, is_recurrence, layer_tiles
 from .schedule import Schedule, default_schedule
@@ -72,6 +74,7 @@ _OF_THE_KERNEL = ("wide",)
 TEMPLATES: tuple[Template, ...] = (
     Template(RecurrenceTiles, is_recurrence, layer_tiles, build_recurrence),
     Template(AttentionTiles, is_attention, tiles_of, build_attention),
+    Template(Tiles, is_ragged, default_tiles, build_ragged),
     Template(Tiles, is_contraction, default_tiles, build_contraction),
     Template(Schedule, lambda kernel: True, default_schedule, build_blocks),
 )

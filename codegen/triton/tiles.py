@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import sympy
 import torch
 
 from ...ir.dims import Dim, SymbolRange, symbol
-from ..kernel import Kernel, Load, cone
+from ..kernel import Axis, Kernel, Load, cone
 from ..space import Limit, Space
 from .product import ACCUMULATORS, FEW, Product, find_product, stride
+from .ragged_roles import Blocks, Groups
 from .schedule import LARGEST_BLOCK, is_wide, next_power_of_two
 
 PROCESSORS = 128
@@ -48,6 +49,10 @@ UNITS: dict[str, Unit] = {
 }
 ANY = Unit(1 << 30, lanes=64, registers=512, file=131_072, plain=())
 """What is legal on some target."""
+
+
+MOST_GROUPS = 4095
+"""Groups of rows, each of which every program counts the blocks of."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,8 @@ def _sum_space(found: Product, unit: Unit) -> Space:
     limits = [Limit("the sums fit half of the registers", 2 * m * n * k * registers, unit.room(warps)), *_common(found, unit)]
     if found.reduces:
         limits.append(Limit("what is reduced over columns is multiplied by matrix units", 1))
+    if found.parts is not None:
+        limits.append(Limit("uneven parts are multiplied by matrix units", 1))
     return Space({"block_m": powers(1, FEW), "block_n": powers(1, 256), "block_k": powers(FEW, 2048)} | _FREE, tuple(limits))
 
 
@@ -135,6 +142,12 @@ def _common(found: Product, unit: Unit) -> list[Limit]:
     depth = found.size(found.depth)
     if isinstance(depth, int):
         limits.append(Limit("every program has a part of the depth", (split - 1) * k, max(depth - 1, 0)))
+    if found.parts is not None:
+        limits.append(Limit("the depth of uneven parts is not shared", split, 1))
+    if isinstance(found.parts, Groups):
+        limits.append(Limit("every program looks at all groups", found.parts.count, MOST_GROUPS))
+    elif isinstance(found.parts, Blocks):
+        limits.append(Limit("a sparse block is multiplied at once", depth, k))
     return limits
 
 
@@ -151,6 +164,8 @@ def default_tiles(kernel: Kernel, ranges: Mapping[str, SymbolRange] | None = Non
     wide = is_wide(kernel, ranges or {})
     rows = found.size(found.rows)
     dtypes = [dtype for *_, dtype in found.multiplied]
+    if found.parts is not None:
+        return _uneven(found, dtypes, wide)
     few = isinstance(rows, int) and rows <= SEVERAL_ROWS or any(d not in _BLOCKS for d in dtypes)
     return _streaming(found, wide) if few and not found.reduces else _tiled(found, dtypes, wide)
 
@@ -176,6 +191,19 @@ def _tiled(found: Product, dtypes: list[torch.dtype], wide: bool) -> Tiles:
     split = 1 if found.reduces else _split(sizes["k"], k, programs(m, n))
     warps = max(4, min(8, len(dtypes) * m * n // 2048))
     return Tiles(m, n, k, split_k=split, num_warps=warps, wide=wide)
+
+
+def _uneven(found: Product, dtypes: list[torch.dtype], wide: bool) -> Tiles:
+    """Groups as if all had as many rows; blocks of a sparse matrix as wide as they are, with as many rows and columns as then fit."""
+    if isinstance(found.parts, Groups):
+        rows = -(-_planned(found.size(found.rows)) // found.parts.count)
+        return replace(_tiled(replace(found, rows=(Axis("m", rows),)), dtypes, wide), split_k=1)
+    tiles = _tiled(found, dtypes, wide)
+    m, n, k = tiles.block_m, tiles.block_n, max(tiles.block_k, min(256, _above(found.size(found.depth))))
+    usual = min((a + b) * c for a, b, c in (_BLOCKS.get(d, _BLOCKS[torch.float32]) for d in dtypes))
+    while k * (m + n) > usual and max(m, n) > FEW:
+        m, n = (m // 2, n) if m >= n else (m, n // 2)
+    return replace(tiles, block_m=m, block_n=n, block_k=k, split_k=1)
 
 
 def _streaming(found: Product, wide: bool) -> Tiles:

@@ -30,10 +30,20 @@ def grouped_matmul(puller: Puller, node: Node, index: Index, mask: Mask) -> Poin
     group, depth = _own_axes(puller, node, dims_of(w)[0], dims_of(w)[1])
     left = puller.at(x, (row, depth))
     right = puller.at(w, (group, depth, column))
-    before = puller.inside(group - ONE, dims_of(w)[0])
+    return _dot(puller, node, left, right, (puller.position(row), _begin(puller, node, ends, group), puller.at(ends, (group,))))
+
+
+def _begin(puller: Puller, node: Node, ends: Node, group: Poly) -> Point:
+    """Where the group before ends. In front of the first one nothing is read, which is 0."""
+    before = puller.inside(group - ONE, dims_of(ends)[0])
     assert before is not None
-    begin = puller.at(ends, (group - ONE,), (before,))  # in front of the first group: 0, where nothing is read
-    return _dot(puller, node, left, right, (puller.position(row), begin, puller.at(ends, (group,))))
+    begin = read = puller.at(ends, (group - ONE,), (before,))
+    require_memory(node, begin)
+    while read.kind is not Kind.LOAD and len(read.operands) == 1:
+        (read,) = read.operands
+    if not read.masked:
+        raise Refusal(Reason.NOT_EXPRESSIBLE, node, f"{node.op.name} with ends that are not all of a dimension")
+    return begin
 
 
 def _in_order(puller: Puller, row: Poly, rows: Poly) -> bool:

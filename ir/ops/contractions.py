@@ -76,6 +76,7 @@ def _infer_block_sparse_linear(x: TensorType, values: TensorType, columns: Tenso
     """x [..., k], values [blocks, r, c], columns [blocks], starts [n / r + 1] -> [..., n]: x @ w.T, w [n, k] of blocks [r, c].
 
     Block row i has the blocks starts[i] .. starts[i + 1], in block columns `columns`; the others count as absent, whatever x is there.
+    Starts ascend and columns exist, as `torch.sparse_bsr_tensor` checks: a kernel does not.
     """
     _same_dtype(x, values)
     if values.rank != 3 or any(same(d, 0) for d in values.shape[1:]):

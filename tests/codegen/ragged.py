@@ -52,8 +52,9 @@ add("transposed", transposed, x(50, 24), x(4, 33, 24), ends(16, 32, 33, 50))
 add("transposed_bf16", transposed, x(50, 24, dtype=BF16), x(4, 33, 24, dtype=BF16), ends(16, 32, 33, 50))
 add("routed", routed, x(9, 24), torch.arange(50) % 9, x(4, 24, 33), ends(0, 20, 33, 50))
 add("cast", lambda a, w, e: ops.neg(ops.grouped_matmul(ops.cast(a, dtype=F32), w, e)), x(30, 24, dtype=BF16), x(2, 24, 33), ends(7, 30))
-add("sliced_ends", lambda a, w, e: ops.grouped_matmul(a, w, ops.slice(e, dim=0, start=1, stop=4, step=1)),
-    x(30, 24), x(3, 24, 33), ends(0, 5, 9, 30))  # fmt: skip
+add("selected_ends", lambda a, w, e: ops.grouped_matmul(a, w, ops.select(e, dim=0, index=1)),
+    x(30, 24), x(3, 24, 33), torch.tensor([[0, 1, 2], [5, 9, 30]]))  # fmt: skip
+add("cast_ends", lambda a, w, e: ops.grouped_matmul(a, w, ops.cast(e, dtype=I32)), x(30, 24), x(3, 24, 33), ends(5, 9, 30, dtype=I64))
 add("folded_rows", lambda a, w, e, r: ops.add(ops.reshape(ops.grouped_matmul(a, w, e), shape=(3, 10, 33)), r),
     x(30, 24), x(3, 24, 33), ends(4, 9, 30), x(10, 33))  # fmt: skip
 _S = symbol("s")

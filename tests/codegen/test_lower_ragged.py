@@ -38,7 +38,7 @@ def test_blocks_of_rows() -> None:
     kernel = check(plain, x(20, 64), *sparse((64, 64), (16, 16), [0, 3], [], [1], [2]))
     found = dot(kernel)
     assert [free_axes(kernel)[v] for v in found.within] == [{"a"}, {"j1"}, {"j1"}]
-    assert kernel.faults == ("block_sparse_linear",), "a column that is none is reported"
+    assert kernel.faults == (), "a matrix promises that its columns are right"
 
 
 def refused(build, *xs) -> str:
@@ -54,6 +54,10 @@ def test_what_is_no_contraction_of_parts_is_refused() -> None:
     assert "not read in order" in refused(lambda a, w, e: ops.slice(ops.grouped_matmul(a, w, e), dim=0, start=2, stop=9, step=1), *some)
     assert "not read in order" in refused(lambda a, w, e: ops.flip(ops.grouped_matmul(a, w, e), dims=(0,)), *some)
     assert "an operand of a contraction is computed" in refused(lambda a, w, e: ops.grouped_matmul(a, w, ops.add(e, 1)), *some)
+    several = torch.tensor([0, 4, 9, 20], dtype=torch.int32)
+    assert "not all of a dimension" in refused(
+        lambda a, w, e: ops.grouped_matmul(a, w, ops.slice(e, dim=0, start=1, stop=4, step=1)), *some[:2], several
+    )
     assert "a single part" in refused(grouped, x(20, 24), x(1, 24, 33), ends(20))
     assert "a single part" in refused(plain, x(20, 64), *sparse((32, 64), (16, 16), [1], []))
     assert "dtype" in refused(grouped, x(20, 24).to(torch.int32), x(3, 24, 33).to(torch.int32), ends(4, 9, 20))
