@@ -5,28 +5,46 @@ import weakref
 
 import pytest
 import torch
-from support import NATIVE, in_threads
+from support import NATIVE, ON_GPU, in_threads
 from tilewright.codegen.program import compile_program
 from tilewright.codegen.target import TARGETS, Failed, Target
 from tilewright.ir.dims import SymbolRange, symbol
 from tilewright.ir.graph import Data, Stage, graph_input, make_graph
 from tilewright.ir.interpret import interpret
 from tilewright.ir.ops import OPS, Ref
+from tilewright.ir.retarget import retarget
 from tilewright.ir.types import ScalarType, TensorType
 from tilewright.passes.fuse_regions import FuseRegions
 from tilewright.passes.plan_memory import PlanMemory
 
 S = symbol("s")
 ANY_S = {"s": SymbolRange(0, 64)}
-BOTH = pytest.mark.parametrize("targets", [pytest.param(TARGETS, marks=NATIVE, id="kernels"), pytest.param({}, id="eager")])
+WAYS = [pytest.param(TARGETS, marks=NATIVE, id="kernels"), pytest.param({}, id="eager")]
+BOTH = pytest.mark.parametrize("targets", WAYS)
+GPU = {"cuda": TARGETS["cuda"]}
+EVERY = pytest.mark.parametrize("targets", [*WAYS, pytest.param(GPU, marks=ON_GPU, id="gpu")])
+"""The same on a GPU, where there is one."""
 
 
 def t(*shape, dtype=torch.float32):
     return TensorType(dtype, shape)
 
 
-def fused(inputs, outputs, **fields):
-    return PlanMemory().run(FuseRegions().run(make_graph("g", inputs, outputs, stage=Stage.CANONICAL, **fields)))
+def fused(inputs, outputs, device="cpu", **fields):
+    graph = make_graph("g", inputs, outputs, stage=Stage.CANONICAL, **fields)
+    return PlanMemory().run(FuseRegions().run(retarget(graph, device, lambda data: data.to(device))))
+
+
+def on_device(value, device):
+    """The value with its strides, and what lies in memory around it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    memory = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+    return memory.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def device_of(targets):
+    return "cuda:0" if targets is GPU else "cpu"
 
 
 def assert_same(program, graph, values, **tolerance):
@@ -42,10 +60,11 @@ def assert_same(program, graph, values, **tolerance):
 
 
 def check(targets, inputs, outputs, *calls, **fields):
-    graph = fused(inputs, outputs, **fields)
+    device = device_of(targets)
+    graph = fused(inputs, outputs, device, **fields)
     program = compile_program(graph, targets)
     for values in calls:
-        assert_same(program, graph, values)
+        assert_same(program, graph, [on_device(v, device) for v in values])
     if targets:
         assert not [f for f in program.fallbacks if f.reason != "no native form"]
     return program
@@ -58,7 +77,7 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("a, b", PRODUCTS.values(), ids=PRODUCTS)
 def test_products(targets, a, b):
     x, y = graph_input("x", t(*a)), graph_input("y", t(*b))
@@ -66,14 +85,14 @@ def test_products(targets, a, b):
     check(targets, [x, y], [OPS["add"](product, 1.0)], [torch.randn(a), torch.randn(b)])
 
 
-@BOTH
+@EVERY
 def test_products_of_transposed_operands(targets):
     x, y = graph_input("x", t(2, 3, 4, 5)), graph_input("y", t(2, 3, 4, 5))
     turned = OPS["permute"](OPS["exp"](x), dims=(0, 1, 3, 2))
     check(targets, [x, y], [OPS["matmul"](turned, y)], [torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)])
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5), (0, 5)])
 def test_linear(targets, shape):
     x, w, b = graph_input("x", t(*shape)), graph_input("w", t(6, 5)), graph_input("b", t(6))
@@ -93,7 +112,7 @@ def test_convolution_pool_and_attention(targets):
     assert [c.node for c in program.library] == ["conv", "max_pool", "attention", "avg_pool"]
 
 
-@BOTH
+@EVERY
 def test_convolution_in_channels_last(targets):
     x, w = graph_input("x", t(2, 3, 8, 8), strides=(192, 1, 24, 3)), graph_input("w", t(4, 3, 3, 3))
     y = OPS["exp"](OPS["conv"](x, w, stride=(1, 1), padding=(1, 1), dilation=(1, 1)))
@@ -101,7 +120,7 @@ def test_convolution_in_channels_last(targets):
     check(targets, [x, w], [y, OPS["sin"](x)], values)
 
 
-@BOTH
+@EVERY
 def test_views_of_the_arena(targets):
     x = graph_input("x", t(4, 6))
     y = OPS["linear"](x, OPS["constant"](data=Data("w", torch.randn(6, 6))))
@@ -115,13 +134,13 @@ def test_views_of_the_arena(targets):
     check(targets, [x], sums, [torch.randn(4, 6)])
 
 
-@BOTH
+@EVERY
 def test_outputs_are_laid_out_as_asked(targets):
     x = graph_input("x", t(4, 6))
     y = OPS["exp"](x)
     outputs = [OPS["layout"](y, strides=(1, 4)), OPS["permute"](OPS["sin"](x), dims=(1, 0)), OPS["layout"](x, strides=(6, 1), own=True)]
-    values = [torch.randn(4, 6)]
-    program = compile_program(fused([x], outputs), targets)
+    values, device = [on_device(torch.randn(4, 6), device_of(targets))], device_of(targets)
+    program = compile_program(fused([x], outputs, device), targets)
     got = program(values)
     assert [g.stride() for g in got] == [(1, 4), (4, 1), (6, 1)] and got[2].data_ptr() != values[0].data_ptr()
     assert torch.equal(got[0], program(values)[0]) and got[0].data_ptr() != program(values)[0].data_ptr()
@@ -143,18 +162,19 @@ def test_a_returned_constant_is_a_copy(targets):
     assert torch.equal(out, weight) and out.data_ptr() != weight.data_ptr()
 
 
-@BOTH
+@EVERY
 def test_constants_are_not_duplicated(targets):
-    weight = torch.randn(64, 64)
+    device = device_of(targets)
+    weight = torch.randn(64, 64).to(device)
     w = OPS["constant"](data=Data("w", weight))
     x = graph_input("x", t(64))
-    graph = fused([x], [OPS["add"](OPS["linear"](OPS["reshape"](x, shape=(1, 64)), w), OPS["select"](w, dim=0, index=1))])
+    graph = fused([x], [OPS["add"](OPS["linear"](OPS["reshape"](x, shape=(1, 64)), w), OPS["select"](w, dim=0, index=1))], device)
     program = compile_program(graph, targets)
     weight[1] = 0  # seen by the program: it reads the very tensor
-    assert_same(program, graph, [torch.randn(64)])
+    assert_same(program, graph, [torch.randn(64).to(device)])
 
 
-@BOTH
+@EVERY
 def test_written_inputs(targets):
     x, y = graph_input("x", t(4)), graph_input("y", t(4))
     check(targets, [x, y], [], [torch.randn(4), torch.randn(4)], writes=((x, y), (y, x)))
@@ -167,7 +187,7 @@ def test_written_inputs(targets):
     )
 
 
-@BOTH
+@EVERY
 def test_dynamic_sizes_compile_once(targets):
     x, w = graph_input("x", t(S, 6)), graph_input("w", t(6, 6))
     h = OPS["linear"](OPS["softmax"](x, dim=-1), w)
@@ -181,7 +201,7 @@ def test_dynamic_sizes_compile_once(targets):
     check(targets, [x, w], outputs, *calls, symbols=ANY_S)
 
 
-@BOTH
+@EVERY
 def test_views_of_constants_by_sizes(targets):
     x, table = graph_input("x", t(S, 4)), OPS["constant"](data=Data("table", torch.randn(64, 4)))
     rows, row = OPS["slice"](table, dim=0, start=0, stop=S), OPS["expand"](OPS["select"](table, dim=0, index=3), shape=(S, 4))
@@ -192,7 +212,7 @@ def _calls(columns):
     return [[torch.randn(n, columns)] for n in (3, 7, 3)]
 
 
-@BOTH
+@EVERY
 def test_sizes_as_inputs_operands_and_outputs(targets):
     n = graph_input("n", ScalarType(torch.int64, S))
     x = graph_input("x", t(S, 2))
@@ -209,7 +229,7 @@ def test_layouts_that_differ_from_the_declared_one(targets):
     torch.testing.assert_close(program([flipped])[0], flipped.exp())
 
 
-@BOTH
+@EVERY
 def test_extern_results(targets):
     x = graph_input("x", t(4, 4))
     y = OPS["exp"](x)
@@ -221,7 +241,7 @@ def test_extern_results(targets):
     assert {f.node for f in program.fallbacks} >= {"aten.diagonal.default", "aten.topk.default"}
 
 
-@BOTH
+@EVERY
 def test_a_missing_gradient_does_not_shift_the_others(targets):
     g, x, w = graph_input("g", t(1, 2, 4, 4)), graph_input("x", t(1, 2, 4, 4)), graph_input("w", t(2, 2, 3, 3))
     one = (1, 1)
@@ -240,7 +260,7 @@ def test_equal_regions_are_one_kernel():
     assert [(k.uses, k.nodes) for k in program.kernels] == [(3, 1)]
 
 
-@BOTH
+@EVERY
 def test_zero_elements(targets):
     x = graph_input("x", t(0, 4))
     total = OPS["sum"](x, dims=(0,))

@@ -11,11 +11,10 @@ import pytest
 import torch
 from attentions import CASES, INF, attention, causal, heads, kept, positions, window, x
 from lowering import Case, assert_close, graph_of, memory
-from support import NATIVE
+from support import EVERYWHERE, NATIVE, on_gpu
 from test_attention_refusals import CASES as REFUSED
 from test_attention_refusals import made
 from test_program import ANY_S, S, assert_same, fused, t
-from triton_kernels import OLD_INTERPRETER
 
 pytest.importorskip("triton")
 
@@ -114,8 +113,6 @@ def graph(case: Case) -> Graph:
 
 
 def results(body: Graph, tensors: Sequence[torch.Tensor], tiles: AttentionTiles | None = None, device: str = "cpu") -> torch.Tensor:
-    if OLD_INTERPRETER and device == "cpu":
-        pytest.skip("the interpreter cannot loop up to what is computed")
     kernel = lower(body, "k_attention")
     buffers = {b.name: memory(t).to(device) for b, t in zip(kernel.inputs, tensors)}
     (out,) = run(build(kernel, tiles), buffers, bind_sizes(body, tensors), torch.device(device)).values()
@@ -128,8 +125,8 @@ def check(case: Case, tiles: AttentionTiles | None = None, device: str = "cpu") 
     assert_close(results(body, case.tensors, tiles, device), eager, exact)
 
 
-def compute(build_, *tensors: torch.Tensor, tiles: AttentionTiles | None = None) -> torch.Tensor:
-    return results(graph_of(build_, tensors), tensors, tiles)
+def compute(build_, *tensors: torch.Tensor, tiles: AttentionTiles | None = None, device: str = "cpu") -> torch.Tensor:
+    return results(graph_of(build_, tensors), tensors, tiles, device)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -145,17 +142,17 @@ def test_in_other_tiles(name: str, tiles: str) -> None:
     check(EVERY[name], TILES[tiles])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("name", EVERY)
 def test_on_gpu(name: str, tiles: str) -> None:
     check(EVERY[name], TILES[tiles], "cuda")
 
 
+@EVERYWHERE
 @pytest.mark.parametrize(("build_", "rows", "keys"), [(causal, 16, 16), (causal, 40, 16), (causal, 2, 16), (window, 16, 16)])
-def test_a_single_block_of_keys_has_its_masks(build_, rows: int, keys: int) -> None:
-    check(Case(build_, (x(1, 2, rows, 16), x(1, 2, keys, 16), x(1, 2, keys, 16))), SMALL)
+def test_a_single_block_of_keys_has_its_masks(build_, rows: int, keys: int, device: str) -> None:
+    check(Case(build_, (x(1, 2, rows, 16), x(1, 2, keys, 16), x(1, 2, keys, 16))), SMALL, device)
 
 
 def banded(q: Node, k: Node, v: Node) -> Node:
@@ -175,56 +172,61 @@ def test_lengths_around_those_of_blocks(build_, splits: int) -> None:
 LENGTHS_OF_BOTH = [((1, 1), 1), ((16, 16), 1), ((17, 33), 1), ((3, 100), 4), ((1, 16), 4), ((40, 0), 1), ((2, 0), 4)]
 
 
+@EVERYWHERE
 @pytest.mark.parametrize(("sizes", "splits"), LENGTHS_OF_BOTH)
-def test_one_kernel_for_all_lengths(sizes: tuple[int, int], splits: int) -> None:
+def test_one_kernel_for_all_lengths(sizes: tuple[int, int], splits: int, device: str) -> None:
     case, (queries, keys) = MORE["lengths known at run time"], sizes
-    check(replace(case, tensors=(x(2, queries, 16), x(2, keys, 16), x(2, keys, 16))), replace(SMALL, splits=splits))
+    check(replace(case, tensors=(x(2, queries, 16), x(2, keys, 16), x(2, keys, 16))), replace(SMALL, splits=splits), device)
 
 
+@EVERYWHERE
 @pytest.mark.parametrize(("length", "splits"), [(0, 4), (1, 1), (16, 4), (100, 4), (300, 1)])
-def test_a_cache_is_read_as_far_as_it_is_filled(length: int, splits: int) -> None:
+def test_a_cache_is_read_as_far_as_it_is_filled(length: int, splits: int, device: str) -> None:
     case, tiles, read = CASES["decode over a cache"], replace(SMALL, splits=splits), -(-length // 16) * 16
     keys, query, values, _ = (t.clone() for t in case.tensors)
-    clean = results(graph(case), (keys, query, values, torch.tensor(length)), tiles)
+    clean = results(graph(case), (keys, query, values, torch.tensor(length)), tiles, device)
     keys[:, :, read:], values[:, :, read:] = NAN, NAN
-    assert torch.equal(results(graph(case), (keys, query, values, torch.tensor(length)), tiles), clean)
+    assert torch.equal(results(graph(case), (keys, query, values, torch.tensor(length)), tiles, device), clean)
     assert clean.isfinite().all() and clean.any() == (length > 0)
 
 
 # ---- special values
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("rows", [9, 1])
-def test_rows_without_keys_are_zero(rows: int, splits: int) -> None:
+def test_rows_without_keys_are_zero(rows: int, splits: int, device: str) -> None:
     keep, tiles = kept(rows, 70), replace(SMALL, splits=splits)
     keep[0] = False
-    got = compute(attention, x(2, rows, 16), x(2, 70, 16), x(2, 70, 16), keep, tiles=tiles)
+    got = compute(attention, x(2, rows, 16), x(2, 70, 16), x(2, 70, 16), keep, tiles=tiles, device=device)
     assert not got[:, 0].any() and got.isfinite().all()
     low = torch.zeros(rows, 70).masked_fill(~keep, -INF)
-    torch.testing.assert_close(got, compute(attention, x(2, rows, 16), x(2, 70, 16), x(2, 70, 16), low, tiles=tiles))
+    torch.testing.assert_close(got, compute(attention, x(2, rows, 16), x(2, 70, 16), x(2, 70, 16), low, tiles=tiles, device=device))
 
 
+@EVERYWHERE
 @pytest.mark.filterwarnings("ignore:All-NaN")
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("operand", range(4))
-def test_special_values_spread_as_in_eager(operand: int, value: float, splits: int) -> None:
+def test_special_values_spread_as_in_eager(operand: int, value: float, splits: int, device: str) -> None:
     tensors = [x(1, 9, 16), x(1, 140, 16), x(1, 140, 16), torch.zeros(9, 140)]
     tensors[operand].view(-1)[3] = value
     body = graph_of(attention, tensors)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         (exact,) = interpret(body, tensors, torch.float64)
-    got = results(body, tensors, replace(SMALL, splits=splits))
+    got = results(body, tensors, replace(SMALL, splits=splits), device)
     assert torch.equal(got.isnan(), exact.isnan())
     torch.testing.assert_close(got.double(), exact, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_causal_row_may_not_see_does_not_reach_it() -> None:
+@EVERYWHERE
+def test_what_a_causal_row_may_not_see_does_not_reach_it(device: str) -> None:
     k, v = x(1, 200, 16), x(1, 200, 16)
-    clean = compute(causal, x(1, 200, 16), k, v, tiles=SMALL)
+    clean = compute(causal, x(1, 200, 16), k, v, tiles=SMALL, device=device)
     k[0, 180:], v[0, 192:] = NAN, NAN
-    assert torch.equal(compute(causal, x(1, 200, 16), k, v, tiles=SMALL)[:, :176], clean[:, :176])
+    assert torch.equal(compute(causal, x(1, 200, 16), k, v, tiles=SMALL, device=device)[:, :176], clean[:, :176])
 
 
 # ---- what is printed
@@ -313,6 +315,7 @@ def test_tiles_refused(tiles: AttentionTiles, reason: str) -> None:
 
 
 def test_tiles_can_be_enumerated() -> None:
+    pytest.importorskip("ortools")
     kernel = made(64)
     found = find_attention(kernel)
     offered = schedules(space(kernel, found))

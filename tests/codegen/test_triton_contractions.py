@@ -9,7 +9,7 @@ import pytest
 import torch
 from contractions import CASES, F32, HAND, HandCase, K, N, a, dot, i, j, load
 from lowering import Case, assert_close, graph_of, memory
-from triton_kernels import OLD_INTERPRETER
+from support import EVERYWHERE, on_gpu
 
 pytest.importorskip("triton")
 
@@ -71,25 +71,17 @@ GRAPHS = [(c, t) for c in CASES for t in TILES if applies(KERNELS[c], TILES[t])]
 HANDS = [(c, t) for c in HAND for t in TILES if applies(HAND[c].kernel, TILES[t])]
 
 
-def skip_old(tiles: Tiles | None, sizes: bool = False) -> None:
-    if OLD_INTERPRETER and (sizes or tiles is not None and tiles.split_k > 1):
-        pytest.skip("the interpreter cannot loop up to what is computed")
-
-
 @pytest.mark.parametrize(("name", "tiles"), GRAPHS)
 def test_lowered(name: str, tiles: str) -> None:
-    skip_old(TILES[tiles], bool(CASES[name].symbols))
     check(CASES[name], TILES[tiles])
 
 
 @pytest.mark.parametrize(("name", "tiles"), HANDS)
 def test_written_by_hand(name: str, tiles: str) -> None:
-    skip_old(TILES[tiles])
     check_hand(HAND[name], TILES[tiles])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 @pytest.mark.parametrize(("name", "tiles"), [*GRAPHS, *HANDS])
 def test_on_gpu(name: str, tiles: str) -> None:
     if name in CASES:
@@ -103,13 +95,14 @@ def test_every_walk_is_tried() -> None:
     assert {c for c, t in HANDS if t == "blocks"} >= {"gate_and_up", "dequantized", "gathered", "update"}
 
 
-def test_hostile_values_outside_the_depth_do_not_matter() -> None:
+@EVERYWHERE
+def test_hostile_values_outside_the_depth_do_not_matter(device: str) -> None:
     """What lies behind the last column of a row is another row: NaN there must not reach a sum."""
     a, w = torch.ones(16, 20), torch.ones(16, 20)
     a[1:], w[1:] = float("nan"), float("inf")
     graph = graph_of(lambda a, w: ops.relu(ops.linear(a, w)), (a, w))
     for tiles in (Tiles(16, 16, 16), Tiles(16, 16, 32), Tiles(4, 4, 16, walk="sum")):
-        (out,) = run(build(lower(graph, "k"), tiles), {"x0": a.reshape(-1), "x1": w.reshape(-1)}).values()
+        (out,) = run(build(lower(graph, "k"), tiles), {"x0": a.reshape(-1).to(device), "x1": w.reshape(-1).to(device)}).values()
         assert out[0] == 20 and torch.isnan(out.reshape(16, 16)[1:]).all()
 
 
@@ -232,6 +225,7 @@ def test_columns_that_are_reduced_are_one_block() -> None:
 
 
 def test_enumeration_is_quick_and_holds_the_default() -> None:
+    pytest.importorskip("ortools")
     from tilewright.search.tiles import schedules
 
     kernel = KERNELS["layer_bf16"]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_kernels import CASES, OLD_INTERPRETER, Case
+from support import on_gpu
+from triton_kernels import CASES, Case
 
 pytest.importorskip("triton")
 
@@ -44,13 +45,10 @@ def applies(case: Case, schedule: str) -> bool:
     ("case", "schedule"), [(c, s) for c in CASES for s in SCHEDULES if applies(c, s)], ids=lambda v: getattr(v, "name", v)
 )
 def test_interpreted(case: Case, schedule: str) -> None:
-    if OLD_INTERPRETER and case.sizes:
-        pytest.skip("the interpreter cannot loop up to a size")
     check(case, SCHEDULES[schedule])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_on_gpu(case: Case) -> None:
     for name, schedule in SCHEDULES.items():

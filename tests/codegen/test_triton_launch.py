@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import NATIVE, in_threads
+from support import NATIVE, in_threads, on_gpu
 
 pytest.importorskip("triton")
 
+import tilewright
 from fake_driver import CONTEXT, STREAM, FakeGpu
 from test_program import ANY_S, S, assert_same, fused, t
 from tilewright.codegen.arena import Arena, PerStream
@@ -26,8 +27,8 @@ from tilewright.codegen.triton.tiles import Tiles
 from tilewright.ir.errors import DeviceLost
 from tilewright.ir.graph import Stage, graph_input, make_graph
 from tilewright.ir.ops import OPS
+from tilewright.ir.retarget import retarget
 from tilewright.ir.types import TensorType
-from triton_kernels import OLD_INTERPRETER
 
 pytestmark = NATIVE
 
@@ -204,7 +205,6 @@ def product(m, n, k):
     return make_graph("g", [x, w], [OPS["region"](x, w, body=body)], stage=Stage.FUSED)
 
 
-@pytest.mark.skipif(OLD_INTERPRETER, reason="the interpreter cannot loop up to what is computed")
 def test_launches_of_one_kernel_share_memory(gpu, monkeypatch):
     """The depth of a product in two parts: sums of each in memory of its own, added by a second launch."""
     halves = Tiles(16, 16, 16, split_k=2, num_warps=1, num_stages=1)
@@ -387,10 +387,6 @@ def test_a_model_and_its_gradients(gpu, monkeypatch):
     assert len({one.name for one in gpu.launches}) > 5
 
 
-def on_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
-
-
 def exponential(device):
     x = graph_input("x", TensorType(torch.float32, (S, 8), device))
     graph = fused([x], [OPS["exp"](x)], symbols=ANY_S)
@@ -431,6 +427,51 @@ def test_a_graph_of_cuda_replays_the_launches():
     x.normal_()
     graph.replay()
     torch.testing.assert_close(y, x.exp())
+
+
+@on_gpu
+def test_memory_on_a_gpu_is_torchs():
+    """Outputs and the arena come from the caching allocator, and go back to it; what a call takes on the way is used again."""
+    graph = retarget(chain(), "cuda:0")
+    program = compile_program(graph)
+    values = [torch.randn(4096, 8, device="cuda:0"), torch.randn(8, 8, device="cuda:0")]
+    program(values)
+    torch.cuda.synchronize()
+    before, blocks = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["allocation.all.allocated"]
+    (out,) = program(values)
+    assert torch.cuda.memory_allocated() - before == out.nbytes
+    at = out.data_ptr()
+    del out
+    assert torch.cuda.memory_allocated() == before
+    (again,) = program(values)
+    assert again.data_ptr() == at and torch.cuda.memory_stats()["allocation.all.allocated"] - blocks <= 8
+    torch.testing.assert_close(again, (torch.nn.functional.gelu(values[0]) @ values[1].T).softmax(-1), rtol=1e-4, atol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_outputs_on_a_gpu_have_eagers_strides(mode, fresh_dynamo):
+    def outputs(x):
+        y = x.exp()
+        return y.t(), y.permute(1, 0).contiguous(), (x + 1).unflatten(0, (2, 4)).transpose(0, 1) * 2, y[1:, ::2].sin()
+
+    compiled = torch.compile(outputs, backend="tilewright", mode=mode)
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(8, 6, device="cuda")
+            for ours, theirs in zip(compiled(x), outputs(x), strict=True):
+                assert ours.stride() == theirs.stride()
+                torch.testing.assert_close(ours, theirs)
+
+
+@on_gpu
+def test_sizes_on_a_gpu_compile_once(fresh_dynamo):
+    compiled = torch.compile(lambda x: torch.nn.functional.layer_norm(x.relu(), x.shape[1:]).sum(0), backend="tilewright", dynamic=True)
+    start = len(tilewright.receipts())
+    for rows, columns in ((5, 40), (64, 48), (3, 100), (1000, 7)):
+        x = torch.randn(rows, columns, device="cuda")
+        torch.testing.assert_close(compiled(x), torch.nn.functional.layer_norm(x.relu(), x.shape[1:]).sum(0), rtol=1e-4, atol=1e-3)
+    assert len(tilewright.receipts()) == start + 1
 
 
 @on_gpu

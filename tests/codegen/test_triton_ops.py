@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import EVERYWHERE
 from triton_kernels import OLD_INTERPRETER
 
 pytest.importorskip("triton")
@@ -91,9 +92,10 @@ def graph_of(*outputs: Node, symbols: Any = None) -> Graph:
     return Graph("g", tuple(inputs), outputs, symbols=symbols or {})
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("op", CATALOGUE, ids=lambda op: op.name)
-def test_op(op: Any) -> None:
-    if OLD_INTERPRETER and op.name in ("fmin", "fmax", "bitwise_not"):
+def test_op(op: Any, device: str) -> None:
+    if OLD_INTERPRETER and op.name == "bitwise_not" and device == "cpu":
         pytest.skip("the interpreter is wrong")
     for dtype in DTYPES:
         values = operands(op, dtype)
@@ -101,7 +103,7 @@ def test_op(op: Any) -> None:
         if built is None:
             continue
         graph = graph_of(built)
-        values = values[: len(graph.inputs)]
+        values = [v.to(device) for v in values[: len(graph.inputs)]]
         program = build(lower(graph, op.name))
         (ours,) = run(program, {b.name: v for b, v in zip(program.kernel.inputs, values)}).values()
         (eager,) = interpret(graph, values)
@@ -123,13 +125,15 @@ def test_catalogue_compiles(dtype: torch.dtype, target: str) -> None:
     assert compile_offline(kernel, Schedule(xblock=256), target).binary
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("source", DTYPES, ids=str)
-def test_cast(source: torch.dtype) -> None:
+def test_cast(source: torch.dtype, device: str) -> None:
     x = edges(source)
     x = x[x.isfinite()] if source.is_floating_point else x
     for target in DTYPES:
         graph = graph_of(ops.cast(graph_input("x", TensorType(source, (len(x),))), dtype=target))
-        (ours,) = run(build(lower(graph, "cast")), {"x": x}).values()
+        (made,) = run(build(lower(graph, "cast")), {"x": x.to(device)}).values()
+        ours = made.cpu()
         if target == torch.bfloat16:  # the interpreter truncates where a GPU rounds
             torch.testing.assert_close(ours, x.to(target), rtol=2**-7, atol=0)
         else:
@@ -162,11 +166,10 @@ MIXES = ("softmax", "log_softmax_rows", "layer_norm", "rms_norm", "gelu", "bias_
          "cumsum", "rope")  # fmt: skip
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
 @pytest.mark.parametrize("name", MIXES)
-def test_mix(name: str, symbolic: bool) -> None:
-    if OLD_INTERPRETER and symbolic:
-        pytest.skip("the interpreter cannot loop up to a size")
+def test_mix(name: str, symbolic: bool, device: str) -> None:
     rows: Any = N if symbolic else 5
     x, w = graph_input("x", TensorType(torch.float32, (rows, 22))), graph_input("y", TensorType(torch.float32, (22,)))
     graph = graph_of(*_mix(name, x, w), symbols={"n": SymbolRange(1, 1 << 20)})
@@ -177,9 +180,9 @@ def test_mix(name: str, symbolic: bool) -> None:
     eager, exact = interpret(graph, values), interpret(graph, [v.double() for v in values])
     schedules = [None] + [Schedule(4, 32), Schedule(2, 8, persistent=False)] * bool(kernel.inner)
     for schedule in schedules:
-        outputs = run(build(kernel, schedule), {b.name: v.reshape(-1) for b, v in zip(kernel.inputs, values)}, sizes)
+        outputs = run(build(kernel, schedule), {b.name: v.reshape(-1).to(device) for b, v in zip(kernel.inputs, values)}, sizes)
         for ours, e, x64 in zip(outputs.values(), eager, exact):
-            torch.testing.assert_close(ours.double().reshape(e.shape), x64.double(), rtol=3e-6, atol=3e-6)
+            torch.testing.assert_close(ours.cpu().double().reshape(e.shape), x64.double(), rtol=3e-6, atol=3e-6)
     for target in ("sm_90", "gfx942"):
         assert compile_offline(kernel, target=target).binary
 

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from lowering import graph_of
-from support import NATIVE
+from support import EVERYWHERE, NATIVE, on_gpu
 from test_program import assert_same
 from test_recurrence_kernels import CELLS, assert_close, layer
-from triton_kernels import OLD_INTERPRETER
 
 pytest.importorskip("triton")
 
@@ -50,8 +49,6 @@ def check(graph: Graph, values: list[torch.Tensor], tiles: RecurrenceTiles | Non
     kernel = lower(graph, "k_layer")
     eager, exact = interpret(graph, values), interpret(graph, values, torch.float64)
     sizes = {"t": eager[0].shape[0], "b": eager[0].shape[1]}
-    if OLD_INTERPRETER and device == "cpu" and kernel.sizes:
-        pytest.skip("the interpreter cannot loop up to a size")
     buffers = {b.name: x.reshape(-1).to(device) for b, x in zip(kernel.inputs, values)}
     found = run(build(kernel, tiles), buffers, sizes, torch.device(device)).values()
     for ours, theirs, wide in zip(found, eager, exact, strict=True):
@@ -72,8 +69,7 @@ def test_in_other_tiles(cell: str, tiles: str) -> None:
     check(*layer(cell, 3, 5, 37, reverse=tiles.startswith("b")), TILES[tiles])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 @pytest.mark.parametrize("tiles", [None, *TILES])
 @pytest.mark.parametrize("cell", CELLS)
 def test_on_gpu(cell: str, tiles: str | None) -> None:
@@ -89,12 +85,13 @@ def test_units(rows: int, units: int) -> None:
     check(*layer("relu", 3, rows, units, reverse=True))
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("tiles", [None, "blocks of both", "sums in registers", "sums of blocks", "wide"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_any_batch_and_length(tiles: str | None, reverse: bool) -> None:
+def test_any_batch_and_length(tiles: str | None, reverse: bool, device: str) -> None:
     """One kernel for all sizes: no rows, no steps, odd and even numbers of them."""
     for steps, rows in [(0, 3), (3, 0), (1, 1), (2, 17)]:
-        check(*layer("gru", steps, rows, 37, dynamic=True, reverse=reverse), TILES.get(tiles or ""))
+        check(*layer("gru", steps, rows, 37, dynamic=True, reverse=reverse), TILES.get(tiles or ""), device)
 
 
 def test_no_steps_and_no_batch() -> None:
@@ -104,26 +101,28 @@ def test_no_steps_and_no_batch() -> None:
             check(*layer("lstm", steps, rows, 37, reverse=reverse), TILES["blocks of both"])
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("tiles", ["all in registers", "blocks of both", "sums in registers", "sums of blocks"])
-def test_what_is_not_finite_stays_in_its_row(tiles: str) -> None:
+def test_what_is_not_finite_stays_in_its_row(tiles: str, device: str) -> None:
     graph, values = layer("lstm", 3, 4, 20)
     values[0][1, 2, 5], values[1][0, 0] = torch.nan, torch.inf
-    check(graph, values, TILES[tiles])
+    check(graph, values, TILES[tiles], device)
 
 
 NUMBERS = torch.randint(-9, 9, (2, 9001), generator=torch.Generator().manual_seed(0))
 SCANS = {"cumsum": NUMBERS.float(), "cumprod": torch.where(NUMBERS < 0, -1.0, 1.0), "cumsum of integers": NUMBERS}
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("name", SCANS)
-def test_long_scans_carry_what_came_before(name: str) -> None:
+def test_long_scans_carry_what_came_before(name: str, device: str) -> None:
     """Block by block: numbers whose sums and products are exact."""
     x = SCANS[name]
     kernel = lower(graph_of(lambda a: ops.op(name.split()[0])(a, dim=1), [x]), "k_scan")
     program = build(kernel)
     assert not program.schedule.persistent
-    (found,) = run(program, {kernel.inputs[0].name: x.reshape(-1)}).values()
-    assert torch.equal(found.view(x.shape), getattr(torch, name.split()[0])(x, 1))
+    (found,) = run(program, {kernel.inputs[0].name: x.reshape(-1).to(device)}).values()
+    assert torch.equal(found.cpu().view(x.shape), getattr(torch, name.split()[0])(x, 1))
 
 
 # ---- what is printed
@@ -261,6 +260,7 @@ def test_tiles_refused(tiles: RecurrenceTiles, reason: str) -> None:
 
 @pytest.mark.parametrize("walk", ["dot", "sum"])
 def test_tiles_can_be_enumerated(walk: str) -> None:
+    pytest.importorskip("ortools")
     found = find_layer(made())
     offered = schedules(space(found, walk, "sm_90"))
     assert len(offered) > 100 and all(refusal(found, RecurrenceTiles(walk=walk, **values), "sm_90") is None for values in offered)

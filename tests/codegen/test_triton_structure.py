@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_kernels import OLD_INTERPRETER
+from support import EVERYWHERE
 
 pytest.importorskip("triton")
 
@@ -130,16 +130,15 @@ def values(inputs: tuple[Node, ...]) -> list[torch.Tensor]:
     return made
 
 
+@EVERYWHERE
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
 @pytest.mark.parametrize("name", [name for name, _, _ in cases(3)])
-def test_structure(name: str, symbolic: bool) -> None:
-    if OLD_INTERPRETER and symbolic:
-        pytest.skip("the interpreter cannot loop up to a size")
+def test_structure(name: str, symbolic: bool, device: str) -> None:
     _, result, inputs = next(case for case in cases(B if symbolic else 3) if case[0] == name)
     kernel = lower(Graph("g", inputs, (result,), symbols={"b": SymbolRange(1, None)}), name)
     given = values(inputs)
     (expected,) = interpret(Graph("g", inputs, (result,)), given)
     schedule = Schedule(2, 8, persistent=False) if symbolic and kernel.inner else None
-    buffers = {b.name: v.reshape(-1) for b, v in zip(kernel.inputs, given)}
+    buffers = {b.name: v.reshape(-1).to(device) for b, v in zip(kernel.inputs, given)}
     (ours,) = run(build(kernel, schedule), buffers, dict.fromkeys(kernel.sizes, 3)).values()
-    torch.testing.assert_close(ours.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(ours.cpu().reshape(expected.shape), expected, rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -16,7 +16,7 @@ F32, F64, BF16, F16, I64, I32, U8, BOOL = (
 i, j, r, s, n, m = (symbol(x) for x in "ijrsnm")
 
 
-# The interpreter of older releases drops the wrong NaN in fmin and fmax, cannot invert uint8, nor loop up to a size under a recent numpy
+# The interpreter of older releases cannot invert uint8
 OLD_INTERPRETER = tuple(int(n) for n in version("triton").split(".")[:2]) < (3, 9)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import in_threads
+from support import in_threads, on_gpu
 from tilewright.driver.receipt import receipts
 from tilewright.driver.replay import Replayed, device_to_record, refusal
 from tilewright.ir.dims import SymbolRange, symbol
@@ -154,8 +154,7 @@ def test_on_a_cpu_the_mode_is_declined():
     assert ("record-launches", "not everything is on one GPU", "cpu") in [(r.rule, r.reason, r.value) for r in receipts()[-1].refused]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 @pytest.mark.parametrize("freeze", [False, True])
 def test_on_a_gpu(freeze):
     torch._dynamo.reset()

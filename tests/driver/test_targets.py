@@ -16,7 +16,7 @@ import torch
 from offline import Running, run, sentence
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import NATIVE
+from support import NATIVE, on_gpu
 from torch import nn
 
 pytest.importorskip("triton")
@@ -270,8 +270,7 @@ def test_what_only_a_cpu_can():
         require_portable("m", parse("graph g(x: f32[8]@cuda:0) {\n  return x\n}"), "sm_90")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 def test_on_a_gpu(block, tmp_path):
     here = native_code.driver_of(torch.cuda.current_device()).facts.architecture
     if here not in native_code.SHARED_BYTES:

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("transformers")
 
 import tilewright
+from support import ON_GPU
 from tilewright.driver.accuracy import check, reference_outputs
 from zoo import ZOO
 
@@ -27,14 +28,18 @@ def exact(model, given):
     return reference_outputs(twin, (), given)
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_forward_matches_eager_on_two_shapes(name):
+HERE = [*((name, "cpu") for name in ZOO), *(pytest.param(name, "cuda", marks=ON_GPU) for name in TRAINED)]
+
+
+@pytest.mark.parametrize(("name", "device"), HERE)
+def test_forward_matches_eager_on_two_shapes(name, device):
     model, inputs = ZOO[name]()
+    model.to(device)
     start = len(tilewright.receipts())
     compiled = torch.compile(model, backend="tilewright")
     with torch.no_grad():
         for shape in SHAPES:
-            given = inputs(*shape)
+            given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs(*shape).items()}
             eager = dict(model(**given).items())
             ours = dict(compiled(**given).items())
             result = check(ours, eager, dict(exact(model, given).items()))
