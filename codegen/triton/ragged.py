@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import sympy
 
-from ...ir.dims import Dim, dim, floordiv, product, same, to_source
+from ...ir.dims import Dim, dim, floordiv, to_source
 from ...ir.scalar import Apply, Scalar
 from ..kernel import Kernel, Load, Store
 from .contraction import DotPrinter
@@ -28,9 +28,9 @@ from .indices import Span
 from .layout import Dimension, Layout, extent_source
 from .legalize import UnsupportedByTriton, legalize
 from .operands import Operand
-from .printer import module, widened_sizes
+from .printer import module
 from .product import Product, find_product
-from .program import Launch, Program
+from .program import Program
 from .ragged_roles import Blocks, Groups
 from .scalars import ATOM
 from .schedule import next_power_of_two
@@ -61,46 +61,40 @@ class _GroupsPrinter(DotPrinter):
     def __init__(self, found: Product, tiles: Tiles) -> None:
         super().__init__(found, tiles)
         assert isinstance(found.parts, Groups)
-        self.groups = found.parts
+        self.parts = found.parts
         self.m = _Rows(self.m.span, self.m.constant, self.m.block, shared=True)
         self.k, self.down = replace(self.k, looped=True), replace(self.down, looped=True)
         self.batch = Span(self.found.batch, self.unused("group"))
-        self.first, self.end = self.unused("first_row"), self.unused("end")
-
-    def launch(self) -> Launch:
-        return replace(super().launch(), grid=(product(self.counts()),))
+        self.found = replace(self.found, batch=())  # programs are not numbered by it
+        self.first_row, self.end = self.unused("first_row"), self.unused("end")
 
     def counts(self) -> tuple[Dim, Dim]:
         """Blocks of rows: as many as there can be, whatever the groups, of which those behind the last are one."""
-        rows, block, parts = self.m.span.extent, self.m.block, self.groups.count + 1
+        rows, block, parts = self.m.span.extent, self.m.block, self.parts.count + 1
         if isinstance(rows, int):
             parts = min(parts, rows)  # each with a row at least: full blocks, and one that is not
         return dim(floordiv(dim(rows + parts * (block - 1)), block)), super().counts()[1]
 
     def start(self, writer: Expressions) -> None:
-        lines, word = writer.outer.lines, self.words["tile"]
-        lines.extend(widened_sizes(self.kernel, self.tiles.wide))
-        tile = f"tl.program_id(0){self.cast}"
-        if not same(self.counts()[1], 1):
-            lines.append(f"{word} = {tile}")
-            tile = word
-        self.tile(lines, tile)
-        count, ends = self.groups.count, f"{self.groups.ends}_ptr"
-        if self.groups.first != 0:
-            ends += f" + {to_source(self.groups.first)}"
+        """Which group and rows are this program's, if any."""
+        super().start(writer)
+        lines = writer.outer.lines
+        count, ends = self.parts.count, f"{self.parts.ends}_ptr"
+        if self.parts.first != 0:
+            ends += f" + {to_source(self.parts.first)}"
         arguments = [ends, self._at["BLOCK_M"], extent_source(self.m.span), count, next_power_of_two(count + 1), "BLOCK_M"]
         found = f"_find_group({', '.join(map(str, arguments))}, {'tl.int64' if self.tiles.wide else 'tl.int32'})"
-        lines.extend((f"{self.batch.flat}, {self.first}, {self.end} = {found}", f"if {self.batch.flat} > {count}:", "    return"))
+        lines.extend((f"{self.batch.flat}, {self.first_row}, {self.end} = {found}", f"if {self.batch.flat} > {count}:", "    return"))
 
     def position(self, dimension: Dimension, spread: str) -> list[str]:
         if dimension.constant != self.m.constant:
             return super().position(dimension, spread)
         flat = dimension.span.flat
-        return [f"{flat} = ({self.first} + tl.arange(0, BLOCK_M)){spread}", f"{dimension.mask} = {flat} < {self.end}"]
+        return [f"{flat} = ({self.first_row} + tl.arange(0, BLOCK_M)){spread}", f"{dimension.mask} = {flat} < {self.end}"]
 
     def range(self) -> str:
         """Behind the last group there is nothing to add up."""
-        depth = f"tl.where({self.batch.flat} < {self.groups.count}, {extent_source(self.k.span)}, 0)"
+        depth = f"tl.where({self.batch.flat} < {self.parts.count}, {extent_source(self.k.span)}, 0)"
         return f"for {self.k.span.flat}_start in range(0, {depth}, BLOCK_K):"
 
 
@@ -121,7 +115,7 @@ class _BlocksPrinter(DotPrinter):
     def __init__(self, found: Product, tiles: Tiles) -> None:
         super().__init__(found, tiles)
         assert isinstance(found.parts, Blocks)
-        self.blocks = found.parts
+        self.parts = found.parts
         self.batch = Span(self.found.batch, self.unused("block_row"))
         self.limits = self.unused("begin"), self.unused("end")
 
@@ -132,22 +126,22 @@ class _BlocksPrinter(DotPrinter):
     def operand(self, side: int, fixed: Dimension, beside: Expressions | None = None) -> Operand:
         writer = super().operand(side, fixed, beside)
         assert isinstance(writer, _BlockWriter)
-        writer.inside = frozenset({self.blocks.axis.name})
+        writer.inside = frozenset({self.parts.axis.name})
         return writer
 
     def start(self, writer: Expressions) -> None:
         """Which blocks are multiplied, too."""
         super().start(writer)
-        values = tuple(Store("", sympy.Integer(0), _loaded(v)) for v in (self.blocks.begin, self.blocks.end))
+        values = tuple(Store("", sympy.Integer(0), _loaded(v)) for v in (self.parts.begin, self.parts.end))
         reader = Operand(legalize(replace(self.kernel, stores=values)), Layout(self.batch, None, ()), self.tiles, writer)
-        most = extent_source(Span((self.blocks.axis,), ""))
+        most = extent_source(Span((self.parts.axis,), ""))
         for name, store, bound in zip(self.limits, reader.kernel.stores, ("tl.maximum({}, 0)", f"tl.minimum({{}}, {most})")):
             reader.prepare(store.value)
             cast = ".to(tl.int64)" if self.tiles.wide else "" if store.value.dtype.itemsize == 4 else ".to(tl.int32)"
             writer.outer.lines.append(f"{name} = {bound.format(reader.text(store.value).at(ATOM) + cast)}")
 
     def range(self) -> str:
-        return f"for {self.blocks.axis.name} in range({', '.join(self.limits)}):"
+        return f"for {self.parts.axis.name} in range({', '.join(self.limits)}):"
 
 
 def _loaded(limit: Scalar) -> Scalar:
