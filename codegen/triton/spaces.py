@@ -73,8 +73,9 @@ def _products(kernel: Kernel, start: Tiles, unit: Unit, target: str | None) -> l
         space = tiles.space(found, walk, target)
         ranges = {
             "block_m": _covering(space, "block_m", rows), "block_n": _covering(space, "block_n", columns),
-            "block_k": _covering(space, "block_k", depth, 128 if walk == "dot" else 1024), "split_k": (1, 2, 4, 8, 16),
-            "group_m": (8,) if few else (4, 8), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4, 5) if walk == "dot" else (1, 2, 3),
+            "block_k": _covering(space, "block_k", depth, 128 if walk == "dot" else 1024),
+            "split_k": (1, 2, 4, 8, 16) if _known(programs) else (1,),
+            "group_m": (8,), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4, 5) if walk == "dot" else (1, 2, 3),
         }  # fmt: skip
         least = WARP_RESULTS if walk == "dot" else unit.lanes
         work = Limit("every warp has work", least * warps, sympy.Max(m * n * (k if walk == "sum" else 1), 2 * least))
