@@ -16,14 +16,17 @@ from .layout import Dimension, Layout, extent_source, layout_of, mask_lines
 from .legalize import UnsupportedByTriton, legalize
 from .program import Launch, Program, blocks_of, function_name, pointers
 from .reductions import HELPERS
-from .schedule import Schedule, inner_groups, needs_whole_block
+from .schedule import Schedule, inner_groups, needs_whole_block, refusal
 
 _HEADER = "import triton\nimport triton.language as tl\n"
 _LIBDEVICE = "from triton.language.extra import libdevice\n"
 
 
 def build_blocks(kernel: Kernel, schedule: Schedule) -> Program:
-    """Points and reductions: the program of `printer`."""
+    """Points and reductions: the program of `printer`. Raises UnsupportedByTriton, also for blocks that are no powers of two."""
+    problem = refusal(schedule)
+    if problem is not None:
+        raise UnsupportedByTriton(what=f"{kernel.name} by this schedule", reason=problem)
     layout = layout_of(legalize(kernel), schedule)
     constants = {d.constant: d.block for d in layout.dimensions}
     whole = tuple((g.span.extent, g.block) for g in layout.groups if not g.looped)

@@ -34,6 +34,12 @@ class Schedule:
     wide: bool = False
 
 
+def refusal(schedule: Schedule) -> str | None:
+    """Why a schedule is none for any kernel; None where it may be one."""
+    lengths = {name: getattr(schedule, name) for name in ("xblock", "rblock", "num_warps")}
+    return next((f"{name} is a power of two, not {n}" for name, n in lengths.items() if n < 1 or n & (n - 1)), None)
+
+
 def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
