@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +27,14 @@ class NotHere(Exception):
 class Place:
     """device: "cuda:0"; on "cpu" kernels run in Triton's interpreter, in sizes that it can do, which tests the benchmark.
 
-    seconds: for the rounds of one race. rival: the backend of torch.compile that whole models are compared with.
+    seconds: for the rounds of one race. rival: the backend of torch.compile that whole models are compared with. tuned: kernels have the
+    schedule that a search finds.
     """
 
     device: str = "cuda:0"
     seconds: float = 1.0
     rival: str = "inductor"
+    tuned: bool = False
 
     @property
     def on_gpu(self) -> bool:
@@ -54,7 +58,8 @@ class Place:
 
         schedule: that it must have, as a region of a graph names it.
         """
-        program = compile_program(one_region(build, kinds, self.device, schedule), TARGETS if self.on_gpu else INTERPRETED)
+        graph = one_region(build, kinds, self.device, schedule)
+        program = compile_program(searched(graph) if self.tuned else graph, TARGETS if self.on_gpu else INTERPRETED)
         if program.fallbacks:
             raise NotHere(f"no kernel of ours: {program.fallbacks[0].reason}")
         if schedule and program.kernels[0].notes:
@@ -73,6 +78,25 @@ def _interpreted(kernels: Sequence[Any], device: str) -> Any:
 
 
 INTERPRETED = {"cpu": Target("triton", _interpreted)}
+
+
+SEARCH_SECONDS = 60.0
+
+
+def searched(graph: Graph) -> Graph:
+    """The graph with the schedules that are fastest on the device; what was found goes to the log."""
+    from tilewright.search.bench import bench_of
+    from tilewright.search.database import Database
+    from tilewright.search.schedules import by_measuring, with_schedules
+
+    bench = bench_of(graph)
+    if bench is None:
+        raise NotHere("schedules are measured on a GPU")
+    found = by_measuring(graph, bench, time.perf_counter() + SEARCH_SECONDS, Database())
+    print(*found.lines, sep="\n", file=sys.stderr)
+    if not found.schedules and not any(line.measured for line in found.lines):
+        raise NotHere(found.lines[0].why if found.lines else "there is nothing to search")
+    return with_schedules(graph, found.schedules)
 
 
 def graph_of(build: Build, kinds: Sequence[Kind], device: str) -> Graph:

@@ -45,7 +45,8 @@ RANKED: dict[str, Ranked] = {
     "product": Ranked(lambda x, w: ops.linear(x, w), lambda at: [(BF16, _shape(at, 4096, 4096))] * 2),
     "one row": Ranked(lambda x, w: ops.linear(x, w), lambda at: [(BF16, _shape(at, 1, 4096)), (BF16, _shape(at, 4096, 4096))]),
     "attention": Ranked(
-        lambda q, k, v: ops.op("attention")(q, k, v, causal=True, scale=0.125), lambda at: [(BF16, _shape(at, 4, 16, 4096, 64))] * 3
+        lambda q, k, v: ops.op("attention")(q, k, v, causal=True, scale=0.125),
+        lambda at: [(BF16, (at.size(64, 1), *_shape(at, 4096, 64)))] * 3,
     ),
     "softmax": Ranked(soft, lambda at: [(torch.float32, _shape(at, 16_384, 1024))]),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -52,6 +52,11 @@ def _models(peers: tuple[str, ...], table: str, seconds: float) -> list[Row]:
     return [Row(table, name, partial(models.compared, name, peers), seconds) for name in models.MODELS]
 
 
+def _tuned(row: Row) -> Row:
+    """The same under the schedule that a search finds."""
+    return replace(row, name=f"{row.name}, tuned", measure=lambda place: row.measure(replace(place, tuned=True)), seconds=60.0)
+
+
 def _ranked(name: str, place: Place) -> Answer:
     try:
         from .ranking import ranked
@@ -63,15 +68,21 @@ def _ranked(name: str, place: Place) -> Answer:
 CAUSAL = {"batch": 4, "queries": 4096, "keys": 4096, "causal": True}
 STEP = {"batch": 8, "queries": 1, "causal": False, "head": 128}
 
+LAYER = _product("bfloat16 4096^3, bias and GELU", 4096, 4096, 4096)
+HEAD_64 = _attention("causal 4096, head 64", heads=32, shared=32, head=64, **CAUSAL)
+HEAD_128 = _attention("causal 4096, head 128", heads=16, shared=16, head=128, **CAUSAL)
+FOUR_BITS = Row("few bits", "4-bit weights, batch 1, 4096^2", partial(kernels.vector_product, bits=4))
+
 ROWS: tuple[Row, ...] = (
     *_checks(),
-    _product("bfloat16 4096^3, bias and GELU", 4096, 4096, 4096),
-    _attention("causal 4096, head 64", heads=32, shared=32, head=64, **CAUSAL),
-    _attention("causal 4096, head 128", heads=16, shared=16, head=128, **CAUSAL),
+    LAYER,
+    HEAD_64,
+    HEAD_128,
     *_bandwidth()[:8],
-    Row("few bits", "4-bit weights, batch 1, 4096^2", partial(kernels.vector_product, bits=4)),
+    FOUR_BITS,
     Row("few bits", "8-bit weights, batch 1, 4096^2", partial(kernels.vector_product, bits=8)),
     *_models(models.DEFAULT, "models", 60.0),
+    *map(_tuned, (LAYER, HEAD_64, HEAD_128, FOUR_BITS)),
     *_models(models.REPLAYED, "models, replayed", 60.0)[:2],
     _product("bfloat16 4096^3", 4096, 4096, 4096, follows=""),
     _product("float16 8192x1024x4096, bias and GELU", 8192, 1024, 4096, F16),
@@ -85,6 +96,7 @@ ROWS: tuple[Row, ...] = (
     Row("ranking", "one row, bfloat16 4096^2", partial(_ranked, "one row"), 60.0),
     Row("ranking", "attention, causal 4096", partial(_ranked, "attention"), 60.0),
     Row("ranking", "softmax, 64 MB", partial(_ranked, "softmax"), 30.0),
+    *map(_tuned, _bandwidth()[:8]),
     *_bandwidth()[8:],
     *_models(models.REPLAYED, "models, replayed", 60.0)[2:],
     *_models(models.TUNED, "models, max-autotune", 180.0),

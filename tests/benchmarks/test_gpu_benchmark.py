@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import gpu
 from on_gpu import worker
 from on_gpu.clock import race
 from on_gpu.models import MODELS, PEERS, compared
-from on_gpu.place import Place
+from on_gpu.place import INTERPRETED, Place
 from on_gpu.report import markdown
 from on_gpu.rows import ROWS
 
@@ -156,6 +157,7 @@ QUICK = [n for n, row in enumerate(ROWS) if not row.table.startswith("models")]
 def test_row(number):
     row, answer = ROWS[number], worker.answer(f"row {number}", SMALL)
     assert "failed" not in answer, answer
+    assert answer.get("note", "") in ("", "schedules are measured on a GPU"), answer
     assert row.table != "checks" or answer["ok"], answer
     for peer, found in answer.get("peers", {}).items():
         assert found.get("seconds") or "No viable backend" in found["failed"], (peer, found)
@@ -181,3 +183,19 @@ def test_a_candidate_that_fails_leaves_the_others():
 
 def test_names_of_rows_differ():
     assert len({(row.table, row.name) for row in ROWS}) == len(ROWS)
+
+
+@pytest.mark.slow
+def test_a_tuned_kernel_has_the_schedule_that_is_found(monkeypatch):
+    """Measured by the interpreter's time, which is as good a clock as any."""
+    pytest.importorskip("ortools")
+    from tilewright.search import bench, candidates, schedules
+    from tilewright.search.gpus import of_target
+
+    here = bench.Bench(of_target("sm_90"), "the interpreter", time.process_time, INTERPRETED, "cpu")
+    monkeypatch.setattr(bench, "bench_of", lambda graph: here)
+    for module in (candidates, schedules):
+        monkeypatch.setattr(module, "COMPILED", 3)
+    row = next(row for row in ROWS if row.name.endswith("head 64, tuned"))
+    answer = row.measure(SMALL)
+    assert answer["peers"]["tilewright"]["seconds"]
