@@ -27,9 +27,11 @@ from ...ir.scalar import Scalar
 from ..kernel import Axis, Buffer, Kernel, Load, Reduce, Store, scalars
 from ..names import unique
 from .expressions import Expressions
+from .features import FEATURES
 from .indices import Span
 from .layout import Dimension, Layout, extent_source, mask_lines
 from .legalize import UnsupportedByTriton, rewritten
+from .matrices import matrices
 from .operands import Operand
 from .printer import build_blocks, function_text, module, print_function, widened_sizes
 from .product import ACCUMULATORS, Product, as_sum, find_product, is_turned, spreads
@@ -61,6 +63,8 @@ class _Printer(ABC):
         self.cast = ".to(tl.int64)" if tiles.wide else ""
         self._taken = {a.name for a in self.kernel.axes} | set(self.kernel.sizes) | set(pointers(self.kernel))
         self.words = {word: self.unused(word) for word in ("tile", "first", "height")}
+        self.words |= {"BLOCK_M": self.unused("m_start"), "BLOCK_N": self.unused("n_start")} if tiles.descriptors else {}
+        self.program = self.unused("turn") if tiles.programs else self.first_program
         self.batch = self.span(self.found.batch, "batch")
         self.m = Dimension(self.span(self.found.rows, "m"), "BLOCK_M", tiles.block_m, shared=True)
         self.n = Dimension(self.span(self.found.columns, "n"), "BLOCK_N", tiles.block_n, shared=True)
@@ -79,9 +83,11 @@ class _Printer(ABC):
         found, tiles = self.found, self.tiles
         count = product((found.size(found.batch), *self.counts()))
         grid = (count,) if tiles.split_k == 1 else (count, tiles.split_k)
+        if tiles.programs:
+            grid = (dim(sympy.Min(count, tiles.programs)),)
         constants = {d.constant: d.block for d in self.dimensions()}
-        name = function_name(self.kernel)
-        return Launch(name, pointers(self.kernel), grid, constants, tiles.num_warps, tiles.num_stages, tiles.wide)
+        name, needs = function_name(self.kernel), tuple(option for option in FEATURES if getattr(tiles, option))
+        return Launch(name, pointers(self.kernel), grid, constants, tiles.num_warps, tiles.num_stages, tiles.wide, needs)
 
     def dimensions(self) -> tuple[Dimension, ...]:
         return (self.m, self.n, self.k)
@@ -91,20 +97,37 @@ class _Printer(ABC):
         return blocks_of(self.m.span.extent, self.m.block), blocks_of(self.n.span.extent, self.n.block)
 
     def function(self) -> str:
-        lines = self.lines()
+        lines = [*widened_sizes(self.kernel, self.tiles.wide), *self.before(), *self.turns(self.lines())]
         return function_text(self.kernel, pointers(self.kernel), [d.constant for d in self.dimensions()], lines)
+
+    def before(self) -> list[str]:
+        """What a program does once."""
+        return []
 
     @abstractmethod
     def lines(self) -> list[str]:
-        """The body of the function."""
+        """What a program does for a tile."""
+
+    def turns(self, lines: Sequence[str]) -> Sequence[str]:
+        """The same for every tile of a program that has several. Triton makes one loop of this one and that over the depth, or gives both
+        to warps that copy and warps that multiply."""
+        if not self.tiles.programs:
+            return lines
+        count = product((self.found.size(self.found.batch), *self.counts()))
+        how = "warp_specialize" if self.tiles.specialized else "flatten"
+        head = f"for {self.program} in tl.range({self.first_program}, {to_source(count)}, tl.num_programs(0), {how}=True):"
+        return [head, *(f"    {line}" for line in lines)]
+
+    @property
+    def first_program(self) -> str:
+        return f"tl.program_id(0){self.cast}"
 
     # ---- where a program is
 
     def start(self, writer: Expressions) -> None:
         """The lines that say which batch, rows and columns are this program's."""
         lines, word = writer.outer.lines, self.words["tile"]
-        lines.extend(widened_sizes(self.kernel, self.tiles.wide))
-        tile = f"tl.program_id(0){self.cast}"
+        tile = self.program
         tiles = product(self.counts())
         if self.found.batch and same(tiles, 1):
             lines.append(f"{self.batch.flat} = {tile}")
@@ -133,13 +156,18 @@ class _Printer(ABC):
             lines.append(f"{tile} %= {to_source(dim(across * group))}")
             row, column = f"{first} + {tile} % {height}", f"{tile} // {height}"
         self._at = {"BLOCK_M": row, "BLOCK_N": column}
+        for name, at in self._at.items() if self.tiles.descriptors else ():  # they take where a block begins
+            if at != "0":
+                lines.append(f"{self.words[name]} = {at if at.isidentifier() else f'({at})'} * {name}")
+                self._at[name] = self.words[name]
 
     def position(self, dimension: Dimension, spread: str) -> list[str]:
         """The lines that define the positions along the rows or columns, and their mask."""
         at, block = self._at[dimension.constant], dimension.constant
         points = f"tl.arange(0, {block})"
         plain = at.isidentifier() or at.startswith("tl.program_id")
-        row = f"({at if plain else f'({at})'} * {block} + {points}){spread}" if at != "0" else f"{points}{spread}{self.cast}"
+        start = at if self.tiles.descriptors else f"{at if plain else f'({at})'} * {block}"
+        row = f"({start} + {points}){spread}" if at != "0" else f"{points}{spread}{self.cast}"
         return [f"{dimension.span.flat} = {row}", *mask_lines(dimension)]
 
     # ---- the depth
@@ -154,7 +182,8 @@ class _Printer(ABC):
         """The loop over the depth: all of it, or the part of this program."""
         flat, extent, tiles = self.k.span.flat, self.k.span.extent, self.tiles
         if tiles.split_k == 1:
-            return f"for {flat}_start in range(0, {extent_source(self.k.span)}, BLOCK_K):"
+            function, how = ("tl.range", ", warp_specialize=True") if tiles.specialized and not tiles.programs else ("range", "")
+            return f"for {flat}_start in {function}(0, {extent_source(self.k.span)}, BLOCK_K{how}):"
         part = dim(sympy.sympify(blocks_of(extent, tiles.split_k * tiles.block_k)) * tiles.block_k)
         first = f"tl.program_id(1) * {_factor(part)}"
         return f"for {flat}_start in range({first}, tl.minimum({first} + {_factor(part)}, {extent_source(self.k.span)}), BLOCK_K):"
@@ -195,7 +224,10 @@ class _Results(Expressions):
 
 
 class DotPrinter(_Printer):
-    """Blocks [m, k] and [k, n] are multiplied by `tl.dot`; each is loaded along what is contiguous in memory, and transposed if need be."""
+    """Blocks [m, k] and [k, n] are multiplied by `tl.dot`; each is loaded along what is contiguous in memory, and transposed if need be.
+
+    With `descriptors`, blocks of operands that are matrices in memory are copied by a unit of the GPU; all others are loaded.
+    """
 
     writer: type[Operand] = Operand
 
@@ -203,6 +235,9 @@ class DotPrinter(_Printer):
         super().__init__(found, tiles)
         self.turned = tuple(is_turned(found, side) for side in (0, 1))
         self.down = self.variant(self.k, "down") if any(self.turned) else self.k
+        self.matrices = matrices(self.found) if tiles.descriptors else {}
+        self.described = {key: self.unused(f"{key[0].buffer}_blocks") for key in dict.fromkeys((m, at[1]) for at, m in self.matrices.items())}
+        self.loaded = tuple(any((n, side) not in self.matrices for n in range(len(found.dots))) for side in (0, 1))
 
     def variant(self, dimension: Dimension, word: str) -> Dimension:
         """The same positions along the other dimension of a block, under names of their own."""
@@ -218,10 +253,10 @@ class DotPrinter(_Printer):
         self.start(left)
         lines = left.outer.lines
         lines.extend(self.position(self.m, "[:, None]"))
-        lines.extend(self.position(across, "[None, :]") if self.turned[0] else ())
-        lines.extend(self.position(down, "[None, :]" if self.turned[1] else "[:, None]"))
+        lines.extend(self.position(across, "[None, :]") if self.turned[0] and self.loaded[0] else ())
+        lines.extend(self.position(down, "[None, :]" if self.turned[1] else "[:, None]") if self.loaded[1] else ())
         self.multiply(left, right, results)
-        lines.extend(() if self.turned[1] else self.position(self.n, "[None, :]"))
+        lines.extend(() if self.turned[1] and self.loaded[1] else self.position(self.n, "[None, :]"))
         self.store(results)
         return lines
 
@@ -251,10 +286,11 @@ class DotPrinter(_Printer):
         body = left.enter().lines if self.repeats else outer
         right.body = left.body and left.body.shared()
         positions = body if self.k.looped else outer
-        positions.extend(() if all(self.turned) else self.depth_lines(self.k, "[None, :]"))
-        positions.extend(self.depth_lines(self.down, "[:, None]") if any(self.turned) else ())
-        for name, dtype, one, other in zip(names, dtypes, left.kernel.stores, right.kernel.stores):
-            a, b = left.operand(one.value, dtype), right.operand(other.value, dtype)
+        for depth, spread, turned in ((self.k, "[None, :]", False), (self.down, "[:, None]", True)):
+            if (True, turned) in zip(self.loaded, self.turned):
+                positions.extend(self.depth_lines(depth, spread))
+        for n, (name, dtype) in enumerate(zip(names, dtypes)):
+            a, b = (self.factor(writer, n, side, dtype) for side, writer in enumerate((left, right)))
             first, second = (f"{a}.T" if self.turned[0] else a), (b if self.turned[1] else f"{b}.T")
             precision = ', input_precision="ieee"' if dtype == torch.float32 else ""
             body.append(f"{name} = tl.dot({first}, {second}, {name}{precision}, out_dtype={TYPES[ACCUMULATORS[dtype]]})")
@@ -265,6 +301,31 @@ class DotPrinter(_Printer):
         for dot, name, dtype in zip(self.found.dots, names, dtypes):
             same_type = dot.dtype == ACCUMULATORS[dtype]
             results.outer.texts[dot] = Text(name if same_type else f"{name}.to({TYPES[dot.dtype]})")
+
+    def factor(self, writer: Operand, number: int, side: int, dtype: torch.dtype) -> str:
+        """A variable that holds a block of an operand."""
+        matrix = self.matrices.get((number, side))
+        if matrix is None:
+            return writer.operand(writer.kernel.stores[number].value, dtype)
+        start = self._at[("BLOCK_M", "BLOCK_N")[side]]
+        start += ".to(tl.int32)" if self.tiles.wide and start != "0" else ""
+        at = [start, f"{self.k.span.flat}_start" if self.k.looped else "0"]
+        return writer.define(matrix.buffer, f"{self.described[matrix, side]}.load([{', '.join(self.in_order(at, side))}])")
+
+    def before(self) -> list[str]:
+        """The descriptors of the matrices."""
+        lines: list[str] = []
+        for (matrix, side), name in self.described.items():
+            both = ((self.m, self.n)[side], self.k)
+            start = f"{matrix.buffer}_ptr" + (f" + {to_source(matrix.offset)}" if matrix.offset != 0 else "")
+            shape = ", ".join(self.in_order([extent_source(d.span) for d in both], side))
+            block = ", ".join(self.in_order([d.constant for d in both], side))
+            lines.append(f"{name} = tl.make_tensor_descriptor({start}, [{shape}], [{to_source(matrix.stride)}, 1], [{block}])")
+        return lines
+
+    def in_order(self, texts: Sequence[str], side: int) -> Sequence[str]:
+        """What is said of the rows or columns and of the depth, the dimension that is contiguous in memory last."""
+        return tuple(reversed(texts)) if self.turned[side] else texts
 
 
 class _SumPrinter(_Printer):

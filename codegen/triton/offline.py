@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from ..kernel import Kernel
 from ..target import Usage
 from .binary import Binary, OfflineError, parameter_sizes
+from .features import lacking
 from .program import Launch, Program
 from .runtime import load
 from .templates import build
@@ -143,6 +144,8 @@ def _need(about: Any, name: str) -> int:
 def compile_launch(program: Program, launch: Launch, target: str, multiples: Collection[str] = ()) -> CompiledKernel:
     """A launch compiled by Triton. Buffers are taken to lie at multiples of 16 bytes; multiples: sizes that are taken to be some of 16."""
     kernel = program.kernel
+    if missing := [reason for option in launch.needs if (reason := lacking(option, target))]:
+        raise OfflineError(kernel=kernel.name, target=target, reason=missing[0])
     function = load(program.source)[launch.function]
     if not isinstance(function, JITFunction):
         raise OfflineError(kernel=kernel.name, target=target, reason="TRITON_INTERPRET is set")

@@ -31,6 +31,10 @@ class Tile(Expressions):
         self.body.lines.append(f"{name} = {code}")
         return name
 
+    def define(self, word: str, code: str) -> str:
+        """A variable that holds what the code gives where it is written."""
+        return self._variable(word, code, self.body or self.outer)
+
     def fresh(self, word: str) -> str:
         return self._name(word)
 

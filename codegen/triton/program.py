@@ -21,7 +21,7 @@ class Launch:
     """One call of a function of the program's source, which takes pointers, sizes and constants in this order.
 
     buffers: whose pointers it takes, by name; grid: how many programs run along one to three dimensions, in sizes of the kernel;
-    constants: its constexpr parameters by name; wide: sizes are passed in 64 bits.
+    constants: its constexpr parameters by name; wide: sizes are passed in 64 bits; needs: what not every GPU has (`features`).
     """
 
     function: str
@@ -31,6 +31,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
     wide: bool = False
+    needs: tuple[str, ...] = ()
 
     def options(self, kernel: Kernel) -> dict[str, Any]:
         """Options of Triton's compiler. No contraction of a*b+c: eager rounds the product, and x*x - x*x is 0.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import sympy
 
@@ -20,6 +20,7 @@ from ..kernel import Axis, Kernel, Load, scalars
 from ..space import Limit, Space
 from . import attention_tiles, recurrence_tiles, tiles
 from .attention import roles
+from .features import FEATURES
 from .product import FEW, find_product, without_matrix
 from .schedule import LARGEST_BLOCK, Schedule, element_width, inner_groups, needs_whole_block, next_power_of_two
 from .templates import template_of
@@ -44,7 +45,8 @@ class Offer:
 
     def schedule(self, values: Mapping[str, int]) -> Any:
         """The schedule of values of the variables."""
-        return replace(self.start, **self.common, **values)
+        kinds = get_type_hints(type(self.start))
+        return replace(self.start, **self.common, **{name: kinds[name](value) for name, value in values.items()})
 
 
 def offers(kernel: Kernel, target: str | None = None) -> list[Offer]:
@@ -65,6 +67,8 @@ def _products(kernel: Kernel, start: Tiles, unit: Unit, target: str | None) -> l
     limits: list[Limit] = []
     if _known(programs):
         limits.append(Limit("the depth is shared where programs are few", sympy.Min(split - 1, 1) * programs, PROCESSORS))
+        several = sympy.Min(symbol("programs"), 1) * (unit.processors + 1)
+        limits.append(Limit("programs have several tiles", several, sympy.Max(programs, 1)))
     if isinstance(depth, int):
         limits.append(Limit("a part of the depth has two blocks", 2 * k * sympy.Min(split - 1, 1) * split, max(depth, 2)))
     few = isinstance(rows, int) and rows <= 2 * SEVERAL_ROWS and found.parts is None
@@ -76,6 +80,7 @@ def _products(kernel: Kernel, start: Tiles, unit: Unit, target: str | None) -> l
             "block_k": _covering(space, "block_k", depth, 128 if walk == "dot" else 1024),
             "split_k": (1, 2, 4, 8, 16) if _known(programs) else (1,),
             "group_m": (8,), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4, 5) if walk == "dot" else (1, 2, 3),
+            **{option: space.variables[option] for option in FEATURES},
         }  # fmt: skip
         least = WARP_RESULTS if walk == "dot" else unit.lanes
         work = Limit("every warp has work", least * warps, sympy.Max(m * n * (k if walk == "sum" else 1), 2 * least))

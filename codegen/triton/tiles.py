@@ -12,7 +12,9 @@ import torch
 from ...ir.dims import Dim, SymbolRange, symbol
 from ..kernel import Axis, Kernel, Load, cone
 from ..space import Limit, Space
-from .product import ACCUMULATORS, FEW, Product, find_product, stride
+from .features import FEATURES, lacking
+from .matrices import matrices
+from .product import ACCUMULATORS, FEW, NARROW, Product, find_product, stride
 from .ragged_roles import Blocks, Groups
 from .schedule import LARGEST_BLOCK, is_wide, next_power_of_two
 
@@ -27,6 +29,7 @@ class Unit(NamedTuple):
     """What a target has for one program: bytes of shared memory, threads of a warp, 32-bit registers of a thread and of all, most threads.
 
     unbuffered: stages of a pipeline that hold no block of their own. plain: dtypes that it multiplies without matrix units.
+    processors: that run programs.
     """
 
     shared: int
@@ -36,6 +39,7 @@ class Unit(NamedTuple):
     threads: int = 1024
     unbuffered: int = 0
     plain: tuple[torch.dtype, ...] = (torch.float32,)
+    processors: int = 132
 
     def room(self, warps: sympy.Expr) -> sympy.Expr:
         """Registers of a program."""
@@ -43,9 +47,9 @@ class Unit(NamedTuple):
 
 
 UNITS: dict[str, Unit] = {
-    "sm_80": Unit(166_912),
+    "sm_80": Unit(166_912, processors=108),
     "sm_90": Unit(232_448),
-    "gfx942": Unit(65_536, lanes=64, registers=512, file=131_072, unbuffered=1, plain=()),
+    "gfx942": Unit(65_536, lanes=64, registers=512, file=131_072, unbuffered=1, plain=(), processors=304),
 }
 ANY = Unit(1 << 30, lanes=64, registers=512, file=131_072, plain=())
 """What is legal on some target."""
@@ -62,6 +66,9 @@ class Tiles:
     walk: "dot" by matrix units, "sum" by products that are added when all is read (few rows). group_m: rows of tiles whose programs
     follow each other, so that they read the same columns from the cache. split_k: programs that share a tile's depth; their sums are
     added by a second kernel, always in the same order. wide: index arithmetic in 64 bits.
+
+    programs: how many walk all tiles, one after the other (persistent); 0: each has one. descriptors: blocks of operands that are matrices
+    in memory are copied by a unit of the GPU (TMA). specialized: some warps of a program copy while others multiply.
     """
 
     block_m: int = 64
@@ -73,6 +80,9 @@ class Tiles:
     num_stages: int = 3
     walk: str = "dot"
     wide: bool = False
+    programs: int = 0
+    descriptors: bool = False
+    specialized: bool = False
 
 
 _LEAST_DEPTH = {torch.int8: 32}  # of a block; 16 for others
@@ -85,12 +95,15 @@ _BLOCKS: dict[torch.dtype, tuple[int, int, int]] = {
 
 def refusal(kernel: Kernel, tiles: Tiles, target: str | None = None) -> str | None:
     """The limit that the tiles break for this kernel (on a target); None where they are legal."""
-    return space(find_product(kernel), tiles.walk, target).refusal(vars(tiles))
+    programs = ANY.processors if tiles.programs > 0 and target is None else tiles.programs  # any number of them gives the same results
+    return space(find_product(kernel), tiles.walk, target).refusal(vars(tiles) | {"programs": programs})
 
 
 def space(found: Product, walk: str = "dot", target: str | None = None) -> Space:
     """The legal tiles of a walk."""
-    return (_dot_space if walk == "dot" else _sum_space)(found, UNITS[target] if target else ANY)
+    made = (_dot_space if walk == "dot" else _sum_space)(found, UNITS[target] if target else ANY)
+    missing = {option: lacking(option, target) for option in FEATURES} if target else {}
+    return Space(made.variables, (*made.limits, *(Limit(reason, symbol(option)) for option, reason in missing.items() if reason)))
 
 
 def powers(low: int, high: int) -> tuple[int, ...]:
@@ -106,7 +119,7 @@ def _dot_space(found: Product, unit: Unit) -> Space:
     least = max(_LEAST_DEPTH.get(d, FEW) for d in dtypes)
     sums, operands = m * n * several * max(size // 4, 1), k * (lefts * m + rights * n)
     limits = [
-        Limit("the sums fit half of the registers", 2 * sums, unit.room(warps)),
+        Limit("the sums fit half of the registers", 2 * sums, unit.room(warps * (1 + symbol("specialized")))),  # two groups multiply
         Limit("operand blocks fit shared memory", size * (stages - unit.unbuffered) * operands, unit.shared),
         Limit("a block of results fits shared memory", size * m * n, unit.shared),
         Limit("a block is one that Triton takes", sympy.Max(m * n, m * k, n * k), LARGEST_BLOCK),
@@ -114,12 +127,43 @@ def _dot_space(found: Product, unit: Unit) -> Space:
     ]
     if set(dtypes) & set(unit.plain):  # threads hold what they multiply; with more than this they spill
         limits.append(Limit("sums and operands fit half of the registers", 2 * (sums + operands), unit.room(warps)))
+        limits.append(Limit("what threads multiply is not copied past them", symbol("descriptors")))
     limits.extend(Limit(f"matrix units multiply no {d}".replace("torch.", ""), 1) for d in dtypes if d not in ACCUMULATORS)
     if found.reduces:
         limits.append(Limit("a program has all columns that are reduced", found.size(found.columns), n))
         limits.append(Limit("what is reduced over columns is not split", split, 1))
     variables = {"block_m": powers(FEW, 256), "block_n": powers(FEW, 256 if not found.reduces else 4096), "block_k": powers(least, 256)}
-    return Space(variables | _FREE, tuple(limits))
+    options = {"programs": (0, unit.processors), "descriptors": (0, 1), "specialized": (0, 1)}
+    return Space(variables | _FREE | options, (*limits, *_option_limits(found)))
+
+
+def _option_limits(found: Product) -> list[Limit]:
+    """Limits of the options that are not about sizes alone."""
+    m, n, k, split, warps, stages = _symbols("block_m", "block_n", "block_k", "split_k", "num_warps", "num_stages")
+    programs, descriptors, specialized = _symbols(*FEATURES)
+    copied, depth = matrices(found), found.size(found.depth)
+    limits = [
+        Limit("programs that walk all tiles have the whole depth of each", sympy.Min(programs, 1) * (split - 1)),
+        Limit("a descriptor copies 256 rows at most", descriptors * sympy.Max(m, n, k), 256),
+        Limit("warps that copy do so by descriptors", specialized, descriptors),
+        Limit("warps that copy do so in the loop over the whole depth", specialized * (split - 1)),
+        Limit("warps that copy are ahead of those that multiply", 2 * specialized, stages),
+        Limit("groups of warps that multiply have four each", specialized * (warps - 4)),
+        Limit("groups of warps that multiply have four", 4 * specialized, warps),
+        Limit("groups of warps that multiply have 64 rows", 64 * specialized, m),
+        Limit("groups of warps that multiply have twice as many columns as rows at most", specialized * n, 2 * m),
+    ]
+    if isinstance(depth, int):
+        limits.append(Limit("a depth of a single block has no loop", specialized * k, max(depth - 1, 0)))
+    if any(dtype not in NARROW for *_, dtype in found.multiplied):
+        limits.append(Limit("groups of warps multiply floats of 16 bits and integers of 8", specialized))
+    if found.parts is not None:
+        limits.append(Limit("uneven parts are walked by programs of their own", programs + descriptors))
+    if not copied:
+        limits.append(Limit("no operand is a matrix in memory whose rows begin at multiples of 16 bytes", descriptors))
+    elif len(copied) < 2 * len(found.dots):
+        limits.append(Limit("an operand is no matrix in memory whose rows begin at multiples of 16 bytes", specialized))
+    return limits
 
 
 def _sum_space(found: Product, unit: Unit) -> Space:
@@ -130,9 +174,10 @@ def _sum_space(found: Product, unit: Unit) -> Space:
         limits.append(Limit("what is reduced over columns is multiplied by matrix units", 1))
     if found.parts is not None:
         limits.append(Limit("uneven parts are multiplied by matrix units", 1))
-    return Space({"block_m": powers(1, FEW), "block_n": powers(1, 256), "block_k": powers(FEW, 2048)} | _FREE, tuple(limits))
+    return Space({"block_m": powers(1, FEW), "block_n": powers(1, 256), "block_k": powers(FEW, 2048)} | _FREE | _NO_OPTIONS, tuple(limits))
 
 
+_NO_OPTIONS = {"programs": (0,), "descriptors": (0,), "specialized": (0,)}
 _FREE = {"group_m": powers(1, 16), "split_k": powers(1, 64), "num_warps": powers(1, 16), "num_stages": tuple(range(1, 8))}
 
 
