@@ -5,9 +5,9 @@ On a CPU mostly those whose constant weight lies in panels. `pack-weights` puts 
     w [n, k]  -->  panels [n / 48, k, 48]
 
 The 48 columns that one register block of a kernel reads stand together for each k. Linears of many rows turn any weight into panels as
-they go. On a GPU those that a pointwise value follows, which
-then costs no memory traffic; the library's are faster where nothing does, and at convolutions. A weight of few bits is turned into
-numbers where it is multiplied, so that its bytes are all that is read; the library could not:
+they go. On a GPU those that a pointwise value follows, which then costs no memory traffic; the library's are faster where nothing
+does, and at convolutions. Products of uneven parts (experts, blocks of a sparse matrix) are ours there in any case. A weight of few bits
+is turned into numbers where it is multiplied, so that its bytes are all that is read; the library could not:
 
     linear(x, dequantize(unpack(packed, bits=4), scale, dtype=bf16))  -->  region(x, packed, scale) { ..., linear }
 """
@@ -33,6 +33,9 @@ WINDOW_PANELS = {48: 1.0, 64: 1.0, 32: 1.06, 16: 1.35}
 
 PRODUCTS = frozenset({"linear", "int_linear", "matmul", "conv"})
 
+RAGGED = frozenset({"grouped_matmul", "block_sparse_linear"})
+"""Products of uneven parts. The library multiplies one part after the other, when it has waited for their limits; a kernel of ours reads
+them where they are."""
 
 FEW_ROWS = 4
 """So few rows read the weight once, as it is: memory sets the time, and no panel is needed."""
@@ -51,6 +54,8 @@ GPU_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 def is_native(node: Node) -> bool:
     """Whether the contraction can be a kernel of ours."""
+    if node.op.name in RAGGED:
+        return device_type(node) == "cuda" and node.dtype in GPU_DTYPES
     if node.op.name not in PRODUCTS:
         return False
     rule = NATIVE.get(device_type(node))
@@ -65,7 +70,7 @@ def signature(node: Node) -> str:
 
 def needs_follower(node: Node) -> bool:
     """Whether a contraction is the library's where no pointwise value follows it."""
-    return device_type(node) == "cuda" and node.op.name != "int_linear" and not is_low_bit(node.inputs[1])
+    return device_type(node) == "cuda" and node.op.name not in {"int_linear", *RAGGED} and not is_low_bit(node.inputs[1])
 
 
 def takes_computed(node: Node, operand: Node) -> bool:

@@ -31,9 +31,14 @@ _COMPUTED = _SUMMED | {Kind.APPLY}
 
 def _dot(puller: Puller, node: Node, left: Point, right: Point, bias: Point | None) -> Point:
     for operand in (left, right):
-        _require(node, operand, lambda point: point.kind not in _SUMMED)
+        require_unsummed(node, operand)
     operands = (left, right) if bias is None else (left, right, bias)
     return puller.add(Point(Kind.DOT, node, operands, dtype=node.dtype))
+
+
+def require_unsummed(node: Node, operand: Point) -> None:
+    """An operand is read, or computed from what is read at one place of it."""
+    _require(node, operand, lambda point: point.kind not in _SUMMED)
 
 
 def require_memory(node: Node, operand: Point) -> None:

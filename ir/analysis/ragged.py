@@ -14,7 +14,7 @@ from ..graph import Node
 from ..reasons import Reason
 from .indices import ONE, ZERO, Poly, linear, product, variable
 from .points import Index, Kind, Point, Refusal, dims_of
-from .products import require_memory
+from .products import require_memory, require_unsummed
 from .windows import check
 
 if TYPE_CHECKING:
@@ -76,8 +76,10 @@ def _own_axes(puller: Puller, node: Node, parts: Poly, depth: Poly) -> tuple[Pol
 
 
 def _dot(puller: Puller, node: Node, left: Point, right: Point, within: tuple[Point, Point, Point]) -> Point:
-    for operand in (left, right, *within[1:]):
-        require_memory(node, operand)
+    for operand in (left, right):
+        require_unsummed(node, operand)
+    for limit in within[1:]:
+        require_memory(node, limit)
     return puller.add(Point(Kind.DOT, node, (left, right, *within), dtype=node.dtype, masked=True))
 
 

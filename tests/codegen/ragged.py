@@ -36,6 +36,12 @@ def routed(tokens, rows, w, e):
     return ops.gelu(ops.grouped_matmul(ops.index(tokens, rows, dims=(0,)), w, e))
 
 
+def low_bit(a, packed, scale, e):
+    """Weights [experts, n, k] of four bits each."""
+    w = ops.op("dequantize")(ops.op("unpack")(packed, bits=4), scale, dtype=a.dtype)
+    return ops.relu(ops.grouped_matmul(a, ops.permute(w, dims=(0, 2, 1)), e))
+
+
 NAN = x(40, 24)
 NAN[3], NAN[30:] = float("nan"), float("inf")
 
@@ -52,6 +58,8 @@ add("transposed", transposed, x(50, 24), x(4, 33, 24), ends(16, 32, 33, 50))
 add("transposed_bf16", transposed, x(50, 24, dtype=BF16), x(4, 33, 24, dtype=BF16), ends(16, 32, 33, 50))
 add("routed", routed, x(9, 24), torch.arange(50) % 9, x(4, 24, 33), ends(0, 20, 33, 50))
 add("cast", lambda a, w, e: ops.neg(ops.grouped_matmul(ops.cast(a, dtype=F32), w, e)), x(30, 24, dtype=BF16), x(2, 24, 33), ends(7, 30))
+_PACKED = torch.randint(256, (3, 33, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+add("low_bit", low_bit, x(30, 32, dtype=BF16), _PACKED, x(3, 33, 2, dtype=BF16) / 16, ends(5, 9, 30))
 add("selected_ends", lambda a, w, e: ops.grouped_matmul(a, w, ops.select(e, dim=0, index=1)),
     x(30, 24), x(3, 24, 33), torch.tensor([[0, 1, 2], [5, 9, 30]]))  # fmt: skip
 add("cast_ends", lambda a, w, e: ops.grouped_matmul(a, w, ops.cast(e, dtype=I32)), x(30, 24), x(3, 24, 33), ends(5, 9, 30, dtype=I64))

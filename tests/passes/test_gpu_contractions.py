@@ -69,3 +69,50 @@ def test_the_kernel_has_a_triton_form() -> None:
     assert "tl.dot" in program.source and "libdevice.erf" in program.source
     (compiled,) = compile_program(program, "sm_90")
     assert compiled.spills == 0 and "wgmma" in compiled.stages["ptx"]
+
+
+EXPERTS = """
+    graph experts(x: bf16[t, 256]@cuda:0, rows: i64[m]@cuda:0, w: bf16[8, 512, 256]@cuda:0, v: bf16[8, 256, 256]@cuda:0,
+                  ends: i32[8]@cuda:0, s: bf16[m]@cuda:0) where t in 1..4096, m in 1..32768 stage canonical {
+      p = index(x, rows, dims=[0])
+      u = permute(w, dims=(0, 2, 1))
+      h = grouped_matmul(p, u, ends)
+      a = slice(h, dim=1, start=0, stop=256, step=1)
+      b = slice(h, dim=1, start=256, stop=512, step=1)
+      g = silu(a)
+      c = mul(g, b)
+      o = grouped_matmul(c, v, ends)
+      q = reshape(s, shape=(m, 1))
+      y = mul(o, q)
+      return y
+    }"""
+SPARSE = """
+    graph g(x: {0}[b, 256]@{1}, w: {0}[20, 32, 32]@{1}, c: i32[20]@{1}, s: i32[9]@{1}) where b in 1..4096 stage canonical {{
+      h = block_sparse_linear(x, w, c, s)
+      y = gelu(h)
+      return y
+    }}"""
+
+
+def test_experts_gather_their_rows_and_weigh_their_results() -> None:
+    assert kernels(on_gpu(EXPERTS)) == ["index+grouped_matmul", "silu+mul", "grouped_matmul+mul"]
+
+
+def test_blocks_of_a_sparse_matrix_are_a_kernel_with_what_follows() -> None:
+    assert kernels(on_gpu(SPARSE.format("bf16", "cuda:0"))) == ["block_sparse_linear+gelu"]
+    assert kernels(on_gpu(SPARSE.format("bf16", "cuda:0").replace("return y", "return h"))) == ["block_sparse_linear"], "the library waits"
+
+
+def test_uneven_parts_are_the_librarys_elsewhere() -> None:
+    assert kernels(on_gpu(SPARSE.format("f64", "cuda:0"))) == ["gelu"]
+    assert kernels(on_gpu(SPARSE.format("f32", "cpu").replace("@cpu", ""))) == ["gelu"]
+    assert kernels(on_gpu(EXPERTS.replace("@cuda:0", "").replace("bf16", "f32"))) == ["index", "silu+mul", "mul"]
+
+
+def test_kernels_of_experts_have_a_triton_form() -> None:
+    pytest.importorskip("triton")
+    from tilewright.codegen.triton.templates import build
+
+    regions = [n for n in order(on_gpu(EXPERTS)) if n.op.name == "region"]
+    sources = [build(lower(n.attrs["body"], f"k{i}")).source for i, n in enumerate(regions)]
+    assert ["_find_group" in text for text in sources] == [True, False, True]
