@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,12 +33,16 @@ EXACT, NARROW = 2e-6, 8e-3
 
 @dataclass(frozen=True)
 class Checked:
-    """What a template computes, of what, and the schedules it is tried under beside the one it starts from. scale: of the inputs."""
+    """What a template computes, of what, and the schedules it is tried under beside the one it starts from.
+
+    scale: of inputs that are random; given: those that are not, by number.
+    """
 
     build: Callable[..., Any]
     kinds: tuple[Kind, ...]
     schedules: tuple[Any, ...] = ()
     scale: float = 1.0
+    given: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def gelu_layer(x: Node, w: Node, b: Node, r: Node) -> Node:
@@ -100,10 +104,20 @@ CHECKS: dict[str, Checked] = {
     "attention, float32": Checked(partial(attended, True), _qkv(F32, 40, 70, 32), (BLOCKS,)),
     "attention, head of 128": Checked(partial(attended, True), _qkv(F16, 40, 40, 128)),
     "attention, one query": Checked(partial(attended, False), _qkv(BF16, 1, 300), (replace(BLOCKS, splits=4),)),
-    "attention, packed": Checked(packed, (*_qkv(F32, 50, 50, 16), (I64, (50,))), (BLOCKS, replace(BLOCKS, splits=2))),
+    "attention, packed": Checked(
+        packed, (*_qkv(F32, 50, 50, 16), (I64, (50,))), (BLOCKS, replace(BLOCKS, splits=2)), given={3: (0,) * 3 + (1,) * 20 + (0,) * 27}
+    ),
     "recurrence": Checked(
         recurrent, ((F32, (9, 5, 37)), (F32, (5, 37)), (F32, (37, 37))),
         (RecurrenceTiles(16, 16, 16, num_stages=1), RecurrenceTiles(2, 64, 64, 8, 1, "sum")), scale=0.2,
+    ),
+    "groups of rows": Checked(
+        lambda x, w, ends: ops.relu(op("grouped_matmul")(x, w, ends)), ((BF16, (70, 24)), (BF16, (5, 24, 33)), (I64, (5,))), (SMALL,),
+        given={2: (1, 1, 40, 60, 60)},
+    ),
+    "sparse blocks": Checked(
+        lambda x, values, columns, starts: ops.relu(op("block_sparse_linear")(x, values, columns, starts)),
+        ((F32, (20, 48)), (F32, (4, 16, 16)), (I64, (4,)), (I64, (4,))), (SMALL,), given={2: (0, 2, 1, 0), 3: (0, 2, 2, 4)},
     ),
     "4-bit weights": Checked(four_bits, ((F32, (3, 64)), (U8, (40, 32)), (F32, (40, 4))), (SMALL, FEW)),
     "8-bit weights": Checked(lambda x, q, s: ops.linear(x, op("dequantize")(q, s, dtype=F32)),
@@ -130,6 +144,7 @@ def checked(name: str, place: Place) -> Answer:
 
 
 def _inputs(one: Checked, place: Place) -> list[torch.Tensor]:
-    """Of documents there are few, so that some are met twice."""
-    tensors = (x.abs() % 3 if x.dtype == I64 else x for x in place.tensors(one.kinds))
-    return [x * one.scale if x.is_floating_point() else x for x in tensors]
+    tensors = [x * one.scale if x.is_floating_point() else x for x in place.tensors(one.kinds)]
+    for number, values in one.given.items():
+        tensors[number] = torch.tensor(values, dtype=tensors[number].dtype, device=place.device)
+    return tensors
