@@ -4,8 +4,9 @@
     second call      runs while the device records, on copies of its inputs, in memory that only recordings have
     every call       copies its inputs there, replays, and returns copies of the outputs
 
-Outputs are therefore as eager's: they stay what they are. Parameters are read where they lie; a call with others (layers that share
-compiled code) is recorded for itself. What cannot be replayed is declined with a reason, and runs as ever.
+Outputs are therefore as eager's: they stay what they are. Parameters are read where they lie, and what the graph writes to (a cache of keys
+and values) is read and written there; a call with others (layers that share compiled code, another cache) is recorded for itself. What
+cannot be replayed is declined with a reason, and runs as ever.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ Run = Callable[[list[Any]], list[Any]]
 
 def replayed(run: Run, graph: Graph, held: Held, device: str) -> Run:
     """`run`, recorded and replayed on that device. Only for a graph that `refusal` says nothing about."""
-    return Replayed(run, tuple(held), len(graph.inputs), CudaRecorder(torch.device(device)))
+    written = {target for target, _ in graph.writes}
+    in_place = sorted({*held, *(i for i, node in enumerate(graph.inputs) if node in written)})
+    return Replayed(run, in_place, len(graph.inputs), CudaRecorder(torch.device(device)))
 
 
 def device_to_record(graph: Graph, notes: Notes) -> str | None:
@@ -57,8 +60,6 @@ def refusal(graph: Graph) -> tuple[Reason, str] | None:
     other = [d for d in _devices(graph) if not d.startswith("cuda")]
     if other or len(_devices(graph)) != 1:
         return Reason.NOT_ON_ONE_GPU, ", ".join(_devices(graph))
-    if graph.writes:
-        return Reason.WRITTEN, graph.writes[0][0].hint
     shared = _shared_output(graph)
     return None if shared is None else (Reason.RETURNED, shared.hint or shared.op.name)
 
@@ -90,9 +91,9 @@ class Recording(Protocol):
 
 
 class Recorder(Protocol):
-    """Records what `run` enqueues for inputs of its own; `held` of them are those given. `ordered` waits for what was replayed before.
+    """Records what `run` enqueues for inputs of its own, without doing it; `held` of them are those given.
 
-    `idle`: whether nobody else is recording this very call, which must then run as ever.
+    `ordered` waits for what was replayed before. `idle`: whether nobody else is recording this very call, which must then run as ever.
     """
 
     def record(self, run: Run, inputs: Sequence[Any], held: Sequence[int]) -> Recording: ...
@@ -103,7 +104,7 @@ class Recorder(Protocol):
 
 
 class Replayed:
-    """`run`, recorded at its second call. held: numbers of the inputs that are read where they lie.
+    """`run`, recorded at its second call. held: numbers of the inputs that are read, and written, where they lie.
 
     Calls from several threads follow each other: they share the memory of the recordings.
     """
@@ -113,7 +114,7 @@ class Replayed:
         self._held = tuple(held)
         self._given = tuple(i for i in range(count) if i not in self._held)
         self._recorder = recorder
-        self._called: set[tuple[int, ...]] = set()  # with these parameters
+        self._called: set[tuple[int, ...]] = set()  # with these parameters at these places
         self._recordings: dict[tuple[int, ...], Recording | None] = {}
         self._lock = threading.Lock()
 
