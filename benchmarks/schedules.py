@@ -58,6 +58,16 @@ def attention(dtype: torch.dtype, heads: int, queries: int, keys: int, width: in
     return fused(lambda q, k, v: ops.op("attention")(q, k, v, causal=causal, scale=0.125), *((dtype, s) for s in shapes))
 
 
+def experts(dtype: torch.dtype, rows: Any, count: int, columns: int, depth: int) -> Kernel:
+    kinds = ((dtype, (rows, depth)), (dtype, (count, columns, depth)), (torch.int32, (count,)))
+    return fused(lambda x, w, ends: ops.silu(ops.grouped_matmul(x, ops.permute(w, dims=(0, 2, 1)), ends)), *kinds)
+
+
+def sparse(dtype: torch.dtype, rows: int, side: int, count: int) -> Kernel:
+    kinds = ((dtype, (rows, 2048)), (dtype, (count, side, side)), (torch.int32, (count,)), (torch.int32, (2048 // side + 1,)))
+    return fused(lambda *blocks: ops.gelu(ops.op("block_sparse_linear")(*blocks)), *kinds)
+
+
 def _steps(layer: Node) -> tuple[Node, ...]:
     return tuple(ops.op("item")(layer, index=i) for i in range(len(layer.type)))
 
@@ -79,6 +89,10 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "attention, causal, 2048, head 64 bfloat16": lambda: attention(BF16, 16, 2048, 2048, 64, True),
     "attention, 1 of 4096, head 128 float16": lambda: attention(F16, 16, 1, 4096, 128, False),
     "attention, 512, head 64 float32": lambda: attention(F32, 8, 512, 512, 64, False),
+    "8 experts, 4096 x 1408 x 2048 bfloat16": lambda: experts(BF16, 4096, 8, 1408, 2048),
+    "60 experts, rows vary, float16": lambda: experts(F16, symbol("s"), 60, 1408, 2048),
+    "blocks of 64, a third, 2048^3 bfloat16": lambda: sparse(BF16, 2048, 64, 340),
+    "blocks of 32, a tenth, 2048^3 float32": lambda: sparse(F32, 2048, 32, 400),
     "rnn, 64 rows, 256 units": lambda: rnn(64, 256),
     "rnn, 1 row, 64 units": lambda: rnn(1, 64),
 }

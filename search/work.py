@@ -19,7 +19,8 @@ from ..codegen.kernel import Axis, Kernel, Load, Reduce, cone, free_axes, operan
 from ..codegen.triton.attention import roles
 from ..codegen.triton.attention_limits import find_limits
 from ..codegen.triton.attention_tiles import AttentionTiles, depth_of, element_size, padded
-from ..codegen.triton.product import ACCUMULATORS, find_product, without_matrix
+from ..codegen.triton.product import ACCUMULATORS, Product, find_product, without_matrix
+from ..codegen.triton.ragged_roles import Blocks, Groups
 from ..codegen.triton.recurrence_tiles import RecurrenceTiles, find_layer, holds_weights, in_registers
 from ..codegen.triton.schedule import Schedule, group_block, inner_groups, next_power_of_two
 from ..codegen.triton.templates import template_of
@@ -132,7 +133,7 @@ def _streams(bytes_: float, points: int, warps: int = 4) -> Work:
 def _of_product(kernel: Kernel, sizes: _Sizes) -> Estimate:
     found = find_product(kernel)
     kernel = found.kernel
-    rows, columns, depth, batch = (sizes.of(axes) for axes in (found.rows, found.columns, found.depth, found.batch))
+    rows, columns, depth, batch = _extents(found, sizes)
     dtype = max((d for *_, d in found.multiplied), key=lambda d: d.itemsize)
     free, extents = free_axes(kernel), {a.name: sizes(a.extent) for a in kernel.axes}
 
@@ -189,6 +190,16 @@ def _reused(results: float) -> float:
     """The share of plain arithmetic's rate that a thread reaches which makes so many results of a product: it loads two operands for each
     row and column of them, and shared memory gives one for four multiplications."""
     return min(1.0, math.sqrt(results) / 8)
+
+
+def _extents(found: Product, sizes: _Sizes) -> tuple[int, int, int, int]:
+    """Rows, columns, depth and batch; of uneven parts as if they were even."""
+    rows, columns, depth, batch = (sizes.of(axes) for axes in (found.rows, found.columns, found.depth, found.batch))
+    if isinstance(found.parts, Groups):
+        rows = _over(rows, found.parts.count)
+    elif isinstance(found.parts, Blocks):
+        depth *= _over(sizes(found.parts.axis.extent), max(batch, 1))
+    return rows, columns, depth, batch
 
 
 def _fed(m: int, n: int) -> float:

@@ -19,6 +19,8 @@ TEMPLATES = {
     "blocks": "softmax, 4096 x 1024 float32",
     "product": "linear + gelu, 4096^3 bfloat16",
     "few rows": "linear + gelu, 1 x 4096 x 4096 bfloat16",
+    "experts": "8 experts, 4096 x 1408 x 2048 bfloat16",
+    "sparse": "blocks of 64, a third, 2048^3 bfloat16",
     "attention": "attention, causal, 2048, head 64 bfloat16",
     "recurrence": "rnn, 64 rows, 256 units",
 }

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from sampled import TEMPLATES, attention, kernel, linear, pointwise, softmax
+from sampled import TEMPLATES, attention, kernel, linear, pointwise, sampled, softmax
 from tilewright.codegen.target import Usage
 from tilewright.codegen.triton.attention_tiles import AttentionTiles
 from tilewright.codegen.triton.recurrence_tiles import RecurrenceTiles
@@ -58,6 +58,14 @@ def test_more_work_takes_longer() -> None:
         (attention(1024, 1024), attention(4096, 1024), AttentionTiles()),
     ]:
         assert predicted_seconds(smaller, schedule) < predicted_seconds(larger, schedule)
+
+
+def test_only_what_is_there_is_paid_for() -> None:
+    few, many = (sampled.sparse(sampled.BF16, 2048, 64, count) for count in (100, 1000))
+    tiles = Tiles(64, 64, 64)
+    assert 3 * predicted_seconds(few, tiles) < predicted_seconds(many, tiles) < 2 * predicted_seconds(linear(2048, 2048, 2048), tiles)
+    spread, together = (sampled.experts(sampled.BF16, 4096, count, 1408, 2048) for count in (64, 2))
+    assert predicted_seconds(together, LARGE) < predicted_seconds(spread, LARGE) < 4 * predicted_seconds(linear(4096, 1408, 2048), LARGE)
 
 
 def test_the_last_wave_takes_as_long_as_a_full_one() -> None:
