@@ -40,7 +40,7 @@ def rebuilt(value: Scalar, new: dict[Scalar, Scalar]) -> Scalar:
 
 
 def folded(value: Scalar) -> Scalar:
-    """Constant conditions, casts of literals, a sum with the integer 0, a product with 1."""
+    """Constant conditions, casts of literals, a sum with the integer 0, a product with 1, a shift by 0, a mask of what a shift leaves."""
     if isinstance(value, Position) and value.index.is_Integer:
         return Const(torch.int64, int(value.index))
     if not isinstance(value, Apply):
@@ -53,6 +53,10 @@ def folded(value: Scalar) -> Scalar:
     if value.op == "cast" and isinstance(value.args[0], Const):
         return _cast(value, value.args[0])
     if value.op in ("mul", "div") and isinstance(value.args[1], Const) and value.args[1].value == 1 and value.dtype != torch.bool:
+        return value.args[0]
+    if value.op in ("shl", "shr") and isinstance(value.args[1], Const) and value.args[1].value == 0:
+        return value.args[0]
+    if value.op == "and" and _left_by_shift(value):
         return value.args[0]
     if value.op == "add" and isinstance(value.args[1], Const) and value.args[1].value == 0 and not value.dtype.is_floating_point:
         return value.args[0]
@@ -103,6 +107,15 @@ def _negated(condition: Scalar) -> Scalar | None:
     return None if a is None or b is None else replace(condition, op="and", args=(a, b))
 
 
+def _left_by_shift(value: Apply) -> bool:
+    """Whether a mask keeps all bits that a shift of an unsigned integer leaves: x >> 4 & 15 of a byte."""
+    shifted, mask = value.args
+    if not isinstance(shifted, Apply) or shifted.op != "shr" or value.dtype != torch.uint8 or not isinstance(mask, Const):
+        return False
+    by = shifted.args[1]
+    return isinstance(by, Const) and 0 <= by.value < 8 and mask.value == 255 >> int(by.value)
+
+
 def _cast(value: Apply, literal: Const) -> Scalar:
     """Truth, widening to a float, and integers that fit; anything that rounds stays for the machine to do."""
     number = literal.value
@@ -113,6 +126,8 @@ def _cast(value: Apply, literal: Const) -> Scalar:
     if value.dtype == torch.float32 and not isinstance(number, float) and abs(number) < 2**24:
         return Const(value.dtype, float(number))
     if value.dtype in (torch.int64, torch.int32) and not isinstance(number, float) and abs(number) < 2**31:
+        return Const(value.dtype, int(number))
+    if value.dtype in (torch.uint8, torch.int8) and not isinstance(number, float) and 0 <= number < 128:
         return Const(value.dtype, int(number))
     return value
 

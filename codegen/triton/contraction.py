@@ -39,6 +39,7 @@ from .program import Launch, Program, blocks_of, function_name, pointers
 from .scalars import TYPES, Text
 from .schedule import default_schedule
 from .tiles import Tiles, refusal
+from .unpacked import Unpacking
 
 
 def build_contraction(kernel: Kernel, tiles: Tiles) -> Program:
@@ -70,7 +71,8 @@ class _Printer(ABC):
         self.n = Dimension(self.span(self.found.columns, "n"), "BLOCK_N", tiles.block_n, shared=True)
         depth = self.span(self.found.depth, "k")
         whole = tiles.split_k == 1 and isinstance(depth.extent, int) and 0 < depth.extent <= tiles.block_k
-        self.k = Dimension(depth, "BLOCK_K", tiles.block_k, looped=not whole)
+        aligned = not whole and not any(d.within for d in found.dots)  # where chunks begin
+        self.k = Dimension(depth, "BLOCK_K", tiles.block_k, looped=not whole, start=f"{depth.flat}_start" if aligned else "")
 
     def unused(self, name: str) -> str:
         return unique(name, self._taken)
@@ -210,7 +212,7 @@ def _factor(size: Dim) -> str:
     return text if text.isidentifier() or text.isdigit() else f"({text})"
 
 
-class _Results(Expressions):
+class _Results(Unpacking):
     """Values that follow from sums: these have every row and column of the block, whatever axes they are over."""
 
     def __init__(self, kernel: Kernel, layout: Layout, tiles: Tiles, sums: Iterable[Scalar], beside: Expressions | None = None) -> None:
@@ -236,7 +238,8 @@ class DotPrinter(_Printer):
         self.turned = tuple(is_turned(found, side) for side in (0, 1))
         self.down = self.variant(self.k, "down") if any(self.turned) else self.k
         self.matrices = matrices(self.found) if tiles.descriptors else {}
-        self.described = {key: self.unused(f"{key[0].buffer}_blocks") for key in dict.fromkeys((m, at[1]) for at, m in self.matrices.items())}
+        described = dict.fromkeys((matrix, side) for (_, side), matrix in self.matrices.items())
+        self.described = {(matrix, side): self.unused(f"{matrix.buffer}_blocks") for matrix, side in described}
         self.loaded = tuple(any((n, side) not in self.matrices for n in range(len(found.dots))) for side in (0, 1))
 
     def variant(self, dimension: Dimension, word: str) -> Dimension:
@@ -289,6 +292,8 @@ class DotPrinter(_Printer):
         for depth, spread, turned in ((self.k, "[None, :]", False), (self.down, "[:, None]", True)):
             if (True, turned) in zip(self.loaded, self.turned):
                 positions.extend(self.depth_lines(depth, spread))
+        for writer in (left, right):
+            writer.unpack([s.value for s in writer.kernel.stores], self.k)
         for n, (name, dtype) in enumerate(zip(names, dtypes)):
             a, b = (self.factor(writer, n, side, dtype) for side, writer in enumerate((left, right)))
             first, second = (f"{a}.T" if self.turned[0] else a), (b if self.turned[1] else f"{b}.T")
@@ -346,6 +351,7 @@ class _SumPrinter(_Printer):
             lines.extend(self.position(dimension, layout.spread(dimension)))
         body = writer.enter().lines if self.k.looped else lines
         body.extend(self.depth_lines(self.k, layout.spread(self.k)))
+        writer.unpack([total.value for total in made], self.k)
         if self.k.looped:
             totals = [(total, self.added(writer, total)) for total in made]
             writer.leave()

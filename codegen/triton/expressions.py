@@ -23,7 +23,7 @@ from .indices import Run, Span, index_source
 from .layout import Dimension, Layout
 from .legalize import UnsupportedByTriton
 from .reductions import Reducer, reducer, small_integer
-from .scalars import AND, ATOM, COMPARE, SUM, TYPES, Text, constant, is_infix, keeps_type, scalar_text, typed_constant
+from .scalars import AND, ATOM, COMPARE, FROM_BYTES, SUM, TYPES, Text, constant, is_infix, keeps_type, scalar_text, typed_constant
 
 _INLINE_LENGTH = 72
 _RESERVED = {"tl", "triton", "libdevice"} | set(keyword.kwlist) | set(dir(builtins))
@@ -88,8 +88,11 @@ class Expressions:
         self.body = None
 
     def _scope(self, axes: frozenset[str]) -> Scope:
-        looped = any(d.looped for d in self.layout.along(axes))
-        return self.body if looped and self.body is not None else self.outer
+        return self.body if self.body is not None and self.layout.changes(axes) else self.outer
+
+    def stand_in(self, value: Scalar, text: Text) -> None:
+        """What a value is known by from here on."""
+        self._scope(self._free[value]).texts[value] = text
 
     def known(self, value: Scalar) -> bool:
         return value in self._scope(self._free[value]).texts
@@ -178,6 +181,8 @@ class Expressions:
             return self._inside(value)
         if _compares_positions(value):
             return scalar_text(value, [self._plain_position(a) for a in value.args])
+        if value.op == "cast" and value.dtype != torch.bool and isinstance(value.args[0], Position):
+            return Text(f"tl.cast({self._index(value.args[0].index)[0]}, {TYPES[value.dtype]})")
         if is_infix(value) and not all(isinstance(a, Const) for a in value.args):
             return scalar_text(value, [self.text(a) for a in value.args])
         return scalar_text(value, [self._argument(a) for a in value.args])
@@ -212,21 +217,25 @@ class Expressions:
         """The index as text, and the dimensions it extends along (without those of indirect names)."""
         names = dict(indirect or {})
         axes = {s.name for s in index.free_symbols}  # type: ignore[attr-defined]
-        for span in (self.layout.grid, *(g.span for g in self.layout.groups)):
+        groups = {g.span: g for g in self.layout.groups}
+        for span in (self.layout.grid, *groups):
             index, stands = span.runs(index)
             for name, run in stands.items():
-                names[name.name] = self._run(span, run)
+                names[name.name] = self._run(span, run, groups.get(span))
         return index_source(index, names, frozenset(indirect or {})), list(self.layout.along(axes))
 
-    def _run(self, span: Span, run: Run) -> str:
+    def _run(self, span: Span, run: Run, dimension: Dimension | None = None) -> str:
         """The variable that holds a run of axes."""
         if run.first == 0 and run.last == len(span.axes) - 1:
             return span.flat
         axes = span.axes[run.first : run.last + 1]
-        scope = self._scope(frozenset(a.name for a in axes))
-        code = index_source(span.value(run), {})
+        names = frozenset(a.name for a in axes)
+        scope = self._scope(names)
+        steady = dimension is not None and names <= dimension.steady
+        code = index_source(span.value(run), {span.flat: dimension.start} if dimension is not None and steady else {})
         if code not in scope.variables:
-            name = self._run_names.get(code) or (axes[0].name if len(axes) == 1 else self._name("_".join(a.name for a in axes)))
+            word = "group" if steady else "_".join(a.name for a in axes)
+            name = self._run_names.get(code) or (word if word in names else self._name(word))
             self._run_names[code] = scope.variables[code] = name
             scope.lines.append(f"{name} = {code}")
         return scope.variables[code]
@@ -257,12 +266,19 @@ class Expressions:
         other = self._other(value)
         if other is not None:
             arguments.append(f"other={other}")
-        cast = "" if buffer.dtype == value.dtype else f".to({TYPES[value.dtype]})"
-        return Text(f"tl.load({', '.join(arguments)}){cast}")
+        loaded = f"tl.load({', '.join(arguments)})"
+        if buffer.dtype in FROM_BYTES:
+            return Text(f"{FROM_BYTES[buffer.dtype]}({loaded})")
+        return Text(loaded if buffer.dtype == value.dtype else f"{loaded}.to({TYPES[value.dtype]})")
 
     def _other(self, value: Load) -> str | None:
         """What a load gives where it reads nothing; None where that is never seen."""
-        return None if value.mask is None else self._argument(Const(self.kernel.buffer(value.buffer).dtype, value.other)).code
+        if value.mask is None:
+            return None
+        dtype = self.kernel.buffer(value.buffer).dtype
+        if dtype in FROM_BYTES:
+            return self._argument(Const(torch.uint8, int(torch.tensor(value.other).to(dtype).view(torch.uint8)))).code
+        return self._argument(Const(dtype, value.other)).code
 
     def _named(self, value: Scalar) -> str:
         """A variable that holds the value, for use in an index."""

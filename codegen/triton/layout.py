@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
 
-from ...ir.dims import Mod, to_source
+from ...ir.dims import Mod, product, to_source
 from ..kernel import Axis, Kernel
 from ..names import unique
 from .indices import Span
@@ -19,7 +20,7 @@ class Dimension:
     """One dimension of the block. `constant`: name of its constexpr length; `block`: that length; looped: walked in chunks.
 
     within: only those chunks are walked that lie in the extent as a whole. shared: its blocks are of several programs, and of none where
-    the extent is 0.
+    the extent is 0. start: the variable that holds where a chunk begins, a multiple of `block`; "" where there is none.
     """
 
     span: Span
@@ -28,6 +29,14 @@ class Dimension:
     looped: bool = False
     within: bool = False
     shared: bool = False
+    start: str = ""
+
+    @functools.cached_property
+    def steady(self) -> frozenset[str]:
+        """The axes that have one position in all of a chunk: groups that chunks do not cross."""
+        axes = self.span.axes
+        after = [product(a.extent for a in axes[n + 1 :]) for n in range(len(axes))]
+        return frozenset(a.name for a, rest in zip(axes, after) if self.start and isinstance(rest, int) and rest % self.block == 0)
 
     @property
     def masked(self) -> bool:
@@ -77,7 +86,12 @@ class Layout:
     def along(self, axes: Iterable[str]) -> tuple[Dimension, ...]:
         """The dimensions a value over these axes extends along."""
         names = set(axes)
-        return tuple(d for d in self.dimensions if any(a.name in names for a in d.span.axes))
+        return tuple(d for d in self.dimensions if any(a.name in names and a.name not in d.steady for a in d.span.axes))
+
+    def changes(self, axes: Iterable[str]) -> bool:
+        """Whether a value over these axes is another one in every pass of a loop."""
+        names = set(axes)
+        return any(d.looped and any(a.name in names for a in d.span.axes) for d in self.dimensions)
 
 
 def layout_of(kernel: Kernel, schedule: Schedule) -> Layout:

@@ -37,9 +37,11 @@ class UnsupportedByTriton(Unsupported):
 def legalize(kernel: Kernel) -> Kernel:
     """The same kernel in scalars that the printer knows; raises UnsupportedByTriton where there is no way."""
     units = {a.symbol: sympy.Integer(0) for a in kernel.grid if a.extent == 1}
+    ends = {a.symbol: a.extent - 1 for a in kernel.axes if isinstance(a.extent, int)}
     new: dict[Scalar, Scalar] = {}
     for value in scalars(kernel.stores):
-        new[value] = _legal(_rebuild(value, new, units))
+        made = _rebuild(value, new, units)
+        new[value] = made if _shifts_within(made, ends) else _legal(made)
     stores = tuple(Store(s.buffer, _index(s.index, units), new[s.value]) for s in kernel.stores)
     return replace(kernel, axes=tuple(a for a in kernel.axes if a.symbol not in units), stores=stores)
 
@@ -166,6 +168,19 @@ def _shift(value: Apply) -> Scalar:
         return value
     gone = apply("shr", a, width - 1) if value.op == "shr" and value.dtype not in UNSIGNED else lift(0, value.dtype)
     return where((b < 0) | (b >= width), gone, value)
+
+
+def _shifts_within(value: Scalar, ends: Mapping[Any, int]) -> bool:
+    """Whether it shifts by a position that is always less than the width, as values that lie in a byte are taken out of it."""
+    if not isinstance(value, Apply) or value.op not in ("shl", "shr"):
+        return False
+    by = value.args[1]
+    by = by.args[0] if isinstance(by, Apply) and by.op == "cast" else by
+    if not isinstance(by, Position) or not by.index.is_nonnegative:
+        return False
+    terms = sympy.Add.make_args(sympy.expand(by.index))
+    most = sympy.Add(*(t.xreplace(ends) for t in terms)) if all(t.is_nonnegative for t in terms) else by.index  # type: ignore[arg-type]
+    return bool(most.is_Integer and most < 8 * value.dtype.itemsize)  # type: ignore[operator]
 
 
 def _neg(value: Apply) -> Scalar:

@@ -13,6 +13,7 @@ from ..kernel import Kernel, Load, Position, scalars
 from .expressions import Expressions, Widths
 from .layout import Dimension, Layout
 from .scalars import AND, Text
+from .unpacked import Unpacking
 
 _VARIABLE = "variable "  # begins the name of the buffer of a load that stands for a variable
 
@@ -22,7 +23,7 @@ def variable(dtype: torch.dtype, name: str, index: sympy.Expr) -> Load:
     return Load(dtype, _VARIABLE + name, index)
 
 
-class Tile(Expressions):
+class Tile(Unpacking):
     """Writes values over two dimensions of a block."""
 
     def assign(self, name: str, code: str) -> str:

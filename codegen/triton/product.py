@@ -169,10 +169,31 @@ def stride(kernel: Kernel, index: sympy.Expr, axis: Axis) -> int:
     return int(evaluate(index, at | {axis.name: 1}) - evaluate(index, at | {axis.name: 0})) if axis.name in at else 0
 
 
+def deep_loads(found: Product, side: int) -> list[Load]:
+    """What is loaded for the left (0) or right (1) operands, but for what is the same along the depth (scales of rows or columns)."""
+    loads = [v for pair in found.operands for v in cone([pair[side]]) if isinstance(v, Load)]
+    return [v for v in loads if any(stride(found.kernel, v.index, a) for a in found.depth)] or loads
+
+
+def shared_terms(found: Product) -> int:
+    """How many terms along the depth, a power of two, share what is loaded for each group of them (scales); 0 where nothing is."""
+    least = 0
+    for load in (v for side in (0, 1) for v in deep_loads(found, side)):
+        moving = [n for n, a in enumerate(found.depth) if stride(found.kernel, load.index, a)]
+        behind = product(a.extent for a in found.depth[moving[-1] + 1 :]) if moving else 0
+        if isinstance(behind, int) and behind >= FEW:
+            least = min(least or behind, behind & -behind)
+    return least
+
+
+def is_computed(found: Product) -> bool:
+    """Whether an operand is more than what is loaded, in whatever dtype."""
+    return any(isinstance(v, Apply) and v.op != "cast" for v in cone(v for pair in found.operands for v in pair))
+
+
 def is_turned(found: Product, side: int) -> bool:
     """Whether an operand lies in memory along its rows or columns rather than along the depth."""
-    fixed = (found.rows, found.columns)[side]
-    loads = [v for pair in found.operands for v in cone([pair[side]]) if isinstance(v, Load)]
+    fixed, loads = (found.rows, found.columns)[side], deep_loads(found, side)
 
     def contiguous(axes: Sequence[Axis]) -> int:
         return sum(any(abs(stride(found.kernel, v.index, a)) == 1 for a in axes) for v in loads)

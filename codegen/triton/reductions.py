@@ -1,4 +1,4 @@
-"""Reductions and scans as Triton text: identities, combining functions, and the helper functions a printed module defines for them.
+"""Reductions and scans as Triton text: identities, combining functions, and the helper functions that a printed module defines.
 
 `tl.max` and `tl.argmax` drop NaN, so floating-point extrema and arg-reductions use combining functions of our own.
 """
@@ -58,6 +58,31 @@ def _ipow(a, b):
         result = tl.where((b >> bit) & 1 != 0, result * power, result)
         power = power * power
     return result
+''',
+    "_from_e4m3": '''
+def _knows_e4m3(_semantic=None):
+    """Whether the target of the compilation converts 8-bit floats of 4 exponent bits."""
+    return _semantic is not None and "fp8e4nv" in _semantic.builder.options.supported_fp8_dtypes
+
+
+_knows_e4m3.__triton_builtin__ = True
+
+
+@triton.jit
+def _from_e4m3(byte):
+    """What a byte is as a float of 4 exponent bits. As one of 16 bits its exponent is 8 too small."""
+    if _knows_e4m3():
+        return byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        bits = byte.to(tl.uint16)
+        number = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return tl.where(bits & 0x7F == 0x7F, float("nan"), number)
+''',
+    "_from_e5m2": '''
+@triton.jit
+def _from_e5m2(byte):
+    """What a byte is as a float of 5 exponent bits: the upper half of one of 16 bits."""
+    return (byte.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
 ''',
     "_soften": '''
 @triton.jit

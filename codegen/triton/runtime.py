@@ -31,6 +31,7 @@ from ...ir.dims import evaluate
 from ...ir.errors import TilewrightError
 from ..kernel import Kernel
 from .program import MOST_PROGRAMS, Launch, Program
+from .scalars import FROM_BYTES
 
 
 class LaunchError(TilewrightError):
@@ -104,7 +105,8 @@ def launch(program: Program, tensors: Mapping[str, torch.Tensor], sizes: Mapping
 def launch_one(program: Program, one: Launch, grid: tuple[int, ...], tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> None:
     """One launch of a program over that many programs; the tensors are as they must be, and those for scratch are among them."""
     device = next(iter(tensors.values())).device
-    arguments = [*(tensors[name] for name in one.buffers), *(sizes[s] for s in program.kernel.sizes)]
+    given = (tensors[name] for name in one.buffers)
+    arguments = [*(t.view(torch.uint8) if t.dtype in FROM_BYTES else t for t in given), *(sizes[s] for s in program.kernel.sizes)]
     function = load(program.source, device.type == "cpu")[one.function]
     if device.type == "cpu":
         with _interpreting():
@@ -189,7 +191,7 @@ def _interpreted_function(name: str) -> Any:
 
 
 INTERPRETED_LIBDEVICE = SimpleNamespace(**{name: _interpreted_function(name) for name in _FUNCTIONS})
-_STANDARD = ("sum", "max", "min", "cumsum", "cumprod")
+_STANDARD = ("sum", "max", "min", "cumsum", "cumprod", "interleave")
 
 
 @contextlib.contextmanager

@@ -19,8 +19,10 @@ TYPES: dict[torch.dtype, str] = {
     torch.float64: "tl.float64", torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16",
     torch.int64: "tl.int64", torch.int32: "tl.int32", torch.int16: "tl.int16", torch.int8: "tl.int8",
     torch.uint64: "tl.uint64", torch.uint32: "tl.uint32", torch.uint16: "tl.uint16", torch.uint8: "tl.uint8", torch.bool: "tl.int1",
-    torch.float8_e4m3fn: "tl.float8e4nv", torch.float8_e5m2: "tl.float8e5",
 }  # fmt: skip
+
+FROM_BYTES: dict[torch.dtype, str] = {torch.float8_e4m3fn: "_from_e4m3", torch.float8_e5m2: "_from_e5m2"}
+"""Storage that is read as bytes, since not every GPU has the type -> the helper that makes float32 of them."""
 
 COMPARE, OR, XOR, AND, SHIFT, SUM, PRODUCT, UNARY, ATOM = range(1, 10)
 

@@ -10,11 +10,11 @@ import sympy
 import torch
 
 from ...ir.dims import Dim, SymbolRange, symbol
-from ..kernel import Axis, Kernel, Load, cone
+from ..kernel import Axis, Kernel
 from ..space import Limit, Space
 from .features import FEATURES, lacking
 from .matrices import matrices
-from .product import ACCUMULATORS, FEW, NARROW, Product, find_product, stride
+from .product import ACCUMULATORS, FEW, NARROW, Product, deep_loads, find_product, is_computed, shared_terms, stride
 from .ragged_roles import Blocks, Groups
 from .schedule import LARGEST_BLOCK, is_wide, next_power_of_two
 
@@ -220,7 +220,8 @@ def _tiled(found: Product, dtypes: list[torch.dtype], wide: bool) -> Tiles:
     sizes = {name: found.size(axes) for name, axes in (("m", found.rows), ("n", found.columns), ("k", found.depth))}
     m, n, k = min((_BLOCKS.get(d, _BLOCKS[torch.float32]) for d in dtypes), key=lambda b: b[0] * b[1])
     m, n = (max(FEW, min(block, _above(sizes[name]))) for name, block in (("m", m), ("n", n)))
-    k = max(_LEAST_DEPTH.get(dtypes[0], FEW), min(k // next_power_of_two(len(dtypes)), _above(sizes["k"])))
+    k = min(k // next_power_of_two(len(dtypes)), _above(sizes["k"]), shared_terms(found) or k)
+    k = max(_LEAST_DEPTH.get(dtypes[0], FEW), k)
     if found.reduces:
         n = max(FEW, _above(sizes["n"]))
         m = max(FEW, min(m, 8192 // n))
@@ -234,7 +235,7 @@ def _tiled(found: Product, dtypes: list[torch.dtype], wide: bool) -> Tiles:
     while not found.reduces and programs(m, n) < PROCESSORS and m * n > 32 * 32:
         m, n = (m // 2, n) if m >= n and m > FEW else (m, n // 2)
     split = 1 if found.reduces else _split(sizes["k"], k, programs(m, n))
-    warps = max(4, min(8, len(dtypes) * m * n // 2048))
+    warps = max(8 if is_computed(found) and torch.float32 in dtypes else 4, min(8, len(dtypes) * m * n // 2048))
     return Tiles(m, n, k, split_k=split, num_warps=warps, wide=wide)
 
 
@@ -255,9 +256,10 @@ def _streaming(found: Product, wide: bool) -> Tiles:
     """Few rows: the right operand is read once, along what is contiguous in memory."""
     rows, columns, depth = (found.size(axes) for axes in (found.rows, found.columns, found.depth))
     m = min(FEW, _above(rows))
-    loads = [v for _, right in found.operands for v in cone([right]) if isinstance(v, Load)]
-    across = bool(found.columns) and any(stride(found.kernel, v.index, found.columns[-1]) == 1 for v in loads)
+    across = bool(found.columns) and any(stride(found.kernel, v.index, found.columns[-1]) == 1 for v in deep_loads(found, 1))
     n, k = (64, 32) if across else (max(1, 8 // m), 256)
+    group = min(shared_terms(found) or k, k)  # a block reads one scale a row, and as many bytes as it would otherwise
+    n, k = n * (k // group), group
     n, k = min(n, _above(columns)), max(FEW, min(k, _above(depth)))
     programs = _planned(found.size(found.batch)) * -(-_planned(rows) // m) * -(-_planned(columns) // n)
     return Tiles(m, n, k, 1, _split(depth, k, programs), 4, 2, "sum", wide)
