@@ -86,7 +86,7 @@ class _Search:
             self._add(self._solve(self.sum, _lowered(self.whole, k, self._totals(end)[k])))
         while self.zones and len(self.points) < most:
             zone = max(self.zones, key=lambda zone: (self._size(zone), zone))
-            middle = [(low + min(u, top)) / 2 for low, u, top in zip(self._low(zone), zone, self.most)]
+            middle = [min(u, (low + min(u, top)) / 2) for low, u, top in zip(self._low(zone), zone, self.most)]
             self._add(self._solve(self.sum, (zone[0], *middle[1:])) or self._solve(self.sum, zone), zone)
         best = [p for p in self.points if not any(q != p and _within(q, p) for q in self.points)]
         return Front(tuple(self._allocation(p, self.points[p]) for p in sorted(best)), not self.zones)

@@ -6,6 +6,7 @@ A float is a whole number of some power of two, so sums of costs and their compa
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -184,9 +185,9 @@ def _groups(layers: tuple[tuple[Choice, ...], ...], ties: Iterable[Sequence[int]
 
 
 def _layer(index: int, count: int, what: str) -> int:
-    if not isinstance(index, int) or not 0 <= index < count:
+    if not hasattr(index, "__index__") or not 0 <= operator.index(index) < count:
         raise AllocationError(reason=f"{what} names layer {index!r}; layers are numbered from 0 to {count - 1}")
-    return index
+    return operator.index(index)
 
 
 def _group(layers: tuple[tuple[Choice, ...], ...], members: tuple[int, ...]) -> Group:

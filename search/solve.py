@@ -32,8 +32,8 @@ CORE = 256
 GROWTH = 3
 """How many times more the next one may; a better solution makes its bound leave fewer."""
 EFFORT = 1.0
-"""Deterministic seconds of CP-SAT: what is not proved by then comes with the bound proved so far, the same on every run."""
-
+"""Deterministic seconds of CP-SAT: what is not proved by then comes with the bound proved so far, the same on every run. Only where
+nothing is found, and nothing ruled out, it goes on."""
 PRECISION = 2.0**-32
 """How near to the bound, relative to the objective, is near enough."""
 
@@ -242,9 +242,7 @@ class _Program:
             self.model.add_bool_or([])
         if not amount.low <= most < amount.high:
             return
-        count = len(self.options) + len(
-            self.pairs
-        )  # no more terms are taken; what they leave of a digit is less than that in the one before
+        count = len(self.options) + len(self.pairs)  # of terms taken, at most; what they carry from one digit to the one before is less
         step = BITS - count.bit_length()
         end, begin, left = None, amount.shift, 0
         for _ in range(digits):
@@ -269,17 +267,16 @@ class _Program:
         return found and replace(found, bound=amount.constant + (found.bound << amount.shift))
 
     def least_excess(self, limits: Limits) -> Picks | None:
-        """Excesses count in equal fractions of their limits, and so add up."""
+        """Excesses count in equal fractions of their limits (of the range of the sum where that is zero), and so add up."""
         spans = {name: _span(row) for name, (row, _) in limits.items()}
         sizes = {name: abs(most) or max(1, spans[name][1] - spans[name][0]) for name, (_, most) in limits.items()}
-        widest = max(Fraction(high - low, sizes[name]) for name, (low, high) in spans.items())
-        fine = Fraction(1 << BITS) / (widest or 1) / len(limits)
+        widest = max((Fraction(high - low, sizes[name]) for name, (low, high) in spans.items()), default=Fraction(0))
+        fine = Fraction(1 << BITS) / (widest or 1) / (len(limits) or 1)
         excesses = []
         for name, (row, most) in limits.items():
             amount, scale = _Sum(self, row), fine / sizes[name]
             excess = self.model.new_int_var(0, 1 << (BITS + 1), "")
-            # past the least that can be, the excess is the same for all picks
-            least = max(most - amount.constant, amount.low)
+            least = min(max(most - amount.constant, amount.low), amount.high)  # beyond these it is the same for all picks, or none
             self.model.add(sum(x * math.floor(a * scale) for x, a in amount.terms) - math.floor(least * scale) <= excess)
             excesses.append(excess)
         self.model.minimize(sum(excesses))

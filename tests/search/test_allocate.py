@@ -307,12 +307,14 @@ def test_cutting_off_answers_gives_the_next_best() -> None:
     with pytest.raises(Infeasible, match="each one is forbidden") as caught:
         allocate(layers, limits={"error": 3}, forbidden=seen)
     assert caught.value.limits == {} and caught.value.nearest is None
+    with pytest.raises(Infeasible, match="each one is forbidden"):
+        allocate(layers, forbidden=seen)
 
 
 def test_an_infeasible_question_says_what_would_do() -> None:
     layers = [pair(error=(4, 1), bytes=(1, 2), time=(1, 1)) for _ in range(3)]
     with pytest.raises(Infeasible) as caught:
-        allocate(layers, limits={"error": 6, "bytes": 4, "time": 10})
+        allocate(layers, limits={"error": 6, "bytes": 4, "time": 1e300})
     error = caught.value
     assert error.limits == {"error": 6, "bytes": 4} and error.needed == {"bytes": 5}
     assert error.nearest is not None and error.nearest.costs == {"error": 6, "bytes": 5, "time": 3}
