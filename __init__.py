@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .driver.artifact import load
+    from .driver.budget import Budget
     from .driver.optimize import optimize
     from .driver.receipt import receipts
 
-_API = {"load": ".driver.artifact", "optimize": ".driver.optimize", "receipts": ".driver.receipt"}
+_API = {"Budget": ".driver.budget", "load": ".driver.artifact", "optimize": ".driver.optimize", "receipts": ".driver.receipt"}
 _PACKAGES = ("codegen", "driver", "ir", "passes", "search")
 
-__all__ = ["load", "optimize", "receipts"]
+__all__ = ["Budget", "load", "optimize", "receipts"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +37,17 @@ TuneOption = Annotated[float, typer.Option("--tune", min=0, help="seconds for me
 TargetOption = Annotated[
     str | None, typer.Option("--target", help="compile for a GPU that need not be here: sm_80, sm_90 or gfx942; nothing is timed")
 ]
+ErrorOption = Annotated[float | None, typer.Option("--max-error", min=0, help="how far results may be off: weights are kept in fewer bits")]
+MemoryOption = Annotated[str | None, typer.Option(help='what weights may take: "50%" of what they do, "200MB"')]
+LatencyOption = Annotated[str | None, typer.Option(help='what a call may take: "80%" of eager\'s time, "5ms"')]
+BitsOption = Annotated[float | None, typer.Option(min=0, help="bits of a weight on average, scales included")]
+BopsOption = Annotated[str | None, typer.Option(help='bits of weights times bits of inputs, over all products: "25%" of what they are')]
+ObjectiveOption = Annotated[str, typer.Option(help="what to make least within the limits: latency, memory or error")]
+MetricOption = Annotated[str, typer.Option(help="what --max-error is of: relative, max-abs, cosine, kl or argmax")]
+FormatsOption = Annotated[str | None, typer.Option(help='formats to choose from, e.g. "bf16,int8,int4-g64"')]
+CalibrationOption = Annotated[
+    list[str], typer.Option("--calibration", help="a file of inputs like --inputs; several files: a quarter verifies the result")
+]
 TrustOption = Annotated[bool, typer.Option("--trust-pickle", help="read pickled modules; they can run any code")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="also write the receipt as JSON")]
 
@@ -48,25 +59,41 @@ def optimize(
     output: OutputOption = None,
     passes: PassesOption = None,
     tune: TuneOption = 30.0,
+    max_error: ErrorOption = None,
+    memory: MemoryOption = None,
+    latency: LatencyOption = None,
+    bits: BitsOption = None,
+    bops: BopsOption = None,
+    objective: ObjectiveOption = "latency",
+    metric: MetricOption = "relative",
+    formats: FormatsOption = None,
+    calibration: CalibrationOption = [],  # noqa: B006 (typer reads the default)
     target: TargetOption = None,
     trust_pickle: TrustOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Optimize a model for inference: write an artifact that `tilewright.load` runs, and print the receipt."""
+    """Optimize a model for inference: write an artifact that `tilewright.load` runs, and print the receipt.
+
+    Exactly, unless a limit is given: then the weights of each layer are kept in the format that costs least within all limits.
+    """
     console = Console(file=sys.stdout)  # not what sys.stdout may be while torch exports
     artifact = output or Path(Path(model.rpartition(":")[2] if ":" in model else model).stem + ".tw")
     for path in filter(None, (artifact, json)):
         _require_writable(path)
     with _progress(console) as stage:
         with stage("starting"):
+            from .budget import budget_from
             from .inputs import parse_inputs
             from .loading import load_model
             from .optimize import optimize_model
+
+            limits = {"max_error": max_error, "memory": memory, "latency": latency, "bits": bits, "bops": bops}
+            budget = budget_from(limits, objective, metric, formats, calibration)
         _check_passes(passes)
         _check_target(target)
         with stage(f"reading {model}"):
             read = load_model(model, parse_inputs(inputs), trust_pickle)
-        optimized = optimize_model(read, passes, stage, tune, target)
+        optimized = optimize_model(read, passes, stage, tune, target, budget)
         with stage(f"writing {artifact}"):
             optimized.save(artifact)
     if json:
@@ -125,15 +152,15 @@ def _require_writable(path: Path) -> None:
 
 @contextmanager
 def _progress(console: Console) -> Iterator:
-    """A function that names the stage under way; a bar with the elapsed time is shown while it runs."""
+    """A function that names the stage under way; a bar with the elapsed time is shown while it runs, and how much of it is done."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
 
         @contextmanager
-        def stage(name: str) -> Iterator[None]:
+        def stage(name: str) -> Iterator[Callable[[int, int], None]]:
             task = progress.add_task(name, total=None)
             begin = time.perf_counter()
-            yield
+            yield lambda done, total: progress.update(task, completed=done, total=total)
             progress.remove_task(task)
             seconds = time.perf_counter() - begin
             if seconds > 1:

@@ -29,6 +29,10 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     PlanMemory(),  # last: lifetimes are those of kernels
 )
 
+_FORMATS_AT = 1 + max(i for i, item in enumerate(DEFAULT_PASSES) if isinstance(item, Canonicalize))
+PREPARING, FINISHING = DEFAULT_PASSES[:_FORMATS_AT], DEFAULT_PASSES[_FORMATS_AT:]
+"""What runs before weights are put in other formats, and after: once weights are final, before layouts and kernels are decided."""
+
 
 def passes_from(text: str | None) -> list[Pass]:
     """The passes of `--passes`, None for the default list. Raises PassSyntaxError."""

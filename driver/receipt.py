@@ -14,6 +14,7 @@ from ..codegen.target import Usage
 from ..passes.base import Applied, Notes
 from ..search.bench import Searched
 from .accuracy import ErrorCheck
+from .budget import Spent, spent_from
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,8 +106,9 @@ class Receipt:
 
     copies: values that are laid out anew when they do not come row-major. failure: why the whole graph runs by eager, "" if it does not.
     error, speed: where they were measured. trials: groups of rewrites that were measured, and taken back if they did not gain.
-    target: what it was compiled for, "" for the machine at hand; unmeasured: what is therefore not known, and why.
     schedules: of kernels, where they were searched.
+    target: what it was compiled for, "" for the machine at hand; unmeasured: what is therefore not known, and why.
+    spent: of a budget.
     """
 
     graph: str
@@ -123,9 +125,10 @@ class Receipt:
     error: ErrorCheck | None = None
     speed: Speed | None = None
     trials: tuple[Trial, ...] = ()
+    schedules: tuple[Searched, ...] = ()
     target: str = ""
     unmeasured: tuple[str, ...] = ()
-    schedules: tuple[Searched, ...] = ()
+    spent: Spent | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -141,6 +144,7 @@ class Receipt:
             data[name] = tuple(data.get(name, ()))
         for name, kind in (("error", ErrorCheck), ("speed", Speed)):
             data[name] = None if data[name] is None else kind(**data[name])
+        data["spent"] = None if data.get("spent") is None else spent_from(data["spent"])
         return Receipt(**data)
 
     def render(self, console: Console | None = None, details: bool = False) -> None:

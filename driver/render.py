@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from .budget import LayerLine, Spent
     from .receipt import KernelLine, Receipt, Share
 
 SHORT = 72  # characters of a description that the short form shows
@@ -43,24 +44,25 @@ def _parts(receipt: Receipt, details: bool) -> Iterator[RenderableType]:
     yield Text.assemble((receipt.graph, "bold"), "  ", headline(receipt))
     if receipt.failure:
         yield Padding(Text(f"runs by eager: {receipt.failure}"), (0, 0, 0, 2))
-    yield from _section("coverage", [_coverage(receipt)])
-    if receipt.kernels:
-        yield from _section(f"{len(receipt.kernels)} kernels", [_kernels(receipt, details)])
-    if receipt.library:
-        calls = Counter(c.node for c in receipt.library)
-        yield from _section("library calls", [Text(", ".join(f"{count} {name}" for name, count in calls.most_common()))])
-    if receipt.fallbacks:
-        yield from _section("run by eager, one by one", list(_fallbacks(receipt)))
-    if receipt.trials:
-        yield from _section("measured", [_trials(receipt)])
-    if receipt.schedules:
-        yield from _section("schedules", [_schedules(receipt, details)])
-    if receipt.unmeasured:
-        yield from _section("not measured", map(Text, receipt.unmeasured))
-    if receipt.refused:
-        yield from _section("declined", list(_refused(receipt, details)))
+    for title, there, body in _sections(receipt, details):
+        if there:
+            yield from _section(title, body())
     if details:
         yield from _details(receipt)
+
+
+def _sections(receipt: Receipt, details: bool) -> Iterator[tuple[str, object, Callable[[], Iterable[RenderableType]]]]:
+    """Title, what there must be for it to be shown, and what is."""
+    r, spent = receipt, receipt.spent
+    calls = Counter(c.node for c in r.library)
+    yield "coverage", True, lambda: [_coverage(r)]
+    yield f"{len(r.kernels)} kernels", r.kernels, lambda: [_kernels(r, details)]
+    yield "library calls", r.library, lambda: [Text(", ".join(f"{count} {name}" for name, count in calls.most_common()))]
+    yield "run by eager, one by one", r.fallbacks, lambda: _fallbacks(r)
+    yield "budget", spent, lambda: _spent(spent, details) if spent is not None else ()
+    yield "measured", r.trials, lambda: [_trials(r)]
+    yield "not measured", r.unmeasured, lambda: map(Text, r.unmeasured)
+    yield "declined", r.refused, lambda: _refused(r, details)
 
 
 def _section(title: str, body: Iterable[RenderableType]) -> Iterator[RenderableType]:
@@ -144,6 +146,42 @@ def _schedules(receipt: Receipt, details: bool) -> RenderableType:
             _time(s.seconds),
             "\n".join(filter(None, (s.schedule, because))),
         )
+    return table
+
+
+def _spent(spent: Spent, details: bool) -> Iterator[RenderableType]:
+    """What was allowed and what was needed; in which formats the layers are, most bytes saved first."""
+    table = _grid(("", "left"), ("before", "right"), ("now", "right"), ("limit", "right"), ("", "left"))
+    error, where = spent.limits.get("error"), "on held-out inputs" if spent.held_out else "on the inputs it was chosen by"
+    _row(table, f"error ({spent.metric})", "", f"{spent.error:.2g}", "" if error is None else f"{error:.2g}", where)
+    for name, before, now, show in (
+        ("bytes", spent.exact_bytes, spent.bytes, lambda n: f"{_scaled(int(n))}B"),
+        ("time", spent.exact_seconds, spent.seconds, _time),
+    ):
+        limit = spent.limits.get(name)
+        _row(table, name, show(before), show(now), "" if limit is None else show(limit), f"{now / before:.0%}")
+    yield table
+    yield Text()
+    yield _formats(spent, details)
+    for a in spent.attempts if details else ():
+        predicted = f"predicted error {a.predicted_error:.2g}, {_time(a.predicted_seconds)}"
+        yield Text(f"{predicted}; measured {a.error:.2g}, {_time(a.seconds)}: {a.verdict}")
+
+
+def _formats(spent: Spent, details: bool) -> Table:
+    """A line for each layer, or for each format."""
+    table = _grid(
+        ("layers" if not details else "name", "left"), ("format", "left"), ("bytes", "right"), ("time", "right"), ("error", "right")
+    )
+    groups: dict[tuple[str, str], list[LayerLine]] = {}
+    for line in spent.layers:
+        groups.setdefault((line.name if details else "", line.format), []).append(line)
+    for (name, form), lines in sorted(groups.items(), key=lambda item: -sum(x.exact_bytes - x.bytes for x in item[1])):
+        nbytes, before = sum(x.bytes for x in lines), sum(x.exact_bytes for x in lines)
+        seconds = sum(x.seconds - x.exact_seconds for x in lines)
+        error = max(x.error for x in lines)
+        time = f"{'+' if seconds > 0 else '-'}{_time(abs(seconds))}" if seconds else ""
+        _row(table, name or len(lines), form, f"{_scaled(before)}B -> {_scaled(nbytes)}B", time, f"{error:.1e}" if error else "0")
     return table
 
 

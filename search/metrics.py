@@ -81,7 +81,7 @@ def _divergence(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 def _disagreement(value: torch.Tensor, reference: torch.Tensor) -> float:
     """The share of rows whose largest element is elsewhere."""
-    if value.shape != reference.shape or not reference.dim():
+    if value.shape != reference.shape or not reference.is_floating_point() or not reference.dim():
         return relative_error(value, reference)
     if not reference.numel():
         return 0.0

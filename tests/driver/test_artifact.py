@@ -12,7 +12,7 @@ import torch
 from offline import Mlp, Tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tilewright.driver import artifact, optimize
+from tilewright.driver import artifact, measure
 from tilewright.driver.errors import BadArtifact, CannotWrite
 from tilewright.driver.trust import unsafe_in_graph
 from tilewright.ir.text import parse
@@ -23,9 +23,9 @@ X = torch.linspace(-2, 2, 24).reshape(3, 8)
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    optimize.MEASURE_SECONDS, before = 0.01, optimize.MEASURE_SECONDS
+    measure.MEASURE_SECONDS, before = 0.01, measure.MEASURE_SECONDS
     made = tilewright.optimize(Mlp(), (X,))
-    optimize.MEASURE_SECONDS = before
+    measure.MEASURE_SECONDS = before
     return made
 
 

@@ -15,7 +15,7 @@ import tilewright
 import torch
 from offline import Mlp, run, save_program, sentence
 from rich.console import Console
-from tilewright.driver import optimize as optimizing
+from tilewright.driver import measure
 
 HERE = Path(__file__).parent
 OPTIMIZE = [sys.executable, "-m", "tilewright.driver.cli", "optimize"]
@@ -23,7 +23,7 @@ OPTIMIZE = [sys.executable, "-m", "tilewright.driver.cli", "optimize"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(optimizing, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(measure, "MEASURE_SECONDS", 0.01)
     torch.manual_seed(0)
 
 

@@ -13,7 +13,7 @@ import pytest
 import tilewright
 import torch
 from offline import Mlp, Nested, Running, Tokens, Whole, run, save_program, sentence
-from tilewright.driver import optimize as optimizing
+from tilewright.driver import measure
 from tilewright.driver.errors import CannotOptimize, ModelFails, NoInputs, NotAModel, PickleRefused
 from tilewright.driver.inputs import parse_inputs
 from tilewright.driver.loading import load_model
@@ -22,7 +22,7 @@ from tilewright.driver.optimize import optimize_model
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(optimizing, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(measure, "MEASURE_SECONDS", 0.01)
     torch.manual_seed(0)
 
 

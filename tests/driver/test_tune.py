@@ -7,8 +7,8 @@ import pytest
 import tilewright
 import torch
 from support import NATIVE
+from tilewright.driver import measure, tune
 from tilewright.driver import optimize as door
-from tilewright.driver import tune
 from tilewright.driver.accuracy import check
 from tilewright.driver.compile import Options
 from tilewright.driver.receipt import Receipt
@@ -183,7 +183,7 @@ def test_contractions_that_the_library_does_faster_go_there(monkeypatch):
 
 def test_optimize_is_never_slower_than_eager(slowed, monkeypatch):
     slowed("")
-    monkeypatch.setattr(door, "MEASURE_SECONDS", 0.2)
+    monkeypatch.setattr(measure, "MEASURE_SECONDS", 0.2)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.LayerNorm(64)).eval()
     made = tilewright.optimize(model, (torch.randn(64, 64),))
     assert not made.receipt.kernels and not trials(made.receipt)["all rewrites"].kept
@@ -201,7 +201,7 @@ def test_slow_beside_eager_is_rolled_back_too(monkeypatch):
         return made
 
     monkeypatch.setattr(door, "compile_tuned", compiled)
-    monkeypatch.setattr(door, "MEASURE_SECONDS", 0.2)
+    monkeypatch.setattr(measure, "MEASURE_SECONDS", 0.2)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()).eval()
     made = tilewright.optimize(model, (torch.randn(64, 64),), tuning_seconds=0.01)
     assert not trials(made.receipt)["all rewrites, against eager"].kept and not made.receipt.kernels

@@ -1,0 +1,167 @@
+"""`Budget`: what a model may cost, as a user says it; and `Spent`, the part of a receipt that tells what it does cost.
+
+Budget(max_error=1e-2, memory="50%", objective="latency")
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..passes.formats import FORMATS
+from ..search.metrics import METRICS, Metric, metric
+from .errors import BadOption
+from .inputs import parse_inputs
+
+OBJECTIVES = {"latency": "time", "memory": "bytes", "error": "error"}
+"""What a user wants least of -> the cost it is."""
+
+DEFAULT_FORMATS = (
+    "bf16", "bf16-bf16", "int8", "int8-g32", "int8-bf16", "int8-dynamic", "int4-g32", "int4-g32-bf16", "int4-g64", "int4-g128",
+    "int4-split3",
+)  # fmt: skip
+"""Those that are tried unless the user says which."""
+
+Loss = Callable[[Callable[..., Any]], float]
+"""Takes a model, to be called like the original; returns a number that grows as it gets worse, for example 1 - its accuracy."""
+
+_UNITS = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "s": 1.0, "ms": 1e-3, "us": 1e-6}
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*(%|[a-zA-Z]*)\s*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits that a model must keep; what is None is not limited.
+
+    max_error: by `metric`, one of METRICS, or a Loss: then it is how much the loss may grow. memory: bytes of the weights, as a number,
+    "200MB", or "50%" of what they are. latency: seconds of a call on the example, as a number, "5ms", or "80%" of eager's.
+    bits: the mean of a weight, scales and zeros included. bops: products of bits of weights and inputs, added up over multiplications, as
+    a number or a share "25%". objective: what to make least, "latency", "memory" or "error". formats: those to choose from.
+    calibration: tuples of arguments (or dicts, by name) like the example; a quarter, at least one, is held out to verify the result.
+    Without them the example stands for all.
+    """
+
+    max_error: float | None = None
+    memory: str | float | None = None
+    latency: str | float | None = None
+    bits: float | None = None
+    bops: str | float | None = None
+    objective: str = "latency"
+    metric: str | Loss = "relative"
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+    calibration: Sequence[Any] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises BadOption for what cannot be meant."""
+        if self.objective not in OBJECTIVES:
+            raise BadOption(option="objective", reason=f"it is {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        if isinstance(self.metric, str):
+            metric(self.metric)
+        unknown = next((name for name in self.formats if name not in FORMATS), None)
+        if unknown is not None:
+            raise BadOption(option="formats", reason=f"there is no {unknown!r}; there are {', '.join(FORMATS)}")
+        if self.max_error is None and self.objective != "error":
+            raise BadOption(option="max-error", reason=f"say how large it may be; least {self.objective} has no end without it")
+        if self.max_error is not None and not self.max_error >= 0:
+            raise BadOption(option="max-error", reason=f"it is a number from 0 on, not {self.max_error}")
+        for name in ("memory", "latency", "bops"):
+            quantity(name, getattr(self, name), 1.0)
+
+    @property
+    def of_outputs(self) -> Metric:
+        """The metric of single layers; a loss is replaced by the relative error there, and only the joint model is judged by it."""
+        return METRICS[self.metric] if isinstance(self.metric, str) else METRICS["relative"]
+
+    @property
+    def allowed_relative(self) -> float | None:
+        """What the relative error of the outputs may be; None where another one is limited, or none."""
+        return self.max_error if self.metric == "relative" else None
+
+
+def budget_from(
+    limits: Mapping[str, float | str | None], objective: str, metric: str, formats: str | None, calibration: Sequence[str]
+) -> Budget | None:
+    """The budget of a command line, None where it sets no limit. calibration: files, each an input. Raises BadOption and BadInputs."""
+    if all(limit is None for limit in limits.values()):
+        given = next((name for name, other in (("formats", formats), ("calibration", calibration)) if other), None)
+        if given is None and objective == "latency":
+            return None
+        raise BadOption(option=given or "objective", reason="it is for a budget: give --max-error, --memory or --latency too")
+    examples = [example for path in calibration if (example := parse_inputs([path])) is not None]
+    names = DEFAULT_FORMATS if formats is None else tuple(name.strip() for name in formats.split(","))
+    return Budget(**limits, objective=objective, metric=metric, formats=names, calibration=[e.kwargs for e in examples])  # type: ignore[arg-type]
+
+
+def quantity(name: str, value: str | float | None, whole: float) -> float | None:
+    """A limit as a number: bytes, seconds; of a share, that much of `whole`. Raises BadOption."""
+    if value is None:
+        return None
+    match = _QUANTITY.fullmatch(str(value))
+    unit = match[2].lower() if match else ""
+    if match is None or (unit not in ("", "%") and unit not in _UNITS):
+        raise BadOption(option=name, reason=f'{value!r} is no amount; write for example "50%", "200MB" or "5ms"')
+    number = float(match[1])
+    return number / 100 * whole if unit == "%" else number * _UNITS.get(unit, 1.0)
+
+
+@dataclass(frozen=True)
+class LayerLine:
+    """A layer in its format: its bytes, predicted seconds, and error of the outputs if nothing else changed; `exact_`: as it was."""
+
+    name: str
+    source: str
+    format: str
+    bytes: int
+    exact_bytes: int
+    seconds: float
+    exact_seconds: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """Of the front: predicted seconds, bytes and error of a whole model."""
+
+    seconds: float
+    bytes: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An allocation that was tried: what was predicted and measured, and what came of it."""
+
+    predicted_error: float
+    error: float
+    predicted_seconds: float
+    seconds: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Spent:
+    """limits: as numbers, by cost. error, bytes, seconds: of the result, measured; `exact_`: of the model before. held_out: whether the
+    inputs that error was measured on had no part in choosing. prices: by how much the objective would fall with one more unit of a limit.
+    """
+
+    metric: str
+    objective: str
+    limits: Mapping[str, float]
+    error: float
+    bytes: int
+    exact_bytes: int
+    seconds: float
+    exact_seconds: float
+    held_out: bool
+    layers: tuple[LayerLine, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    front: tuple[Point, ...] = ()
+    prices: Mapping[str, float] = field(default_factory=dict)
+
+
+def spent_from(data: Mapping[str, Any]) -> Spent:
+    """What `asdict` makes of a Spent, read back; raises TypeError or KeyError for anything else."""
+    rows = {"layers": LayerLine, "attempts": Attempt, "front": Point}
+    return Spent(**{**data, **{name: tuple(kind(**row) for row in data[name]) for name, kind in rows.items()}})

@@ -1,0 +1,78 @@
+"""Measuring an optimized model beside the original: speed, and error against float64, on copies of what the model updates."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..ir.capture import CapturedModule
+from ..ir.interpret import interpret
+from ..search.tuner import Verdict, fastest
+from .accuracy import ErrorCheck, check
+from .artifact import Optimized
+from .calling import CallingConvention
+from .errors import CannotOptimize
+from .inputs import copied
+from .loading import Model, with_own_buffers
+from .receipt import Speed
+
+EAGER_TRUST = 1e-2  # eager further than this from float64 means that the reference is not the user's model
+MEASURE_SECONDS = 2.0
+MEASURE_ROUNDS = 1000
+
+
+def apart(model: Model, captured: CapturedModule) -> Model:
+    """Measuring runs the model, which may update its buffers: that happens on copies."""
+    return replace(model, module=with_own_buffers(model.module)) if captured.state else model
+
+
+def flat_example(model: Model, captured: CapturedModule, convention: CallingConvention) -> list[Any]:
+    """The example as the graph takes it, copied, with what the model updates."""
+    return flattened(convention, captured, model.example.args, dict(model.example.kwargs))
+
+
+def flattened(convention: CallingConvention, captured: CapturedModule, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments as the graph takes them, copied, with what the model updates."""
+    return copied(convention.bind(tuple(args), kwargs)) + [captured.state[name].clone() for name in convention.state]
+
+
+def timed(model: Model, **candidates: Optimized) -> Verdict:
+    """Calls of eager and of the candidates on the example, in turn."""
+    args, kwargs = model.example.args, model.example.kwargs
+    runs: dict[str, Callable[..., Any]] = {name: made.with_own_state() for name, made in candidates.items()}
+    runs["eager"] = model.module
+    with torch.no_grad():
+        calls = {name: functools.partial(run, *args, **kwargs) for name, run in runs.items()}
+        return fastest(calls, "ours", MEASURE_SECONDS, MEASURE_ROUNDS, hopeless=math.inf)
+
+
+def with_speed(optimized: Optimized, verdict: Verdict, name: str) -> Optimized:
+    speed = Speed(verdict.timings["eager"].seconds, verdict.timings[name].seconds, verdict.rounds)
+    return replace(optimized, receipt=replace(optimized.receipt, speed=speed))
+
+
+def error_check(
+    model: Model, captured: CapturedModule, convention: CallingConvention, ours: Callable[..., Any], allowed: float | None = None
+) -> ErrorCheck:
+    """By the float64 rule on the example; ours: called as the model is. allowed: a budget for more than rounding.
+
+    The reference is the captured graph, interpreted in float64; that it is the user's model is seen from eager being near it.
+    Raises CannotOptimize.
+    """
+    args, kwargs = copied(model.example.args), copied(dict(model.example.kwargs))
+    with torch.no_grad():
+        reference = convention.pack(interpret(captured.graph, flattened(convention, captured, args, kwargs), torch.float64))
+        eager = model.module(*copied(args), **copied(kwargs))
+    result = check(ours(*args, **kwargs), eager, reference, **({} if allowed is None else {"budget": allowed}))
+    if result.eager > EAGER_TRUST:
+        reason = f"the captured graph does not compute what the model does (they differ by {result.eager:.1e})"
+        raise CannotOptimize(path=model.name, reason=reason)
+    if not result.ok:
+        reason = f"the result would be off by {result.ours:.1e} where {result.allowed:.1e} is allowed; please report this model"
+        raise CannotOptimize(path=model.name, reason=reason)
+    return result

@@ -1,0 +1,343 @@
+"""A model within a budget: which layer is kept in which format, decided by measured costs, then verified and repaired.
+
+    exact graph  -->  error of each layer in each format, from calibration inputs    --> allocate --> quantize --> measure
+                      time of each layer in each format, on this machine                  ^                          |
+                                                                                          +-- over: less is allowed -+
+
+What is returned was measured to keep every limit, on inputs held out where there are several; where nothing does, it says which limit
+stands in the way, and the nearest there is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..ir.capture import CapturedModule
+from ..ir.graph import Graph
+from ..ir.interpret import interpret
+from ..passes.base import Notes
+from ..passes.layers import layers
+from ..passes.manager import run_passes
+from ..passes.quantize import Quantize
+from ..search.allocate import Allocation, Infeasible, allocate
+from ..search.choices import LayerChoices, layer_choices, plan_of
+from ..search.database import Database
+from ..search.layer_times import EXACT, layer_times
+from ..search.pareto import pareto
+from ..search.sensitivity import Progress, Sensitivity
+from ..search.tuner import CERTAINTY
+from .artifact import Optimized
+from .budget import OBJECTIVES, Attempt, Budget, LayerLine, Point, Spent, quantity
+from .calling import CallingConvention
+from .compile import Compiled, Options, compile_graph
+from .errors import BadInputs, CannotOptimize
+from .inputs import copied
+from .loading import Model
+from .measure import apart, flat_example, flattened, timed, with_speed
+from .memory import constant_bytes
+from .pipeline import FINISHING, PREPARING
+
+ATTEMPTS = 8
+LEAST_WEIGHTS = 4096
+"""A smaller layer saves nothing that counts."""
+
+HELD_OUT = 4
+"""One in so many calibration inputs judges the result, and has no part in choosing."""
+
+MARGIN = 0.97
+"""Of what measuring says would just do: the next attempt should not miss by a hair."""
+
+ROOM, MOST_ROOM = 1.3, 16.0
+"""So much room is worth another attempt; what one attempt says of the next does not reach further."""
+
+TINY = 1e-30
+"""An error that is none."""
+
+ROUNDING = 4.0
+"""So many times the error that eager itself has is no error of ours."""
+
+LOSS_START = 0.05
+"""Relative error of the outputs that is allowed first where the user judges by a loss."""
+
+FRONT_POINTS = 12
+
+Stages = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A candidate that keeps all limits."""
+
+    allocation: Allocation
+    compiled: Compiled
+    optimized: Optimized
+    error: float
+    seconds: float
+
+
+class _Within:
+    """exact: the model as `optimize` makes it without a budget."""
+
+    def __init__(
+        self, model: Model, captured: CapturedModule, convention: CallingConvention, budget: Budget, exact: Optimized, stage: Stages
+    ) -> None:
+        self.model, self.captured, self.convention, self.budget = model, captured, convention, budget
+        self.exact, self.stage = exact, stage
+        self.database, self.notes = Database(), Notes()
+        with torch.no_grad():
+            self.graph = run_passes(captured.graph, PREPARING, self.notes)
+        self.layers = [x for x in layers(self.graph) if x.weight.tensor.numel >= LEAST_WEIGHTS]
+        self.metric = budget.of_outputs
+        batches = [flat_example(model, captured, convention), *self._calibration()]
+        held = max(1, len(batches) // HELD_OUT) if len(batches) > 1 else 0
+        self.chosen_on, self.judged_on = (batches[:-held], batches[-held:]) if held else (batches, batches)
+        self.held_out = held > 0
+        self.exact_bytes = constant_bytes(self.graph)
+        self.attempts: list[Attempt] = []
+
+    def _calibration(self) -> list[list[Any]]:
+        found = []
+        for item in self.budget.calibration:
+            kwargs = dict(item) if isinstance(item, Mapping) else {}
+            args = () if kwargs else tuple(item) if isinstance(item, (tuple, list)) else (item,)
+            try:
+                found.append(flattened(self.convention, self.captured, args, kwargs))
+            except TypeError as error:
+                raise BadInputs(spec="for calibration", reason=str(error)) from error
+        return found
+
+    # -- what is measured first
+
+    def measure(self) -> None:
+        """Errors and times of every layer in every format, and what exact results and their own errors are."""
+        formats = self.budget.formats
+        with self._progress("measuring what formats do to the results") as progress:
+            self.sensitivity = Sensitivity(self.graph, self.layers, self.chosen_on, self.metric, self.database)
+            effects = self.sensitivity.effects(formats, progress)
+        with self._progress("measuring how long layers take in each format") as progress:
+            seconds = layer_times(self.layers, formats, _runner, self.database, progress)
+        self.choices = layer_choices(self.graph, self.layers, formats, effects, seconds, self.metric.power)
+        with torch.no_grad():
+            self.references = [interpret(self.captured.graph, copied(flat), torch.float64) for flat in self.judged_on]
+            own = [interpret(self.captured.graph, copied(flat)) for flat in self.judged_on]
+        self.floor = ROUNDING * max(map(self.metric, own, self.references))
+        self.original_loss = 0.0 if isinstance(self.budget.metric, str) else self.budget.metric(self.model.module)
+        verdict = timed(apart(self.model, self.captured), ours=self.exact)
+        self.exact_seconds, self.eager_seconds = (verdict.timings[name].seconds for name in ("ours", "eager"))
+
+    @contextmanager
+    def _progress(self, name: str) -> Iterator[Progress]:
+        with self.stage(name) as progress:
+            yield progress or (lambda done, total: None)
+
+    # -- limits, as sums over layers
+
+    def limits(self) -> dict[str, float]:
+        """By cost. Time is limited in any case: the result is not to be slower than the exact model."""
+        layer_bytes, layer_seconds = self._exact("bytes"), self._exact("time")
+        found = {"time": layer_seconds}
+        memory = quantity("memory", self.budget.memory, self.exact_bytes)
+        if memory is not None:
+            found["bytes"] = memory - (self.exact_bytes - layer_bytes)
+        if self.budget.bits is not None:
+            weights = sum(x.nbytes / x.weight.dtype.itemsize for x in self.layers)
+            found["bytes"] = min(found.get("bytes", float("inf")), self.budget.bits * weights / 8)
+        latency = quantity("latency", self.budget.latency, self.eager_seconds)
+        if latency is not None:
+            found["time"] = min(layer_seconds, latency - (self.exact_seconds - layer_seconds))
+        bops = quantity("bops", self.budget.bops, self._exact("bops"))
+        return found if bops is None else found | {"bops": bops}
+
+    def _exact(self, cost: str) -> float:
+        return math.fsum(c.named(EXACT).costs[cost] for c in self.choices)
+
+    def allowed(self) -> float:
+        """Of the predicted error, to begin with."""
+        if self.budget.max_error is None:
+            return float("inf")
+        start = self.budget.max_error if isinstance(self.budget.metric, str) else LOSS_START
+        return start**self.metric.power
+
+    # -- the search
+
+    def run(self) -> tuple[_Tried | None, Allocation]:
+        """The best candidate that was measured to keep all limits, None for the exact model; and the allocation that it is."""
+        limits = self.limits() | {"error": self.allowed()}
+        best: tuple[_Tried | None, Allocation] | None = None
+        forbidden: list[tuple[str, ...]] = []
+        while len(forbidden) < ATTEMPTS:
+            try:
+                allocation = self._allocated(limits, forbidden)
+            except Infeasible as error:
+                if best is not None:
+                    break
+                raise CannotOptimize(path=self.model.name, reason=self._impossible(error)) from error
+            if best is not None and allocation.objective >= best[1].objective:
+                break
+            forbidden.append(allocation.names)
+            tried, missed, room = self._try(allocation)
+            if not missed:
+                best = tried, allocation
+                if room < ROOM:
+                    break
+            limits = self._moved(limits, missed or "error", room, allocation)
+        if best is None:
+            reason = f"none of {len(forbidden)} candidates kept the budget when it was measured"
+            raise CannotOptimize(path=self.model.name, reason=reason)
+        return best
+
+    def _allocated(self, limits: Mapping[str, float], forbidden: Sequence[Sequence[str]]) -> Allocation:
+        return allocate([c.choices for c in self.choices], OBJECTIVES[self.budget.objective], limits, forbidden=forbidden)
+
+    def _moved(self, limits: Mapping[str, float], cost: str, room: float, allocation: Allocation) -> dict[str, float]:
+        """The limits, with that on one cost where measuring says it should be: room is what there may be, over what there was."""
+        if cost == "error":
+            known = max(allocation.costs["error"], TINY)
+            return {**limits, "error": known * min(MOST_ROOM, max(1 / MOST_ROOM, room * MARGIN))}
+        reached, exact = allocation.costs[cost], self._exact(cost)
+        return {**limits, cost: min(limits.get(cost, reached), reached) - (exact - reached) / 2 * (1 - room)}
+
+    def _try(self, allocation: Allocation) -> tuple[_Tried | None, str, float]:
+        """The candidate; which limit it missed, "" if none; and the room there is, of that or of the error."""
+        plan = plan_of(self.choices, allocation, self.sensitivity.grams)
+        if not plan.entries:
+            return None, "", 1.0
+        notes = Notes(list(self.notes.applied), list(self.notes.declined))
+        quantized = Quantize(plan).run(self.graph, notes)
+        error = self._error_of(lambda flat: interpret(quantized, flat))
+        if error > self._most_error:
+            return self._missed(allocation, "error", self._room(error), error)
+        with self.stage("building kernels of a candidate"):
+            compiled = compile_graph(quantized, Options(), notes, FINISHING)
+        return self._judged(allocation, compiled)
+
+    def _judged(self, allocation: Allocation, compiled: Compiled) -> tuple[_Tried | None, str, float]:
+        """By what it does when it runs."""
+        made = Optimized(compiled.graph, self.convention, compiled.program, compiled.receipt, self.captured.state)
+        error = self._error_of(made.program.run)
+        verdict = timed(apart(self.model, self.captured), ours=made, exact=self.exact)
+        seconds, exact = verdict.timings["ours"].seconds, verdict.timings["exact"]
+        most_seconds = min(exact.seconds * (1 + CERTAINTY * exact.noise), self._user_limits()["time"] or float("inf"))
+        nbytes, most_bytes = constant_bytes(compiled.graph), self._user_limits()["bytes"] or float("inf")
+        if error > self._most_error:
+            return self._missed(allocation, "error", self._room(error), error, seconds)
+        if seconds > most_seconds:
+            return self._missed(allocation, "time", most_seconds / seconds, error, seconds)
+        if nbytes > most_bytes:
+            return self._missed(allocation, "bytes", most_bytes / nbytes, error, seconds)
+        self._note(allocation, error, seconds, "kept")
+        return _Tried(allocation, compiled, with_speed(made, verdict, "ours"), error, seconds), "", self._room(error)
+
+    def _missed(self, allocation: Allocation, cost: str, room: float, error: float, seconds: float = 0.0) -> tuple[None, str, float]:
+        self._note(allocation, error, seconds, f"declined: over the {cost}")
+        return None, cost, room
+
+    @property
+    def _most_error(self) -> float:
+        return float("inf") if self.budget.max_error is None else max(self.budget.max_error, self.floor)
+
+    def _room(self, error: float) -> float:
+        """The error there may be over the one there is, in the power that adds up."""
+        return (self._most_error / max(error, TINY)) ** self.metric.power if self._most_error < float("inf") else 1.0
+
+    def _error_of(self, run: Callable[[list[Any]], list[Any]]) -> float:
+        """On the inputs that judge, against float64; of a loss, by how much it grows."""
+        if not isinstance(self.budget.metric, str):
+            return self.budget.metric(self._callable(run)) - self.original_loss
+        with torch.no_grad():
+            return max(self.metric(run(copied(flat)), reference) for flat, reference in zip(self.judged_on, self.references))
+
+    def _callable(self, run: Callable[[list[Any]], list[Any]]) -> Callable[..., Any]:
+        def model(*args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                return self.convention.pack(run(flattened(self.convention, self.captured, args, kwargs)))
+
+        return model
+
+    def _note(self, allocation: Allocation, error: float, seconds: float, verdict: str) -> None:
+        self.attempts.append(Attempt(self._predicted_error(allocation), error, self._predicted_seconds(allocation), seconds, verdict))
+
+    def _predicted_error(self, allocation: Allocation) -> float:
+        return max(allocation.costs["error"], 0.0) ** (1 / self.metric.power)
+
+    def _predicted_seconds(self, allocation: Allocation) -> float:
+        return self.exact_seconds + allocation.costs["time"] - self._exact("time")
+
+    # -- what is told
+
+    def _impossible(self, error: Infeasible) -> str:
+        """In the user's units."""
+        wanted = " and ".join(self._said(name, value) for name, value in error.limits.items())
+        needed = " and ".join(self._said(name, value) for name, value in error.needed.items())
+        return f"no choice of formats keeps {wanted}{' together' if len(error.limits) > 1 else ''}; the nearest has {needed}"
+
+    def _said(self, cost: str, value: float) -> str:
+        if cost == "error":
+            return f"error {max(value, 0.0) ** (1 / self.metric.power):.2g}"
+        if cost == "bytes":
+            return f"{(value + self.exact_bytes - self._exact('bytes')) / 1e6:.1f} MB"
+        if cost == "time" and self.budget.latency is None:
+            return "the speed of the exact model"
+        if cost == "time":
+            return f"{1e3 * (value + self.exact_seconds - self._exact('time')):.3g} ms"
+        return f"{cost} {value:.3g}"
+
+    def spent(self, tried: _Tried | None, allocation: Allocation) -> Spent:
+        limits = {name: value for name, value in self._user_limits().items() if value is not None}
+        return Spent(
+            metric=self.budget.metric if isinstance(self.budget.metric, str) else "loss",
+            objective=self.budget.objective,
+            limits=limits,
+            error=tried.error if tried else self.floor / ROUNDING,
+            bytes=constant_bytes(tried.compiled.graph) if tried else self.exact_bytes,
+            exact_bytes=self.exact_bytes,
+            seconds=tried.seconds if tried else self.exact_seconds,
+            exact_seconds=self.exact_seconds,
+            held_out=self.held_out,
+            layers=tuple(map(self._line, self.choices, allocation.names)),
+            attempts=tuple(self.attempts),
+            front=self._front(),
+            prices=dict(allocation.prices),
+        )
+
+    def _user_limits(self) -> dict[str, float | None]:
+        return {
+            "error": self.budget.max_error,
+            "bytes": quantity("memory", self.budget.memory, self.exact_bytes),
+            "time": quantity("latency", self.budget.latency, self.eager_seconds),
+            "bits": self.budget.bits,
+            "bops": quantity("bops", self.budget.bops, self._exact("bops")),
+        }
+
+    def _line(self, choices: LayerChoices, name: str) -> LayerLine:
+        exact, taken, layer = choices.named(EXACT).costs, choices.named(name).costs, choices.layer
+        error = taken["error"] ** (1 / self.metric.power)
+        source = layer.readers[0].prov.source
+        return LayerLine(layer.name, source, name, int(taken["bytes"]), layer.nbytes, taken["time"], exact["time"], error)
+
+    def _front(self) -> tuple[Point, ...]:
+        front = pareto([c.choices for c in self.choices], ("time", "bytes", "error"), points=FRONT_POINTS)
+        others = self.exact_bytes - self._exact("bytes")
+        return tuple(Point(self._predicted_seconds(p), p.costs["bytes"] + others, self._predicted_error(p)) for p in front.points)
+
+
+def _runner(graph: Graph) -> Callable[[list[Any]], Any]:
+    return compile_graph(graph, Options(), Notes(), FINISHING).program.run
+
+
+def optimize_within(
+    model: Model, captured: CapturedModule, convention: CallingConvention, budget: Budget, exact: Optimized, stage: Stages
+) -> Optimized:
+    """The model within the budget, with `Spent` on its receipt. Raises CannotOptimize, where nothing keeps the limits, and BadInputs."""
+    search = _Within(model, captured, convention, budget, exact, stage)
+    search.measure()
+    with stage("choosing and verifying"):
+        tried, allocation = search.run()
+    made = tried.optimized if tried is not None else exact
+    return replace(made, receipt=replace(made.receipt, spent=search.spent(tried, allocation)))

@@ -1,0 +1,224 @@
+"""Budgets: every limit is kept by measurement, what cannot be kept is named, what measures badly is repaired, and receipts tell it all."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tilewright
+import torch
+from offline import run, save_program, sentence
+from rich.console import Console
+from tilewright.driver import measure, within
+from tilewright.driver.budget import DEFAULT_FORMATS, Budget, budget_from, quantity
+from tilewright.driver.errors import BadInputs, BadOption, CannotOptimize
+from tilewright.driver.receipt import Receipt
+from tilewright.search.layer_times import EXACT
+from tilewright.search.metrics import UnknownMetric, relative_error
+
+FORMATS = ("bf16", "int8", "int4-g32")
+CHEAP = {EXACT: 3.0, "bf16": 2.5, "int8": 2.0, "int4-g32": 1.5}
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(300, 64)
+        self.up, self.down = torch.nn.Linear(64, 256), torch.nn.Linear(256, 64)
+        self.head = torch.nn.Linear(64, 96)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return self.head(x + self.down(torch.nn.functional.gelu(self.up(x))))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Times are given, not measured: nothing here depends on how fast this machine is."""
+    monkeypatch.setattr(measure, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(within, "layer_times", _times)
+    monkeypatch.setattr(within, "CERTAINTY", 1e9)  # no candidate is slower beyond noise
+    torch.manual_seed(0)
+
+
+def _times(layers, formats, *rest):
+    return {(layer.name, name): CHEAP[name] * 1e-9 * layer.nbytes for layer in layers for name in (EXACT, *formats)}
+
+
+@pytest.fixture
+def ids():
+    return [torch.randint(0, 300, (4, 16)) for _ in range(5)]
+
+
+def _optimized(ids, **budget):
+    model = Net().eval()
+    formats = budget.pop("formats", FORMATS)
+    made = tilewright.optimize(model, (ids[0],), tuning_seconds=0, budget=Budget(formats=formats, calibration=ids[1:], **budget))
+    return model, made, made.receipt.spent
+
+
+def test_the_error_is_kept_and_used(ids) -> None:
+    model, made, spent = _optimized(ids, max_error=2e-2)
+    assert spent.error <= 2e-2 and spent.held_out and {line.format for line in spent.layers} != {EXACT}
+    worst = max(relative_error(made(x), Net.forward(model, x)) for x in ids[-1:])
+    assert worst == pytest.approx(spent.error, rel=0.05)
+    assert spent.bytes < spent.exact_bytes and spent.attempts[-1].error >= 2e-2 / 16
+
+
+@pytest.mark.parametrize("memory", ["40%", 0.3])
+def test_memory_is_kept(ids, memory) -> None:
+    limit = memory if isinstance(memory, str) else 90_000
+    _, made, spent = _optimized(ids, max_error=0.3, memory=limit, objective="error")
+    most = 0.4 * spent.exact_bytes if isinstance(memory, str) else 90_000
+    weights = sum(v.nbytes for v in made_weights(made))
+    assert spent.bytes <= most and weights <= most and spent.error < 0.3
+
+
+def made_weights(made):
+    from tilewright.ir.graph import constants
+
+    return [d.value for d in constants(made.graph).values()]
+
+
+def test_least_error_within_memory_is_better_than_one_format_for_all(ids) -> None:
+    _, _, spent = _optimized(ids, memory="20%", objective="error")
+    _, _, uniform = _optimized(ids, memory="20%", objective="error", formats=("int4-g32",))
+    assert spent.bytes <= 0.2 * spent.exact_bytes and spent.error <= uniform.error * 1.05
+
+
+def test_mean_bits_and_bops_are_limits(ids) -> None:
+    _, _, spent = _optimized(ids, objective="error", bits=9.0)
+    assert sum(line.bytes for line in spent.layers) * 8 <= 9.0 * sum(line.exact_bytes for line in spent.layers) / 4
+    _, _, spent = _optimized(ids, objective="error", bops="30%")
+    assert {"int8", "int4-g32"} & {line.format for line in spent.layers} and spent.limits["bops"] > 0
+
+
+def test_exact_where_nothing_is_allowed(ids) -> None:
+    _, made, spent = _optimized(ids, max_error=0.0)
+    assert {line.format for line in spent.layers} == {EXACT} and spent.bytes == spent.exact_bytes
+    assert made.receipt.error.ok
+
+
+def test_what_cannot_be_kept_is_named_with_the_nearest(ids) -> None:
+    with pytest.raises(CannotOptimize, match=r"no choice of formats keeps 0\.1 MB and error 1e-05 together; the nearest has"):
+        _optimized(ids, max_error=1e-5, memory="50%")
+    with pytest.raises(CannotOptimize, match=r"no choice of formats keeps 0\.0 MB; the nearest has 0\.\d MB"):
+        _optimized(ids, max_error=1.0, memory="1%")
+
+
+def test_a_candidate_over_the_error_is_repaired(ids, monkeypatch) -> None:
+    """Predictions that are ten times too good: measuring finds out, and less is allowed."""
+    real = within.layer_choices
+
+    def hopeful(*args):
+        return [
+            type(c)(c.layer, tuple(type(x)(x.name, {**x.costs, "error": x.costs["error"] / 100}) for x in c.choices)) for c in real(*args)
+        ]
+
+    monkeypatch.setattr(within, "layer_choices", hopeful)
+    _, _, spent = _optimized(ids, max_error=2e-2)
+    assert spent.attempts[0].verdict == "declined: over the error" and spent.attempts[0].error > 2e-2
+    assert spent.attempts[-1].verdict == "kept" and spent.error <= 2e-2
+
+
+def test_a_candidate_slower_than_the_exact_model_is_rolled_back(ids, monkeypatch) -> None:
+    from tilewright.search.database import Timing
+    from tilewright.search.tuner import Verdict
+
+    def timed(model, **candidates):
+        formats = {n for m in candidates.values() for n in (k for k in (d for d in m.program.source.split('"')) if "int4" in k)}
+        ours = 2e-3 if formats else 0.5e-3
+        return Verdict("ours", "ours", {"ours": Timing(ours), "exact": Timing(1e-3), "eager": Timing(2e-3)}, {}, 5)
+
+    monkeypatch.setattr(within, "timed", timed)
+    monkeypatch.setattr(within, "CERTAINTY", 2.5)
+    _, _, spent = _optimized(ids, max_error=0.3)
+    assert spent.seconds <= 1e-3
+    assert all(a.seconds > 1e-3 for a in spent.attempts if a.verdict == "declined: over the time")
+
+
+def test_a_loss_of_the_users_own(ids) -> None:
+    torch.manual_seed(0)
+    exact = Net().eval()
+    answers = [exact(x).argmax(-1) for x in ids]
+
+    def wrong(model) -> float:
+        return sum((model(x).argmax(-1) != a).double().mean().item() for x, a in zip(ids, answers)) / len(ids)
+
+    torch.manual_seed(0)
+    budget = Budget(max_error=0.02, metric=wrong, formats=FORMATS, objective="memory", calibration=ids[1:])
+    made = tilewright.optimize(exact, (ids[0],), tuning_seconds=0, budget=budget)
+    assert made.receipt.spent.metric == "loss" and wrong(made) <= 0.02 and made.receipt.spent.bytes < made.receipt.spent.exact_bytes
+
+
+@pytest.mark.parametrize("metric", ["max-abs", "cosine", "kl", "argmax"])
+def test_other_metrics(ids, metric) -> None:
+    _, made, spent = _optimized(ids, max_error=2e-2, metric=metric)
+    assert spent.metric == metric and spent.error <= 2e-2 and made.receipt.error is None
+
+
+def test_without_calibration_the_example_stands_for_all(ids) -> None:
+    made = tilewright.optimize(Net().eval(), (ids[0],), tuning_seconds=0, budget=Budget(max_error=2e-2, formats=FORMATS))
+    assert not made.receipt.spent.held_out
+
+
+def test_receipt_and_artifact(ids, tmp_path) -> None:
+    _, made, spent = _optimized(ids, max_error=2e-2, memory="60%")
+    assert Receipt.from_json(made.receipt.to_json()) == made.receipt
+    made.save(tmp_path / "m.tw")
+    again = tilewright.load(tmp_path / "m.tw")
+    assert torch.equal(again(ids[0]), made(ids[0])) and again.receipt.spent == spent
+    assert (tmp_path / "m.tw").stat().st_size < spent.bytes + 60_000
+    console = Console(width=100, record=True, file=None)
+    with console.capture() as captured:
+        made.receipt.render(console)
+    assert "error (relative)" in captured.get() and "on held-out inputs" in captured.get() and "int8" in captured.get()
+    assert [p for p in spent.front if p.error == 0] and all(math.isfinite(p.seconds) for p in spent.front)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "max-error: say how large it may be; least latency has no end without it"),
+        ({"max_error": 0.1, "objective": "speed"}, "objective: it is latency, memory, error, not 'speed'"),
+        ({"max_error": -1.0}, "max-error: it is a number from 0 on, not -1.0"),
+        ({"max_error": math.nan}, "max-error: it is a number from 0 on"),
+        ({"max_error": 0.1, "memory": "half"}, "memory: 'half' is no amount"),
+        ({"max_error": 0.1, "latency": "5 parsecs"}, "latency: '5 parsecs' is no amount"),
+        ({"max_error": 0.1, "formats": ("int3",)}, "formats: there is no 'int3'"),
+    ],
+)
+def test_budgets_that_mean_nothing(options, says) -> None:
+    with pytest.raises(BadOption, match=says.replace("(", r"\(")):
+        Budget(**options)
+
+
+def test_unknown_metric_and_wrong_calibration(ids) -> None:
+    with pytest.raises(UnknownMetric, match="'mse'"):
+        Budget(max_error=0.1, metric="mse")
+    with pytest.raises(BadInputs, match="cannot use --inputs for calibration"):
+        tilewright.optimize(Net().eval(), (ids[0],), tuning_seconds=0, budget=Budget(max_error=0.1, calibration=[(1, 2, 3)]))
+
+
+def test_amounts() -> None:
+    assert quantity("memory", "50%", 200.0) == 100 and quantity("memory", "1.5MB", 0) == 1.5e6 and quantity("latency", "5 ms", 0) == 5e-3
+    assert quantity("memory", 7, 0) == 7 and quantity("memory", None, 0) is None
+
+
+def test_budgets_of_the_command_line() -> None:
+    nothing = dict.fromkeys(("max_error", "memory", "latency", "bits", "bops"))
+    assert budget_from(nothing, "latency", "relative", None, []) is None
+    made = budget_from({**nothing, "max_error": 0.1, "memory": "50%"}, "memory", "kl", "int8, bf16", [])
+    assert made == Budget(0.1, "50%", objective="memory", metric="kl", formats=("int8", "bf16"), calibration=[])
+    assert budget_from({**nothing, "max_error": 0.1}, "latency", "relative", None, []).formats == DEFAULT_FORMATS
+    with pytest.raises(BadOption, match="formats: it is for a budget"):
+        budget_from(nothing, "latency", "relative", "int8", [])
+
+
+def test_command_line(tmp_path, capsys, monkeypatch) -> None:
+    path = save_program(tmp_path / "net.pt2", Net(), (torch.randint(0, 300, (4, 16)),))
+    assert run(path, "--max-error", 0.05, "--memory", "60%", "--formats", "bf16,int8", "--tune", 0, "-o", tmp_path / "m.tw") == 0
+    out = capsys.readouterr().out
+    assert "budget" in out and "error (relative)" in out
+    assert run(path, "--max-error", 0.05, "--memory", "lots", "-o", tmp_path / "n.tw") == 2
+    assert "memory: 'lots' is no amount" in sentence(capsys) and not (tmp_path / "n.tw").exists()
