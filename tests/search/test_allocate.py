@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tilewright.search import Allocation, AllocationError, Choice, Infeasible, allocate
 
@@ -90,6 +91,20 @@ def test_equal_to_brute_force(part: int) -> None:
         assert best - 1e-9 * abs(best) - 1e-12 * size <= found.bound <= best, seed
         assert set(found.prices) == set(question["limits"]) and all(0 <= p < math.inf for p in found.prices.values())
     assert min(answers.values()) > 5
+
+
+def test_deep_questions_equal_to_brute_force() -> None:
+    """14 layers with two choices each: sums of sixty-fourths are exact, however they are added."""
+    every = np.array(list(itertools.product((0, 1), repeat=14)))
+    r = np.random.default_rng(0)
+    for _ in range(60):
+        costs = {cost: r.integers(0, 1 << 12, (14, 2)) / 64 for cost in ("error", "bytes", "time")}
+        layers = [[Choice("ab"[k], {cost: table[i, k] for cost, table in costs.items()}) for k in (0, 1)] for i in range(14)]
+        sums = {cost: np.where(every, table[:, 1], table[:, 0]).sum(1) for cost, table in costs.items()}
+        limits = {cost: r.choice(np.sort(sums[cost])[1000:9000]) for cost in ("bytes", "time")}
+        good = (sums["bytes"] <= limits["bytes"]) & (sums["time"] <= limits["time"])
+        if good.any():
+            assert allocate(layers, limits=limits).objective == sums["error"][good].min()
 
 
 def check_infeasible(layers: Layers, question: Question, error: Infeasible) -> None:
