@@ -16,7 +16,7 @@ from .artifact import Optimized
 from .budget import Budget
 from .calling import CallingConvention, convention_of
 from .compile import Compiled, Options, compile_graph
-from .errors import CannotOptimize, ModelFails
+from .errors import BadOption, CannotOptimize, ModelFails
 from .inputs import Example
 from .loading import Model, export_module
 from .measure import apart, error_check, flat_example, timed, with_speed
@@ -70,6 +70,8 @@ def optimize_model(
 
     For a target that is elsewhere, speed is not measured, and error only of the rewritten graph.
     """
+    if target is not None and budget is not None:
+        raise BadOption(option="target", reason="a budget is kept by measuring, which takes the GPU itself; leave out one of the two")
     options = Options(passes=passes, max_autotune=tuning_seconds > 0, tuning_seconds=tuning_seconds)
     with stage("capturing the graph"):
         captured = _captured(model)

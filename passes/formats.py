@@ -24,6 +24,7 @@ from .rounding import Grid, Rounded, rounded
 
 Tensors = dict[str, torch.Tensor]
 Parts = Mapping[str, Node]
+Encode = Callable[[torch.Tensor, "torch.Tensor | None"], Tensors]
 ANY = frozenset({"linear", "matmul", "conv", "embedding"})
 PRODUCTS = frozenset({"linear"})
 """Readers of a layer whose inputs a format changes."""
@@ -39,7 +40,7 @@ class Format:
     """
 
     name: str
-    encode: Callable[[torch.Tensor, torch.Tensor | None], Tensors]
+    encode: Encode
     weight: Callable[[Parts, torch.dtype], Node] | None = None
     linear: Callable[[Node, Parts], Node] | None = None
     readers: frozenset[str] = ANY
@@ -121,9 +122,8 @@ def _integer_weight(grid: Grid) -> Callable[[Parts, torch.dtype], Node]:
     return weight
 
 
-def _dynamic() -> Format:
+def _dynamic(base: Format) -> Format:
     """Inputs are rounded as they come, each row by its largest; the products are exact."""
-    grid = Grid(8, symmetric=True)
 
     def linear(x: Node, parts: Parts) -> Node:
         rows = OPS["quantize_rows"](x)
@@ -132,7 +132,7 @@ def _dynamic() -> Format:
         across = OPS["reshape"](parts["scale"], shape=(parts["scale"].shape[0],))
         return OPS["cast"](OPS["mul"](OPS["mul"](total, scale), across), dtype=x.dtype)
 
-    return Format("int8-dynamic", lambda w, gram: _stored(rounded(w, grid, gram), grid), None, linear, PRODUCTS, 8)
+    return Format("int8-dynamic", base.encode, None, linear, PRODUCTS, 8)
 
 
 def _in_bf16(base: Format) -> Format:
@@ -267,9 +267,10 @@ def _with_residual(name: str, grid: Grid, rank: int) -> Format:
     return Format(name, encode, None, linear, PRODUCTS)
 
 
+_INT8 = _integers("int8", Grid(8, symmetric=True))
 _PLAIN = (
     _cast(torch.bfloat16),
-    _integers("int8", Grid(8, symmetric=True)),
+    _INT8,
     *(_integers(f"int4-g{g}", Grid(4, g)) for g in (32, 64, 128)),
 )
 _TABLE = (
@@ -278,7 +279,7 @@ _TABLE = (
     _cast(torch.float16),
     _fp8(),
     _integers("int8-g32", Grid(8, 32)),
-    _dynamic(),
+    _dynamic(_INT8),
     _split(4),
     _split(2),
     _bfp6("bfp6", in_order=True),

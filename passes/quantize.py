@@ -15,7 +15,7 @@ from ..ir.ops import OPS
 from ..ir.reasons import Reason
 from ..ir.rewrite import rewrite
 from .base import Exactness, Notes, Pass
-from .formats import FORMATS, Format, Tensors, columns
+from .formats import FORMATS, Encode, Format, Tensors, columns
 from .layers import Layer, layers
 from .weights import ConstantMaker
 
@@ -107,17 +107,23 @@ class Encoded:
         return sum(p.nbytes for p in self.parts.values())
 
 
-def encoded(layer: Layer, kind: Format, gram: torch.Tensor | None = None) -> Encoded | tuple[Reason, str]:
-    """The parts of a layer's weight in a format, or why it is kept as it is."""
+Known = dict[Encode, Tensors]
+"""What ways to encode have made of one layer."""
+
+
+def encoded(layer: Layer, kind: Format, gram: torch.Tensor | None = None, known: Known | None = None) -> Encoded | tuple[Reason, str]:
+    """The parts of a layer's weight in a format, or why it is kept as it is. known: of this layer, for formats with the same parts."""
+    known = {} if known is None else known
     unserved = sorted(layer.kinds - kind.readers)
     if unserved:
         return Reason.NOT_EXPRESSIBLE, f"{kind.name} for {unserved[0]}"
-    matrix = layer.matrix()
-    if not bool(matrix.isfinite().all()):
-        return Reason.NOT_FINITE, layer.name
-    with torch.no_grad():
-        parts = kind.encode(matrix, gram)
-    made = Encoded(layer, kind, parts)
+    if kind.encode not in known:
+        matrix = layer.matrix()
+        if not bool(matrix.isfinite().all()):
+            return Reason.NOT_FINITE, layer.name
+        with torch.no_grad():
+            known[kind.encode] = kind.encode(matrix, gram)
+    made = Encoded(layer, kind, known[kind.encode])
     return made if made.nbytes < layer.nbytes else (Reason.NO_GAIN, f"{made.nbytes} bytes instead of {layer.nbytes}")
 
 

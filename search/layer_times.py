@@ -15,7 +15,7 @@ from ..ir.analysis.hashing import structural_hash
 from ..ir.graph import Graph
 from ..passes.formats import FORMATS
 from ..passes.layers import Layer
-from ..passes.quantize import Encoded, encoded, requantized
+from ..passes.quantize import Encoded, Known, encoded, requantized
 from .database import Database, Key
 from .examples import example_inputs
 from .sensitivity import Progress, alone
@@ -60,7 +60,8 @@ def _exact(layers: Sequence[Layer]) -> Graph:
 
 def _group_times(shape: str, layers: Sequence[Layer], formats: Sequence[str], compiled: Compile, database: Database) -> Mapping[str, float]:
     """Format -> seconds for one layer of the group."""
-    variants = {name: made for name in formats if (made := encoded(layers[0], FORMATS[name])) and isinstance(made, Encoded)}
+    parts: Known = {}
+    variants = {name: made for name in formats if isinstance(made := encoded(layers[0], FORMATS[name], known=parts), Encoded)}
     exact = _exact(layers)
 
     def candidates() -> dict[str, Run]:

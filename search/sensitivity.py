@@ -23,7 +23,7 @@ from ..ir.analysis.hashing import structural_hash
 from ..ir.graph import Graph, Node, Stage, graph_input
 from ..passes.formats import FORMATS
 from ..passes.layers import Layer
-from ..passes.quantize import Encoded, encoded, requantized
+from ..passes.quantize import Encoded, Known, encoded, requantized
 from .database import Database
 from .metrics import Metric
 from .replay import Replay
@@ -63,8 +63,9 @@ class Sensitivity:
         total = len(self.layers) * len(formats)
         for layer in self.layers:
             errors: dict[str, float] = {}  # by what is computed
+            parts: Known = {}
             for name in formats:
-                found[layer.name, name] = self._effect(layer, name, errors)
+                found[layer.name, name] = self._effect(layer, name, errors, parts)
                 progress(len(found), total)
         return monotone(found, [layer.name for layer in self.layers])
 
@@ -72,8 +73,8 @@ class Sensitivity:
         """Of the worst batch."""
         return max(self.metric(replay.run(variant), replay.outputs) for replay in self.replays)
 
-    def _effect(self, layer: Layer, name: str, errors: dict[str, float]) -> Effect:
-        made = encoded(layer, FORMATS[name], self.grams.get(layer.name))
+    def _effect(self, layer: Layer, name: str, errors: dict[str, float], parts: Known) -> Effect:
+        made = encoded(layer, FORMATS[name], self.grams.get(layer.name), parts)
         if not isinstance(made, Encoded):
             return Effect(math.inf, layer.nbytes, f"{made[0].value} ({made[1]})")
         if (layer.name, name) not in self.known:

@@ -200,6 +200,11 @@ def test_unknown_metric_and_wrong_calibration(ids) -> None:
         tilewright.optimize(Net().eval(), (ids[0],), tuning_seconds=0, budget=Budget(max_error=0.1, calibration=[(1, 2, 3)]))
 
 
+def test_a_budget_is_not_for_another_machine(ids) -> None:
+    with pytest.raises(BadOption, match="target: a budget is kept by measuring"):
+        tilewright.optimize(Net().eval(), (ids[0],), target="sm_90", budget=Budget(max_error=0.1))
+
+
 def test_amounts() -> None:
     assert quantity("memory", "50%", 200.0) == 100 and quantity("memory", "1.5MB", 0) == 1.5e6 and quantity("latency", "5 ms", 0) == 5e-3
     assert quantity("memory", 7, 0) == 7 and quantity("memory", None, 0) is None
