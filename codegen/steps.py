@@ -16,7 +16,9 @@ from .calls import Moves
 from .host import Host, Scope, Value
 from .windows import emit_window
 
-LIBRARY = frozenset({"matmul", "linear", "grouped_matmul", "block_sparse_linear", "conv", "max_pool", "avg_pool", "attention"})
+LIBRARY = frozenset(
+    {"matmul", "linear", "grouped_matmul", "block_sparse_linear", "conv", "max_pool", "avg_pool", "attention", "attention_gradient"}
+)
 """Ops that a vendor's library computes as well as anyone: scheduled there on purpose."""
 
 LIBRARY_EXTERNS = (

@@ -46,7 +46,7 @@ def _inner_layout(node: Node) -> str | None:
 
 _EVERYTHING = frozenset(Category)
 _UNFUSED = frozenset({"region"})
-_SCHEDULED = frozenset({"attention"})
+_SCHEDULED = frozenset({"attention", "attention_gradient"})
 """Composites that code generation schedules as one library call."""
 _COMPOSITES = frozenset(op.name for op in OPS.values() if op.category is Category.COMPOSITE) - _SCHEDULED
 

@@ -14,7 +14,7 @@ from ..ir.graph import Graph, Node, is_scalar, order, scalar_value, users
 from ..ir.op import Category
 from ..ir.reasons import Reason
 from ..ir.types import FLOAT8
-from .attentions import attention_refusal, is_native_attention, merging_reshapes
+from .attentions import ATTENTIONS, attention_refusal, is_native_attention, merging_reshapes
 from .contractions import is_native, needs_follower, signature
 from .facts import readers_through
 from .windows import is_native_window
@@ -105,7 +105,7 @@ def _refusal(node: Node) -> Refusal | None:
     """Why a node that could be fused by its kind cannot by its types or layout."""
     if node.op.name == "as_strided":
         return Refusal(Reason.LAYOUT, node, f"strides {list(node.attrs['of'])} of {node.inputs[0].type}")
-    if node.op.name == "attention":
+    if node.op.name in ATTENTIONS:
         return attention_refusal(node)
     if not _computes(node):
         return None

@@ -15,6 +15,7 @@ from ..ir.ops import OPS
 from ..ir.patterns import Pat, Refusal, Var, pat
 from ..ir.rules import Match, Rule, pattern_rule
 from ..ir.types import same_type
+from .attention_gradients import GRADIENT_RULES
 from .attention_rules import ATTENTION_RULES
 from .base import Notes, Pass, Reason
 from .facts import literal
@@ -265,4 +266,4 @@ def _rules() -> list[Rule]:
     return [pattern_rule(f"recognize.{name}", pattern, make, check) for name, patterns, make, check in table for pattern in patterns]
 
 
-RULES: list[Rule] = [*_rules(), *ATTENTION_RULES]
+RULES: list[Rule] = [*_rules(), *ATTENTION_RULES, *GRADIENT_RULES]

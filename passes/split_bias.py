@@ -12,12 +12,13 @@ from ..ir.graph import Graph, Node, users
 from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
+from .attentions import ATTENTIONS
 from .base import Notes, Pass, Reason, describe
 from .contractions import is_native
 from .facts import readers_through
 
 _KERNEL_CATEGORIES = frozenset({Category.POINTWISE, Category.REDUCTION, Category.COMPOSITE})
-_LIBRARY_READERS = frozenset({"attention"})
+_LIBRARY_READERS = ATTENTIONS
 _DTYPES = frozenset({torch.float32, torch.float64})
 """Narrower ones would be rounded once more, between product and sum."""
 

@@ -27,7 +27,7 @@ from ..attentions import Attention, attentions, find_attention
 from ..errors import Unsupported
 from ..kernel import Axis, Dot, Kernel, Store
 from ..names import unique
-from .attention_limits import find_limits, unscaled
+from .attention_limits import LOG2_E, find_limits, in_base_two, unscaled
 from .attention_parts import Parts, parts_of
 from .attention_tiles import AttentionTiles, default_tiles, padded, refusal
 from .indices import Span
@@ -40,7 +40,6 @@ from .program import Launch, Program, blocks_of, function_name
 from .scalars import TYPES
 from .schedule import default_schedule
 
-LOG2_E = 1.4426950408889634
 Writer = TypeVar("Writer", bound=Tile)
 _NAMES = (
     "score", "weights", "decay", "largest", "total", "attended",
@@ -278,8 +277,7 @@ class AttentionPrinter:
         before = first.names()
         body = first.enter().lines
         known: dict[Scalar, str] = {p.dot: self.product(name, p, down) for name, p in zip(self.dots, self.products)}
-        (self.soften if self.found.softmax else self.weigh)(walk, across, known)
-        self.attend(down)
+        self.attend((self.soften if self.found.softmax else self.weigh)(walk, across, known), down)
         first.leave()
         first.forget(first.names() - before)
         positions = [line for d, along in ((down, "[:, None]"), (across, "[None, :]")) for line in self.positions(d, start, along)]
@@ -303,7 +301,7 @@ class AttentionPrinter:
         tile, (score,) = self.tile(Tile, (score,), (self.rows, across), known)
         return tile.masked(score, across.mask, out) if across.masked else tile.value(score)
 
-    def soften(self, walk: Walk, across: Dimension, known: Mapping[Scalar, str]) -> None:
+    def soften(self, walk: Walk, across: Dimension, known: Mapping[Scalar, str]) -> str:
         """The running softmax; what came before decays where a score is the largest so far. Scores become exponents of 2."""
         n, dot = self.names, self.found.dots[0]
         factor, score = unscaled(self.limits.inside if walk.within else self.found.attend.score, dot)
@@ -312,18 +310,20 @@ class AttentionPrinter:
         function = "_soften_wide" if self.found.attend.dtype == torch.float64 else "_soften"
         state = f"{n['largest']}, {n['total']}"
         self.first.assign(f"{n['weights']}, {n['decay']}, {state}", f"{function}({score}, {factor * LOG2_E!r}, {state})")
+        return n["weights"]
 
-    def weigh(self, walk: Walk, across: Dimension, known: Mapping[Scalar, str]) -> None:
+    def weigh(self, walk: Walk, across: Dimension, known: Mapping[Scalar, str]) -> str:
         """Weights that are given."""
-        score = self.limits.inside if walk.within else self.found.attend.score
-        self.first.assign(self.names["weights"], self.scored(score, across, known, 0.0))
+        score = in_base_two(self.limits.inside if walk.within else self.found.attend.score, self.found.dots[0])
+        code = self.scored(score, across, known, 0.0)
+        return code if code.isidentifier() else self.first.assign(self.names["weights"], code)
 
-    def attend(self, down: Dimension) -> None:
+    def attend(self, weights: str, down: Dimension) -> None:
         """Adds the weighted values of a block."""
         n = self.names
         tile, (value,) = self.tile(Operand, (self.weighted,), (down, self.columns))
         values = tile.operand(value)
-        weights = f"{n['weights']}.to({TYPES[value.dtype]})" if value.dtype in NARROW else n["weights"]
+        weights = f"{weights}.to({TYPES[value.dtype]})" if value.dtype in NARROW else weights
         before = n["attended"] + (f" * {n['decay']}" if self.found.softmax else "")
         self.first.assign(n["attended"], f"tl.dot({weights}, {values}, {before}{_precision(value)})")
 

@@ -15,11 +15,12 @@ import sympy
 import torch
 
 from ...ir.dims import symbol
-from ...ir.scalar import Apply, Const, Scalar, apply, where
+from ...ir.scalar import Apply, Const, Scalar, apply, lift, where
 from ..attentions import all_of, hidden, selections
 from ..hashcons import rebuilt
 from ..kernel import Attend, Dot, Kernel, Position, cone, free_axes
 
+LOG2_E = 1.4426950408889634
 _INTEGERS = frozenset({torch.int32, torch.int64})
 _MIRRORED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 
@@ -134,6 +135,22 @@ def _shown(masked: Scalar, conditions: list[Scalar]) -> Scalar:
     for other in conditions[1:]:
         joined = joined & other
     return where(joined, value, low)
+
+
+def in_base_two(weights: Scalar, dot: Dot) -> Scalar:
+    """Scaling costs nothing in an exponent, as in a softmax.
+
+    exp(0.3 * dot - lse), also under masks  -->  2 ** fma(dot, 0.3 * log2(e), lse * -log2(e))
+    """
+    new: dict[Scalar, Scalar] = {}
+    for value in cone([weights]):
+        new[value] = rebuilt(value, new)
+        shifted = value.args[0] if isinstance(value, Apply) and value.op == "exp" and value.dtype == torch.float32 else None
+        if isinstance(shifted, Apply) and shifted.op == "sub":
+            factor, score = unscaled(shifted.args[0], dot)
+            unit, base = lift(factor * LOG2_E, torch.float32), new[shifted.args[1]] * -LOG2_E
+            new[value] = apply("exp2", apply("fma", score, unit, base))
+    return new[weights]
 
 
 def unscaled(score: Scalar, dot: Dot) -> tuple[float, Scalar]:

@@ -40,6 +40,13 @@ _DEFAULTS: dict[int, tuple[tuple[int, tuple[int, int, int, int]], ...]] = {
 }
 """Bytes of an element -> (widest head, (block_m, block_n, num_warps, num_stages)): without spills for sm_80, sm_90 and gfx942."""
 
+_GIVEN: dict[int, tuple[tuple[int, tuple[int, int, int, int]], ...]] = {
+    2: ((64, (64, 64, 4, 2)), (128, (64, 32, 4, 2)), (256, (32, 16, 4, 2))),
+    4: ((64, (32, 32, 8, 2)), (128, (32, 16, 8, 2)), (256, (16, 16, 8, 1))),
+    8: ((256, (16, 16, 8, 1)),),
+}
+"""The same where weights are given: a score may be made of two products, whose left operands all stay with the program."""
+
 
 @dataclass(frozen=True)
 class AttentionTiles:
@@ -77,7 +84,7 @@ def space(kernel: Kernel, found: Attention, target: str | None = None) -> Space:
     words, shared = found.attend.dtype.itemsize // 4, UNITS[target].shared if target else SHARED_BYTES
     limits = (
         Limit("keys and values in flight fit shared memory", stages * n * (depth + width) * element_size(kernel, found), shared),
-        Limit("what is attended and its scores fit registers", m * (n + width) * words, 32 * REGISTERS * warps),
+        Limit("what is attended and its scores fit registers", m * (len(found.dots) * n + width) * words, 32 * REGISTERS * warps),
         Limit("every thread has a score", 32 * warps, m * n),
     )
     powers = (16, 32, 64, 128)
@@ -94,7 +101,7 @@ def default_tiles(kernel: Kernel, found: Attention, ranges: Mapping[str, SymbolR
     """Reasonable tiles: no more rows than there are, and keys split where there are few programs (a step of decoding)."""
     size, width = element_size(kernel, found), max(padded(a.extent) for a in (*found.depths, found.column))
     size = max(size, found.attend.dtype.itemsize) if found.attend.dtype == torch.float64 else max(size, 2)
-    m, n, warps, stages = next(tiles for widest, tiles in _DEFAULTS[size] if width <= widest)
+    m, n, warps, stages = next(tiles for widest, tiles in (_DEFAULTS if found.softmax else _GIVEN)[size] if width <= widest)
     rows = product(a.extent for a in found.rows)
     if isinstance(rows, int) and rows < m:
         m = padded(rows)

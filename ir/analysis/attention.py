@@ -1,9 +1,9 @@
-"""How an attention is evaluated at an index: a point of kind ATTEND over the keys.
+"""How an attention, and a gradient of one, is evaluated at an index: a point of kind ATTEND over the keys (or queries).
 
     attention(q, k, v)[i, e]   -->   sum over a of softmax over a (score[i, a]) * v[a, e]; or sigmoid (score[i, a]) * v[a, e]
                                      score[i, a] = scale * (sum over b of q[i, b] * k[a, b]), masked
 
-Here a numbers the keys and b the columns of query and key.
+Here a numbers the keys and b the columns of query and key. A gradient has a second product in its score, of grad and value over c.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..graph import Node, graph_input
 from ..ops import OPS
+from ..ops.attention_gradients import gradient_weights
 from ..ops.composites import attention_scores
 from ..reasons import Reason
 from ..types import TensorType, compute_dtype
@@ -59,4 +60,40 @@ def _heads(puller: Puller, x: Node, batch: Sequence[Poly], node: Node) -> Index:
     return (*found[:-1], puller.ranges.floordiv(batch[-1], const(int(heads) // int(groups))))  # type: ignore[arg-type]
 
 
-ATTENTION: dict[str, Callable[[Puller, Node, Index, Mask], Point]] = {"attention": attention}
+def gradient(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
+    """A gradient is summed over what its rows meet: keys for that of a query, queries for those of a key and a value."""
+    check(node, mask)
+    grad, q, k, v, logsumexp, delta, *masks = node.inputs
+    attrs, (*batch, row, column) = node.attrs, index
+    of_query, of_value = attrs["of"] == "query", attrs["of"] == "value"
+    walked, value = (k, k) if of_query else (q, grad if of_value else q)
+    widths = dims_of(q)[-1:] if of_value else (dims_of(q)[-1], dims_of(v)[-1])
+    if ONE in (dims_of(walked)[-2], *widths, dims_of(node)[-1]):
+        raise Refusal(Reason.NOT_EXPRESSIBLE, node, f"{node.op.name} over a single key or column")
+    at, *columns = puller.own_axes(node, (dims_of(walked)[-2], *widths))
+    place = (*batch, row, at) if of_query else (*batch, at, row)
+
+    def read(x: Node, *index: Poly) -> Point:
+        found = puller.at(x, (*_heads(puller, x, batch, node), *index))
+        require_memory(node, found)
+        return found
+
+    wide, products = compute_dtype(q.dtype), []
+    space = TensorType(wide, (*q.shape[:-1], k.shape[-2]), q.tensor.device)
+    for (a, b), c in zip(((q, k), (grad, v)), columns):
+        mine, theirs = (a, b) if of_query else (b, a)
+        products.append(graph_input("product", space))
+        operands = (read(mine, row, c), read(theirs, at, c))
+        puller.place(products[-1], place, puller.add(Point(Kind.DOT, node, operands, dtype=wide, axes=tuple(c.names()))))
+    scores, moved = products[0], None if of_value else products[1]
+    weights = gradient_weights(scores, moved, logsumexp, delta, *masks, causal=attrs["causal"], scale=attrs["scale"])
+    operands = (puller.at(weights, place), read(value, at, column))
+    attended = puller.add(Point(Kind.ATTEND, node, operands, dtype=q.dtype, axes=tuple(at.names()), value=True))
+    if of_value:
+        return attended
+    whole = graph_input("attended", TensorType(wide, node.shape, q.tensor.device))
+    puller.place(whole, index, attended)
+    return puller.at(OPS["mul"](whole, attrs["scale"]), index)
+
+
+ATTENTION: dict[str, Callable[[Puller, Node, Index, Mask], Point]] = {"attention": attention, "attention_gradient": gradient}

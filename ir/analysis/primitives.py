@@ -15,7 +15,7 @@ from ..rewrite import rewrite
 from ..types import compute_dtype
 from .points import reduced_dims
 
-LIBRARY_COMPOSITES = frozenset({"attention"})
+LIBRARY_COMPOSITES = frozenset({"attention", "attention_gradient"})
 """Composites that a vendor library runs as one call."""
 
 

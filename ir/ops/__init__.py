@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import UnknownOpError
 from ..graph import INPUT, SCALAR
 from ..op import Op
+from .attention_gradients import ATTENTION_GRADIENTS
 from .composites import COMPOSITES
 from .constants import CONSTANTS, tensor_type
 from .contractions import CONTRACTIONS
@@ -17,7 +18,8 @@ from .structure import STRUCTURE, Ref
 from .views import VIEWS
 
 _TABLES = (
-    (INPUT, SCALAR), CONSTANTS, POINTWISE, REDUCTIONS, VIEWS, GATHERS, CONTRACTIONS, RECURRENCES, COMPOSITES, QUANTIZED, STRUCTURE,
+    (INPUT, SCALAR), CONSTANTS, POINTWISE, REDUCTIONS, VIEWS, GATHERS, CONTRACTIONS, RECURRENCES, COMPOSITES, ATTENTION_GRADIENTS,
+    QUANTIZED, STRUCTURE,
 )  # fmt: skip
 OPS: dict[str, Op] = {op.name: op for table in _TABLES for op in table}
 

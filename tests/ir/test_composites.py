@@ -144,6 +144,7 @@ def test_rope(dtype: torch.dtype, interleaved: bool) -> None:
 
 def test_every_composite_is_checked() -> None:
     checked = {"softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "batch_norm", "attention", "rope"}
+    checked |= {"attention_gradient"}  # test_attention_gradients.py
     checked |= {"unpack", "dequantize", "quantize_rows"}  # test_quantized.py
     assert {op.name for op in OPS.values() if op.category is Category.COMPOSITE} == checked
 
