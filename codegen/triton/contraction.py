@@ -39,7 +39,7 @@ from .program import Launch, Program, blocks_of, function_name, pointers
 from .scalars import TYPES, Text
 from .schedule import default_schedule
 from .tiles import Tiles, refusal
-from .unpacked import Unpacking
+from .unpacked import one_term_a_byte
 
 
 def build_contraction(kernel: Kernel, tiles: Tiles) -> Program:
@@ -212,7 +212,7 @@ def _factor(size: Dim) -> str:
     return text if text.isidentifier() or text.isdigit() else f"({text})"
 
 
-class _Results(Unpacking):
+class _Results(Expressions):
     """Values that follow from sums: these have every row and column of the block, whatever axes they are over."""
 
     def __init__(self, kernel: Kernel, layout: Layout, tiles: Tiles, sums: Iterable[Scalar], beside: Expressions | None = None) -> None:
@@ -334,14 +334,24 @@ class DotPrinter(_Printer):
 
 
 class _SumPrinter(_Printer):
-    """Products of a block [m, n, k] are added element by element, and summed over k after the loop. A single row is no dimension."""
+    """Products of a block [m, n, k] are added element by element, and summed over k after the loop. A single row is no dimension.
+
+    Where bytes hold several values, k counts bytes, and a block has as many fewer of them.
+    """
+
+    def __init__(self, found: Product, tiles: Tiles) -> None:
+        sums = [as_sum(d) for d in found.dots]
+        values, depth = one_term_a_byte(found.kernel, [s.value for s in sums], found.depth)
+        names = tuple(a.name for a in depth)
+        self.sums: dict[Scalar, Scalar] = {d: replace(s, value=v, axes=names) for d, s, v in zip(found.dots, sums, values)}
+        terms = product(a.extent for a in found.depth[len(depth) :])
+        super().__init__(replace(found, depth=depth), replace(tiles, block_k=max(1, tiles.block_k // int(terms))))
 
     def dimensions(self) -> tuple[Dimension, ...]:
         return (self.m, self.n, self.k) if self.found.rows or self.tiles.block_m > 1 else (self.n, self.k)
 
     def lines(self) -> list[str]:
-        sums: dict[Scalar, Scalar] = {d: replace(as_sum(d), axes=tuple(a.name for a in self.found.depth)) for d in self.found.dots}
-        kernel = replace(self.kernel, stores=rewritten(self.kernel.stores, sums))
+        kernel = replace(self.kernel, stores=rewritten(self.kernel.stores, self.sums))
         made = [v for v in scalars(kernel.stores) if isinstance(v, Reduce)]
         layout = Layout(self.batch, None, self.dimensions())
         writer = _Results(kernel, layout, self.tiles, made)
@@ -351,7 +361,6 @@ class _SumPrinter(_Printer):
             lines.extend(self.position(dimension, layout.spread(dimension)))
         body = writer.enter().lines if self.k.looped else lines
         body.extend(self.depth_lines(self.k, layout.spread(self.k)))
-        writer.unpack([total.value for total in made], self.k)
         if self.k.looped:
             totals = [(total, self.added(writer, total)) for total in made]
             writer.leave()

@@ -4,20 +4,23 @@
                                                               values = tl.interleave(packed & 15, packed >> 4)
 
 The axes of the depth that number the values of a byte are the innermost ones, and nothing that is loaded depends on them. A block of bytes
-is as much shorter, and the value is written over it once for each position of these axes; interleaved, these are a block of values.
+is as much shorter, and the value is written over it once for each position of these axes; interleaved, these are a block of values. Where
+terms are only added, nothing is interleaved: the terms of a byte are added first.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import sympy
 
 from ...ir.scalar import Apply, Scalar
 from ..hashcons import shared
-from ..kernel import Axis, Load, Store, cone, operands
+from ..kernel import Axis, Kernel, Load, Store, cone, free_axes, operands
 from .expressions import Expressions
 from .indices import Span
 from .layout import Dimension, mask_lines
@@ -26,6 +29,8 @@ from .scalars import Text
 
 MOST = 8
 """Values in a byte."""
+
+Free = Mapping[Scalar, frozenset[str]]
 
 
 class Unpacking(Expressions):
@@ -38,34 +43,11 @@ class Unpacking(Expressions):
         depth = self.layout.dimensions[-1]
         if per == 1 and depth is not whole:
             return
-        for value, axes in self._held(roots, depth).items():
+        for value, axes in _held(roots, self._free, depth.span.axes).items():
+            if whole.block < 2 * per * _count(axes):
+                continue
             code = self._interleaved(value, axes, whole, per * _count(axes))
             self.stand_in(value, Text(self._variable("values", code, self._scope(self._free[value]))))
-
-    def _held(self, roots: Iterable[Scalar], depth: Dimension) -> dict[Scalar, tuple[Axis, ...]]:
-        """The values that bytes hold several of -> the axes that number those of one byte."""
-        found: dict[Scalar, tuple[Axis, ...]] = {}
-        stack, seen = list(roots), set[Scalar]()
-        while stack:
-            value = stack.pop()
-            if value in seen:
-                continue
-            seen.add(value)
-            axes = self._numbering(value, depth)
-            if axes:
-                found[value] = axes
-            else:
-                stack.extend(operands(value))
-        return found
-
-    def _numbering(self, value: Scalar, depth: Dimension) -> tuple[Axis, ...]:
-        if not isinstance(value, Apply) or value.dtype.is_floating_point or value.dtype.itemsize > 1:
-            return ()
-        read = frozenset().union(*(self._free[v] for v in cone([value]) if isinstance(v, Load)))
-        axes = tuple(a for a in depth.span.axes if a.name in self._free[value] - read)
-        count = _count(axes)
-        innermost = axes == depth.span.axes[len(depth.span.axes) - len(axes) :] and len(axes) < len(depth.span.axes)
-        return axes if innermost and read and count in (2, 4, MOST) and depth.block >= 2 * count else ()
 
     def _interleaved(self, value: Scalar, axes: tuple[Axis, ...], whole: Dimension, per: int) -> str:
         """The value over a block of bytes, for each of those in a byte."""
@@ -90,6 +72,45 @@ class Unpacking(Expressions):
         packed = replace(whole, span=span, constant=f"{whole.constant} // {per}", block=whole.block // per, start="")
         scope.lines.extend(() if known else mask_lines(packed))
         return packed
+
+
+def one_term_a_byte(kernel: Kernel, values: Sequence[Scalar], depth: tuple[Axis, ...]) -> tuple[list[Scalar], tuple[Axis, ...]]:
+    """Values that are summed over the depth: the same, over what is left of it where those of a byte are added first."""
+    values = list(values)
+    while True:
+        stores = tuple(Store("", sympy.Integer(0), v) for v in values)
+        axes = max(_held(values, free_axes(replace(kernel, stores=stores)), depth).values(), key=len, default=())
+        if not axes:
+            return values, depth
+        terms = [[_at(v, axes, n) for n in range(_count(axes))] for v in values]
+        stores = shared([Store("", sympy.Integer(0), functools.reduce(operator.add, several)) for several in terms])
+        values, depth = [s.value for s in stores], depth[: -len(axes)]
+
+
+def _held(roots: Iterable[Scalar], free: Free, depth: tuple[Axis, ...]) -> dict[Scalar, tuple[Axis, ...]]:
+    """The values that bytes hold several of -> the axes that number those of one byte."""
+    found: dict[Scalar, tuple[Axis, ...]] = {}
+    stack, seen = list(roots), set[Scalar]()
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        axes = _numbering(value, free, depth)
+        if axes:
+            found[value] = axes
+        else:
+            stack.extend(operands(value))
+    return found
+
+
+def _numbering(value: Scalar, free: Free, depth: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    if not isinstance(value, Apply) or value.dtype.is_floating_point or value.dtype.itemsize > 1:
+        return ()
+    read = frozenset().union(*(free[v] for v in cone([value]) if isinstance(v, Load)))
+    axes = tuple(a for a in depth if a.name in free[value] - read)
+    innermost = 0 < len(axes) < len(depth) and axes == depth[-len(axes) :]
+    return axes if innermost and read and _count(axes) in (2, 4, MOST) else ()
 
 
 def _count(axes: Sequence[Axis]) -> int:
