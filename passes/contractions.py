@@ -14,7 +14,7 @@ is turned into numbers where it is multiplied, so that its bytes are all that is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -36,6 +36,11 @@ PRODUCTS = frozenset({"linear", "int_linear", "matmul", "conv"})
 RAGGED = frozenset({"grouped_matmul", "block_sparse_linear"})
 """Products of uneven parts. The library multiplies one part after the other, when it has waited for their limits; a kernel of ours reads
 them where they are."""
+
+def panel_of(columns: int, times: Mapping[int, float] = PANELS) -> int:
+    """The panel that wastes least: padding, and registers that narrower blocks leave unused."""
+    return min(times, key=lambda width: -(-columns // width) * width * times[width])
+
 
 FEW_ROWS = 4
 """So few rows read the weight once, as it is: memory sets the time, and no panel is needed."""
@@ -108,7 +113,9 @@ def _bytes(node: Node) -> int:
 
 def _on_cpu(node: Node) -> bool:
     """Its weight is packed, few rows stream it, or many rows share what turning it takes."""
-    return is_packed(node.inputs[1]) or has_few_rows(node) or has_many_rows(node)
+    weight = node.inputs[1]
+    stored = weight.inputs[0] if weight.op.name == "cast" else weight
+    return is_packed(stored) or is_in_words(weight) or has_few_rows(node) or has_many_rows(node)
 
 
 def _on_gpu(node: Node) -> bool:
@@ -118,7 +125,10 @@ def _on_gpu(node: Node) -> bool:
 NATIVE: dict[str, Callable[[Node], bool]] = {"cpu": _on_cpu, "cuda": _on_gpu}
 """Device type -> which contractions can be kernels of ours there."""
 
-COMPUTED: dict[str, Callable[[Node, Node], bool]] = {"cuda": lambda node, operand: node.op.name != "conv" and is_low_bit(operand)}
+COMPUTED: dict[str, Callable[[Node, Node], bool]] = {
+    "cpu": lambda node, operand: is_in_words(operand),
+    "cuda": lambda node, operand: node.op.name != "conv" and is_low_bit(operand),
+}
 """Device type -> which operands of them (contraction, operand) are computed in the kernel. Others are read: it would compute them once for
 every block of the result."""
 
@@ -152,3 +162,22 @@ def is_packed(weight: Node) -> bool:
     if weight.op.name != "constant" or first.op.name != "permute" or weight.tensor.rank < 3:
         return False
     return weight.shape[-1] in WINDOW_PANELS
+
+
+def is_in_words(weight: Node) -> bool:
+    """Whether a weight is computed from words: bytes that `pack-weights` laid so, as [panels, words, columns, 4]."""
+    stack, seen = [weight], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node in seen or not _is_pointwise(node):
+            continue
+        seen.add(node)
+        if node.op.name == "permute" and node.attrs["dims"] == (0, 2, 1, 3) and _is_words(node.inputs[0]):
+            return True
+        stack.extend(i for i in node.inputs if isinstance(i.type, TensorType))
+    return False
+
+
+def _is_words(node: Node) -> bool:
+    in_memory = node.op.name in ("constant", "input")
+    return in_memory and node.tensor.rank == 4 and node.dtype.itemsize == 1 and node.shape[-1] == 4 and node.shape[-2] in PANELS

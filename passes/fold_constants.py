@@ -16,6 +16,9 @@ from .base import Notes, Pass, Reason, describe
 from .facts import literal
 from .weights import ConstantMaker, is_constant, source_name, static, value_of
 
+FORMATS = frozenset({"unpack", "dequantize"})
+"""What makes numbers of weights of few bits: these were chosen to be small."""
+
 _FOLDED = frozenset({Category.POINTWISE, Category.REDUCTION, Category.SCAN, Category.GATHER, Category.CONTRACTION, Category.COMPOSITE})
 
 
@@ -76,9 +79,9 @@ class FoldConstants(Pass):
 
     def _refused(self, node: Node) -> Reason | None:
         """Why the result must not be stored."""
-        size = int(node.tensor.nbytes)
+        size, allowance = int(node.tensor.nbytes), 0 if node.op.name in FORMATS else self.allowance
         stored = [i for i in node.inputs if not is_scalar(i) and is_constant(i)]
-        return Reason.MEMORY if size > sum(int(i.tensor.nbytes) for i in stored) + self.allowance else None
+        return Reason.MEMORY if size > sum(int(i.tensor.nbytes) for i in stored) + allowance else None
 
 
 def _value(node: Node) -> Any:

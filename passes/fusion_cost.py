@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from ..ir.analysis.indices import Poly, expression
 from ..ir.analysis.iteration import Placement
 from ..ir.analysis.points import Kind, Point
-from ..ir.analysis.products import computed_operands
 from ..ir.dims import dim, hint
 from ..ir.graph import Graph
 from ..ir.types import TensorType
@@ -46,6 +45,11 @@ def price(body: Graph, placement: Placement) -> Price:
     return Price(moved, work, values, tensors)
 
 
+def _converts(dot: Point) -> bool:
+    """Whether an operand of a product is anything but read."""
+    return any(operand.kind is Kind.APPLY for operand in dot.operands[:2])
+
+
 class _Model:
     """How often each value is computed: values that do not depend on the innermost axes are computed outside their loops."""
 
@@ -59,7 +63,7 @@ class _Model:
         self.deepest: dict[Point, int] = {}
         for point in placement.points:
             self.deepest[point] = self._depth(point)
-        separate = any(p.kind is Kind.ATTEND for p in placement.points) or bool(computed_operands(placement.points))
+        separate = any(p.kind is Kind.ATTEND or p.kind is Kind.DOT and _converts(p) for p in placement.points)
         self.runs = self._separate_runs() if separate else {p: self.trips[k] for p, k in self.deepest.items()}
 
     def _size(self, extent: Poly) -> int:
@@ -73,7 +77,7 @@ class _Model:
 
     def _separate_runs(self) -> dict[Point, int]:
         """How often each value is computed where loops are nested in several ways, each over the axes that it needs: in an attention, and
-        in a product with a computed operand, a block of which is computed beside other blocks' products.
+        in a product with an operand that is computed or converted, a block of which is made beside other blocks' products.
         """
         axes, final = self.placement.normal_form()
         sizes = {a.name: self._size(a.extent) for a in axes}

@@ -14,7 +14,9 @@ from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason, describe
-from .contractions import PANELS, PRODUCTS, WINDOW_PANELS, has_few_rows
+from .contractions import PANELS, PRODUCTS, WINDOW_PANELS, has_few_rows, panel_of
+from .pack_words import PICK, Form, parts_of
+from .pack_words import refusal as parts_refusal
 from .weights import ConstantMaker, constant_under, is_constant
 from .windows import is_native_window
 
@@ -23,10 +25,6 @@ MIN_COLUMNS = 8
 
 MIN_CHANNELS, MANY_COLUMNS = 8, 32
 """A window of fewer channels takes as long to find as to multiply, unless it is multiplied by so many columns."""
-
-PICK = 1 << 13
-"""To pick an element out of panels costs as much more than out of a row as panels save of so many multiplications. Measured with tables
-that no cache holds: 8 ns, and 5% of a product."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class PackWeights(Pass):
     kept), other dtypes than float32, other devices than the CPU, transposed and grouped convolutions (but depthwise ones, whose weights
     become [*window, 1, n]), channels first, sizes that fill no register, and tables of which more is picked than multiplying gains.
 
+    Weights of few bits, which are computed from constants, have those laid out: see `pack_words.py`.
+
     vendor: names of weights that stay with the vendor's library.
     """
 
@@ -54,6 +54,7 @@ class PackWeights(Pass):
         notes = notes if notes is not None else Notes()
         readers, maker = users(graph), ConstantMaker(graph)
         packed: dict[Node, Node] = {}
+        laid: dict[Node, Form] = {}
         chosen: set[Node] = set()
         for node in order(graph):
             if node.op.name not in PRODUCTS:
@@ -64,17 +65,22 @@ class PackWeights(Pass):
                 notes.decline(self.name, describe(node), reason, node, value)
                 continue
             chosen.add(node)
-            if weight not in packed:
+            parts = parts_of(node)
+            laid |= parts or {}
+            if parts is None and weight not in packed:
                 packed[weight] = _FORMS[node.op.name](weight, maker, node)
 
         def pack(node: Node, inputs: tuple[Node, ...]) -> Node | None:
+            if node in laid:
+                return laid[node](node, maker)
             prov = node.prov.with_rule(self.name)
             if node.op.name == "embedding" and node.inputs[0] in packed:
                 return node.op(packed[node.inputs[0]], inputs[1], hint=node.hint, prov=prov)
             if node not in chosen:
                 return None
             notes.apply(self.name, describe(node), node)
-            return node.op(inputs[0], packed[node.inputs[1]], *inputs[2:], hint=node.hint, prov=prov, **node.attrs)
+            weight = packed.get(node.inputs[1], inputs[1])
+            return node.op(inputs[0], weight, *inputs[2:], hint=node.hint, prov=prov, **node.attrs)
 
         return rewrite(graph, pack)
 
@@ -83,6 +89,9 @@ class PackWeights(Pass):
         weight = node.inputs[1]
         if node.tensor.device != "cpu":
             return Reason.OTHER_DEVICE, node.tensor.device
+        parts = parts_of(node)
+        if parts is not None:
+            return parts_refusal(node, parts, readers, graph) or _product_refusal(node)
         if node.dtype != torch.float32:
             return Reason.UNSUPPORTED_DTYPE, str(node.type)
         if not is_constant(weight):
@@ -135,7 +144,7 @@ def _picks_too_many(weight: Node, readers: Sequence[Node], graph: Graph) -> bool
 
 def _product_refusal(node: Node) -> tuple[Reason, str] | None:
     weight = node.inputs[1]
-    columns = weight.shape[0 if node.op.name == "linear" else -1]
+    columns = weight.shape[-1 if node.op.name == "matmul" else 0]
     if weight.tensor.rank not in _RANKS[node.op.name] or node.inputs[0].tensor.rank < 2:
         return Reason.SHAPE_MISMATCH, str(weight.type)
     if not isinstance(columns, int) or columns < MIN_COLUMNS or weight.tensor.numel == 0:
@@ -143,7 +152,7 @@ def _product_refusal(node: Node) -> tuple[Reason, str] | None:
     return None
 
 
-_RANKS = {"linear": (2,), "matmul": (2, 3)}  # of weights; with three, the first counts matrices, as of experts
+_RANKS = {"linear": (2,), "int_linear": (2,), "matmul": (2, 3)}  # of weights; with three, the first counts matrices, as of experts
 
 
 def _conv_refusal(node: Node) -> tuple[Reason, str] | None:
@@ -158,11 +167,6 @@ def _conv_refusal(node: Node) -> tuple[Reason, str] | None:
     if not isinstance(out, int) or not isinstance(channels, int) or out < (MIN_COLUMNS if channels >= MIN_CHANNELS else MANY_COLUMNS):
         return Reason.NO_GAIN, str(weight.type)
     return None
-
-
-def panel_of(columns: int, times: Mapping[int, float] = PANELS) -> int:
-    """The panel that wastes least: padding, and registers that narrower blocks leave unused."""
-    return min(times, key=lambda width: -(-columns // width) * width * times[width])
 
 
 def panels_shape(shape: Sequence[int], times: Mapping[int, float] = PANELS) -> tuple[int, ...]:

@@ -15,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from ...ir.dims import Dim, FloorDiv, Mod, free_symbols, product, symbol
 from ...ir.scalar import Scalar
 from ..errors import Unsupported
-from ..kernel import Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store, cone
+from ..kernel import Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store, cone, operands
 from .body import Scope, row_index
 from .expressions import ADD, STORAGE, index_text, wrap
 from .lanes import stride_along
@@ -28,7 +30,9 @@ from .product import Rewrite, Right, dots, find_product, flatten, merge, plan_ri
 from .runs import Runs, find_images, find_runs
 from .schedule import CpuTarget, Schedule, default_schedule
 from .windows import print_reduction
+from .words import Words
 
+FEW_TILE_ROWS = 4  # of a tile whose right operand is turned into numbers as it is read
 UNALIGNED = 1 << 40  # lanes of a block that may begin anywhere: no modulus is a multiple
 
 
@@ -51,6 +55,8 @@ class ContractionPrinter(KernelPrinter):
         self.found = find_product(kernel, target)
         self.plan = plan_right(kernel, self.found, target)
         self.left_runs = find_runs(kernel, self.found, self.plan)
+        if self.plan.kind == "bytes":  # the walk takes them as they are
+            self.found = replace(self.found, left=operands(self.found.left)[0])
         self.kind = STORAGE[self.found.dot.dtype]
         self.m, self.n, self.k = (self.names.fresh(name) for name in "mnk")
         self.names.buffers |= {name: name for name in ("to", "sums")}  # of the lambdas
@@ -78,7 +84,7 @@ class ContractionPrinter(KernelPrinter):
         self.finish()
         rows, sizes = self.plan.blocks.rows, [self.size(*axes) for axes in (found.rows, found.columns, found.depth)]
         if runs is None:
-            self.line(f"{call}<{rows}, {self.kind}>({', '.join(sizes)}, threads, left, right, finish);")
+            self.line(f"{call}({', '.join(sizes)}, threads, left, right, finish);")
             return
         data = self.names.buffers[runs.load.buffer]
         images = find_images(found, runs)
@@ -141,7 +147,8 @@ class ContractionPrinter(KernelPrinter):
         step = (runs.step,) if runs.step else ()
         self.open(f"const auto left = [=](auto& row, int64_t {at}) LANES")
         self.bind(rows, at, [runs.load])
-        printer = self.part((*runs.taps, *step), [Store("to", row_index([]), runs.load)], outputs=[self.written(())], lanes=1)
+        to = self.written((), runs.load.dtype)
+        printer = self.part((*runs.taps, *step), [Store("to", row_index([]), runs.load)], outputs=[to], lanes=1)
         scope = Scope(frozenset())
         for axis in runs.taps:
             printer.hoist([mask] if mask else [], scope)
@@ -158,20 +165,43 @@ class ContractionPrinter(KernelPrinter):
         self.close("};")
 
     def right(self) -> str:
-        """Declares the right operand; returns the function that multiplies by it."""
+        """Declares the right operand; returns the function that multiplies by it, with its first template arguments."""
         found, plan = self.found, self.plan
-        blocks = f"{plan.blocks.vectors}, {plan.blocks.lanes}"
+        blocks, tile = f"{plan.blocks.vectors}, {plan.blocks.lanes}", f"<{plan.blocks.rows}, {self.kind}>"
+        rows = product(a.extent for a in found.rows)
+        if plan.words is not None:
+            self.words(plan, plan.words, blocks)
+            few = max(1, min(rows, FEW_TILE_ROWS)) if isinstance(rows, int) else FEW_TILE_ROWS
+            tiles = f"{few}, {plan.blocks.rows}" if plan.kind == "words" else plan.blocks.rows
+            return f"product_of_{plan.kind}<{tiles}>"
         if plan.load is not None:
             self.plain(plan, blocks)
-            known = isinstance(product(a.extent for a in found.rows), int)
-            return "product" if plan.kind != "turned" else "product_packed" if known else "product_turned"
+            return ("product" if plan.kind != "turned" else "product_packed" if isinstance(rows, int) else "product_turned") + tile
         if plan.kind == "from_columns":
             self.whole("column", found.right, found.columns, self.n, found.depth)
         else:
             self.ranged("row", found.right, found.depth, self.k, found.columns)
         sizes = f"{self.size(*found.columns)}, {self.size(*found.depth)}"
         self.line(f"const auto right = {plan.kind}<{blocks}>({sizes}, {plan.kind.removeprefix('from_').removesuffix('s')});")
-        return "product_packed"
+        return "product_packed" + tile
+
+    def words(self, plan: Right, words: Words, blocks: str) -> None:
+        """Declares a right operand of levels in words."""
+        assert plan.n is not None and plan.load is not None
+        start = index_text(words.start.subs(plan.n, symbol(self.n)), {})
+        place = f"[=](int64_t {self.n}) {{ return {self.names.buffers[plan.load.buffer]} + {wrap(start, ADD)}; }}"
+        ld = words.ld // 4
+        if plan.kind == "bytes":
+            self.line(f"const auto right = byte_panels<{blocks}>({ld}, {place});")
+            return
+        move, parts = Rewrite({}, words.places), {"scale": words.scale, "zero": words.zero}
+        for name, value in parts.items():
+            if value is not None:
+                self.ranged(name, move(value), words.axes, "group", self.found.columns)
+        sizes = f"{self.size(*self.found.columns)}, {self.size(*self.found.depth)}, {words.group}, {ld}"
+        level = f"{words.level.bits}, {'true' if words.level.signed else 'false'}"
+        zero = "Nothing{}" if words.zero is None else "zero"
+        self.line(f"const auto right = words<{blocks}, {level}>({sizes}, {place}, scale, {zero});")
 
     def plain(self, plan: Right, blocks: str) -> None:
         """Declares a right operand that is in memory as it is needed."""
@@ -199,9 +229,9 @@ class ContractionPrinter(KernelPrinter):
         others = {a.name for a in (*self.kernel.grid, *self.found.depth)}
         axes = (*along, *(a for a in self.kernel.inner if a.name not in others))
         store = Store("to", row_index([(a.name, a.extent) for a in along]), value)
-        self.open(f"const auto {name} = [=]({self.kind}* to, int64_t {at})")
+        self.open(f"const auto {name} = [=]({STORAGE[value.dtype]}* to, int64_t {at})")
         self.bind(fixed, at, [value])
-        printer = self.part(axes, [store], outputs=[self.written(along)])
+        printer = self.part(axes, [store], outputs=[self.written(along, value.dtype)])
         block = plan_block(printer.kernel, printer.free, frozenset(), [store], [], set())
         for row in printer.choose_rows(block, frozenset(), False):
             printer.line(row)
@@ -217,19 +247,19 @@ class ContractionPrinter(KernelPrinter):
         inner = along[-1] if along else Axis(self.n, 1)
         several = len(along) > 1
         first, last = ("first", "last") if several else ("begin", "end")
-        self.open(f"const auto {name} = [=]({self.kind}* to, int64_t {at}, int64_t begin, int64_t end)")
+        self.open(f"const auto {name} = [=]({STORAGE[value.dtype]}* to, int64_t {at}, int64_t begin, int64_t end)")
         self.bind(fixed, at, [value])
         if several:
             self.segments(along[:-1], inner, [value])
         index = inner.symbol - symbol(first) + (symbol("at") if several else 0)
-        printer = self.part([inner], [Store("to", index, value)], outputs=[self.written(along)])
+        printer = self.part([inner], [Store("to", index, value)], outputs=[self.written(along, value.dtype)])
         self.row_loop(printer, inner.name, first, last, symbol("end") if several else inner.extent, aligned=not several)
         if several:
             self.close("});")
         self.close("};")
 
-    def written(self, along: Sequence[Axis]) -> Buffer:
-        return Buffer("to", self.found.dot.dtype, product(a.extent for a in along))
+    def written(self, along: Sequence[Axis], dtype: torch.dtype) -> Buffer:
+        return Buffer("to", dtype, product(a.extent for a in along))
 
     # ---- results
 

@@ -19,7 +19,7 @@ constexpr int64_t FEW_ROWS = 8;            // rows up to which sums along contig
 constexpr int64_t LINE = 64;               // bytes of a cache line
 constexpr int64_t FEW_TILES = 8, PARTS = 16;  // a product of so few tiles is divided along its depth
 
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- micro-kernels

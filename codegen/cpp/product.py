@@ -20,6 +20,7 @@ from ..errors import Unsupported
 from ..kernel import Attend, Axis, Dot, Kernel, Load, Position, Reduce, Scan, Store, cone, free_axes, scalars
 from .lanes import stride_along
 from .schedule import CpuTarget
+from .words import WORD, Words, find_words
 
 TYPICAL = 64  # a size that is known at run time only, where strides are compared
 COMPACT = 128  # rows of a panel no further apart are near each other
@@ -100,7 +101,7 @@ def _only_dot(kernel: Kernel) -> Dot:
         raise Unsupported(reason="a kernel with several contractions")
     if found[0].within:
         raise Unsupported(reason="a contraction within limits that are read")
-    if found[0].dtype not in (torch.float32, torch.float64):
+    if found[0].dtype not in (torch.float32, torch.float64, torch.int32):
         raise Unsupported(reason=f"a contraction of elements of {found[0].dtype}")
     return found[0]
 
@@ -142,7 +143,7 @@ def _move(kernel: Kernel, index: sympy.Expr, axis: Axis) -> int:
 
 def _preference(kernel: Kernel, found: Product, target: CpuTarget) -> tuple[bool, bool, int]:
     """A packed right operand beats all; then contiguous stores; then few rows rather than few columns."""
-    packed = plan_right(kernel, found, target).kind == "panels"
+    packed = plan_right(kernel, found, target).kind in ("panels", "words", "bytes")
     last = found.columns[-1] if found.columns else None
     contiguous = last is not None and all(_move(kernel, s.index, last) == 1 for s in kernel.stores)
     sizes = [product(a.extent for a in side) for side in (found.columns, found.rows)]
@@ -235,9 +236,10 @@ class Right:
     """How the micro-kernel gets at the right operand.
 
     kind: "panels" and "row_major" are read in place, row by row of a tile's columns, "columns" by contiguous columns; "turned" copies
-    contiguous columns into panels, "from_rows" and "from_columns" what is computed, along what is contiguous.
+    contiguous columns into panels, "from_rows" and "from_columns" what is computed, along what is contiguous. "words" are levels of few
+    bits in panels, "bytes" such of 8 bits that meet bytes.
     start: index of column `n` (a symbol) at depth 0 in the buffer of `load`, ld: how far its rows (columns, if these are contiguous) are
-    apart; of plain loads only.
+    apart; of plain loads and of `words`.
     """
 
     kind: str
@@ -246,17 +248,20 @@ class Right:
     n: sympy.Symbol | None = None
     start: sympy.Expr | None = None
     ld: sympy.Expr | None = None
+    words: Words | None = None
 
 
 def plan_right(kernel: Kernel, found: Product, target: CpuTarget) -> Right:
     load = found.right
     rows = product(a.extent for a in found.rows)
     shapes = WIDE_TILES if target.vector_bytes == 64 else TILES
-    lanes = target.vector_bytes // found.dot.dtype.itemsize
+    lanes, place = target.vector_bytes // found.dot.dtype.itemsize, None
     if isinstance(load, Load) and load.mask is None and not load.indirect:
         place = _in_place(kernel, found, load, rows, shapes, lanes)
-        if place is not None:
-            return place
+    else:
+        place = _in_words(kernel, found, rows, shapes, lanes)
+    if place is not None:
+        return place
     vectors, most = _least_padding(product(a.extent for a in found.columns), shapes, lanes)
     kind = "from_columns" if _contiguous(found, found.depth) > _contiguous(found, found.columns) else "from_rows"
     return Right(kind, Blocks(_tile_rows(rows, most), vectors, lanes))
@@ -283,6 +288,26 @@ def _in_place(kernel: Kernel, found: Product, load: Load, rows: Dim, shapes: Seq
         return Right("columns", Blocks(_tile_rows(rows, 4), 1, lanes), load, n, start, across)
     vectors, most = _least_padding(product(a.extent for a in found.columns), shapes, lanes)
     return Right("turned", Blocks(_tile_rows(rows, most), vectors, lanes), load, n, start, across)
+
+
+def _in_words(kernel: Kernel, found: Product, rows: Dim, shapes: Sequence[tuple[int, int]], lanes: int) -> Right | None:
+    n = sympy.Dummy("n", integer=True, nonnegative=True)
+    moved = Rewrite({}, flatten(found.columns, n))(found.right)
+    words = find_words(found.right, moved, found.depth)
+    if words is None or found.dot.dtype == torch.int32 and not (words.level.signed and _is_int8(found.left)):
+        return None
+    load, ld, depth = words.level.load, sympy.Integer(words.ld), product(a.extent for a in found.depth)
+    for vectors, most in shapes:
+        width = vectors * lanes
+        last = words.start + (depth * words.level.bits - 1) // WORD * ld + 3
+        if stride_along(words.start, n, width) == 4 and _overrun(kernel, found, load, last, n, sympy.Symbol("k"), width):
+            kind = "bytes" if found.dot.dtype == torch.int32 else "words"
+            return Right(kind, Blocks(_tile_rows(rows, most), vectors, lanes), load, n, words.start, ld, words)
+    return None
+
+
+def _is_int8(value: Scalar) -> bool:
+    return isinstance(value, Apply) and value.op == "cast" and value.args[0].dtype == torch.int8
 
 
 def _expr(value: Any) -> sympy.Expr:

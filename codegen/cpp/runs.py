@@ -19,7 +19,7 @@ from ...ir.scalar import Apply, Const, Scalar
 from ..kernel import Axis, Kernel, Load, Position, cone
 from .product import Product, Right, merge
 
-FEW_ROWS = 8  # so few have paths of their own
+FEW_ROWS, FEW_WORD_ROWS = 8, 20  # so few have paths of their own
 FEW_TILES, DEEP = 8, 6144  # a product of so few tiles and so many terms is divided along its depth
 SHORT = 16  # a shorter run is joined with its neighbours, though parts of it may then be outside
 SHORTEST = 4  # elements of a run that are worth its start
@@ -45,7 +45,7 @@ class Runs:
 def find_runs(kernel: Kernel, found: Product, right: Right) -> Runs | None:
     """The runs of a left operand against panels; None where it is computed, or too short to be worth it."""
     value, axes = merge(found.left, found.depth)
-    if right.kind not in ("panels", "turned") or not _worth(found, right) or not isinstance(value, Load) or not axes:
+    if right.kind not in ("panels", "turned", "words") or not _worth(found, right) or not isinstance(value, Load) or not axes:
         return None
     if value.indirect or value.other != 0 or kernel.buffer(value.buffer).dtype != found.dot.dtype or not _is_of_positions(value.mask):
         return None
@@ -99,7 +99,7 @@ def _worth(found: Product, right: Right) -> bool:
     if not isinstance(rows, int):
         return right.kind == "panels"
     tiles = -(-rows // right.blocks.rows) * -(-columns // right.blocks.columns)
-    return rows > FEW_ROWS and (depth < DEEP or tiles >= FEW_TILES)
+    return rows > (FEW_WORD_ROWS if right.kind == "words" else FEW_ROWS) and (depth < DEEP or tiles >= FEW_TILES)
 
 
 def _stride(index: sympy.Expr, axis: Axis) -> sympy.Expr:

@@ -86,10 +86,41 @@ template <int L, class F> INLINE auto sequence(F f, int64_t i) {
   }
 }
 
+#if defined(__SSE4_1__) && !defined(__clang__)
+#define WIDEN(v, name) (elem<V>(-1) < elem<V>(0) ? __builtin_ia32_pmovsx##name(v) : __builtin_ia32_pmovzx##name(v))
+#define WIDEN_ALL(v, name) \
+  (elem<V>(-1) < elem<V>(0) ? __builtin_ia32_pmovsx##name(v, W{}, -1) : __builtin_ia32_pmovzx##name(v, W{}, -1))
+#endif
+
+// Integers of 8 or 16 bits as int32. GCC 12 widens bytes lane by lane, and to 64 bytes by halves, unless it is told the instruction.
+template <class V> INLINE auto widened(V v) {
+  constexpr int L = lanes<V>;
+  constexpr bool bytes = sizeof(elem<V>) == 1;
+#ifdef WIDEN
+  typedef vec<char, 16> Bytes;
+  typedef vec<int32_t, L> W;
+  if constexpr (bytes && L == 4) return WIDEN(bits<Bytes>(vec<int32_t, 4>{bits<int32_t>(v), 0, 0, 0}), bd128);
+  else
+#ifdef __AVX2__
+    if constexpr (bytes && L == 8) return WIDEN(bits<Bytes>(vec<int64_t, 2>{bits<int64_t>(v), 0}), bd256);
+  else if constexpr (L == 8) return WIDEN((bits<vec<int16_t, 8>>(v)), wd256);
+  else
+#endif
+#ifdef __AVX512F__
+    if constexpr (bytes && L == 16) return WIDEN_ALL(bits<Bytes>(v), bd512_mask);
+  else if constexpr (L == 16) return WIDEN_ALL((bits<vec<int16_t, 16>>(v)), wd512_mask);
+  else
+#endif
+#endif
+    if constexpr (bytes) return __builtin_convertvector(__builtin_convertvector(v, vec<int16_t, L>), vec<int32_t, L>);
+  else return __builtin_convertvector(v, vec<int32_t, L>);
+}
+
 // Static cast lane by lane; narrow integers go through int32, which compilers vectorise.
 template <class T, class V> INLINE auto as(V v) {
   if constexpr (!is_vector<V>) return T(v);
   else if constexpr (__is_same(T, elem<V>)) return v;
+  else if constexpr (sizeof(elem<V>) <= 2 && sizeof(T) == 4) return __builtin_convertvector(widened(v), vec<T, lanes<V>>);
   else if constexpr (is_float<T> && sizeof(elem<V>) < 4 || is_float<elem<V>> && sizeof(T) < 4)
     return __builtin_convertvector(__builtin_convertvector(v, vec<int32_t, lanes<V>>), vec<T, lanes<V>>);
   else return __builtin_convertvector(v, vec<T, lanes<V>>);
@@ -410,6 +441,8 @@ template <class T> struct Row {
 #include "math.h"
 #include "reduce.h"
 #include "dot.h"
+#include "bytes.h"
+#include "words.h"
 #include "windows.h"
 #include "runs.h"
 #include "winograd.h"

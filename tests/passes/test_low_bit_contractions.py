@@ -9,7 +9,7 @@ from tilewright.ir.reasons import Reason
 from tilewright.ir.text import parse
 from tilewright.ir.types import TensorType
 from tilewright.passes.base import Notes
-from tilewright.passes.contractions import COMPUTED, is_low_bit
+from tilewright.passes.contractions import is_low_bit
 from tilewright.passes.fuse_regions import FuseRegions
 
 INT4 = """
@@ -105,8 +105,7 @@ def test_operands_that_are_computed_from_as_many_bytes_are_read() -> None:
     assert ("gelu into linear+relu", Reason.PROLOGUE) in {(d.what, d.reason) for d in notes.declined}
 
 
-def test_a_cpu_reads_every_operand_until_it_has_a_walk_for_them() -> None:
-    assert "cpu" not in COMPUTED
+def test_a_cpu_computes_operands_from_words_only() -> None:
     after = fused("""
         graph g(x: f32[64, 256], q: i8[512, 256], s: f32[512, 1]) stage canonical {
           w = dequantize(q, s, dtype=f32)
@@ -114,6 +113,15 @@ def test_a_cpu_reads_every_operand_until_it_has_a_walk_for_them() -> None:
           return y
         }""")
     assert ops_of(after) == ["region", "linear"] and kernels(after) == ["dequantize"]
+    words = fused("""
+        graph g(x: f32[64, 256], q: i8[16, 64, 32, 4], s: f32[512, 1]) stage canonical {
+          p = permute(q, dims=[0, 2, 1, 3])
+          r = reshape(p, shape=[512, 256])
+          w = dequantize(r, s, dtype=f32)
+          y = linear(x, w)
+          return y
+        }""")
+    assert [n for n in ops_of(words) if n != "permute"] == ["region"] and kernels(words) == ["dequantize+linear"]
 
 
 def test_what_is_low_bit() -> None:
