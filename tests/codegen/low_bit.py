@@ -47,6 +47,12 @@ def of_integers(q: Any, w: Any, s: Any, t: Any, b: Any) -> Any:
     return ops.add(ops.mul(ops.mul(product, s), t), b)
 
 
+def experts(a: Any, w: Any, scale: Any, ends: Any) -> Any:
+    """relu of rows of groups times the weights of their group, which are of 4 bits."""
+    weight = ops.dequantize(ops.unpack(w, bits=4), scale, dtype=F32)
+    return ops.relu(ops.grouped_matmul(a, ops.permute(weight, dims=(0, 2, 1)), ends))
+
+
 CASES = Cases()
 add = CASES.add
 
@@ -73,6 +79,7 @@ add("six_bits", lambda a, low, high, s: ops.linear(a, ops.dequantize(
     ops.bitwise_or(ops.unpack(low, bits=4), ops.bitwise_left_shift(ops.unpack(high, bits=2), 4)), s, dtype=F32)),
     x(7, 64), packed(24, 32), packed(24, 16), steps(24, 2))  # fmt: skip
 add("computed_left", lambda a, w: ops.relu(ops.linear(ops.mul(ops.cast(a, dtype=F32), 1 / 256), w)), integers(20, 48), x(24, 48))
+add("experts", experts, x(19, 128), packed(3, 24, 64), steps(3, 24, 2), torch.tensor([7, 7, 16], dtype=torch.int32))
 add("symbolic_rows", unpacking(4, BF16, False), x(9, 128, dtype=BF16), packed(24, 64), steps(24, 2),
     shapes=((symbol("b"), 128), (24, 64), (24, 2)), symbols={"b": SymbolRange()})  # fmt: skip
 add("symbolic_sizes", dequantizing(F32), x(9, 60), integers(24, 60), steps(24, 1),

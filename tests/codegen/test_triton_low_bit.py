@@ -22,9 +22,11 @@ from tilewright.codegen.triton.runtime import run
 from tilewright.codegen.triton.templates import build
 from tilewright.codegen.triton.tiles import Tiles, refusal
 from tilewright.ir import ops
-from tilewright.ir.graph import Graph, graph_input
+from tilewright.ir.graph import Graph, graph_input, order
 from tilewright.ir.interpret import bind_sizes, interpret
+from tilewright.ir.text import parse
 from tilewright.ir.types import TensorType
+from tilewright.passes.fuse_regions import FuseRegions
 
 TILES: dict[str, Tiles | None] = {
     "default": None,
@@ -139,6 +141,21 @@ def test_default_tiles_do_not_spill(name: str, target: str) -> None:
         assert {"sm_80": "mma.sync", "sm_90": "wgmma", "gfx942": "v_mfma"}[target] in text
         kind = "s8.s8" if name.startswith("int_linear") else "f16.f16" if name == "int4_f16" else "bf16.bf16"
         assert target == "gfx942" or kind in text, "what is computed is multiplied as the activations are"
+
+
+def test_a_fused_layer_is_one_such_kernel() -> None:
+    fused = FuseRegions().run(
+        parse("""
+        graph g(x: bf16[512, 4096]@cuda:0, q: u8[4096, 2048]@cuda:0, s: f16[4096, 32]@cuda:0, c: bf16[4096]@cuda:0) stage canonical {
+          p = unpack(q, bits=4)
+          w = dequantize(p, s, dtype=bf16)
+          y = linear(x, w, c)
+          return y
+        }""")
+    )
+    (region,) = (n for n in order(fused) if n.op.name == "region")
+    (compiled,) = compile_program(build(lower(region.attrs["body"], "layer")), "sm_90")
+    assert compiled.spills == 0 and "wgmma" in compiled.stages["ptx"]
 
 
 def test_fp8_is_converted_by_targets_that_can() -> None:
