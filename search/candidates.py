@@ -36,9 +36,6 @@ from .tiles import NoSchedule, schedules
 from .tuner import reading, writing
 from .work import Estimate, estimator
 
-COMPILED = 12
-"""Schedules of one kernel that are compiled to learn what they take."""
-
 TOGETHER = 4
 """Of them at a time."""
 
@@ -110,7 +107,7 @@ def _order(start: Any, candidate: Candidate) -> tuple[Any, ...]:
     return (bool(candidate.failure), candidate.spills, rank, far, candidate.seconds)
 
 
-def explored(found: Candidates, database: Database, count: int = COMPILED) -> list[Candidate]:
+def explored(found: Candidates, database: Database, count: int) -> list[Candidate]:
     """About `count` schedules with what the compiler says of them, best first: spilling ones behind all others, failing ones last.
 
     The one that a template starts from is among them. They are compiled a few at a time: once some spill, those that are thought to take

@@ -32,7 +32,7 @@ from ..passes.fuse_regions import FuseRegions
 from ..passes.manager import run_passes
 from ..passes.plan_memory import PlanMemory
 from .bench import LIBRARY, START, Bench, Found, Searched
-from .candidates import COMPILED, Candidate, Candidates, candidates, explored
+from .candidates import Candidate, Candidates, candidates, explored
 from .cost import predicted_seconds
 from .database import Database, Key
 from .examples import example_inputs
@@ -42,6 +42,9 @@ from .tuner import Run, Verdict, remembered
 
 COMPILE_SECONDS = 1.0
 """What compiling one schedule takes, about. Where nothing is measured, time is counted so: equal models get equal schedules."""
+
+COMPILED = 12
+"""Schedules of one kernel that are compiled to learn what they take."""
 
 MEASURED = 4
 """Schedules of a kernel that are measured, beside the one to start from."""
@@ -118,7 +121,7 @@ def by_measuring(graph: Graph, bench: Bench, deadline: float, database: Database
             continue
         try:
             legal = candidates(place.kernel, bench.gpu, place.sizes)
-            made = explored(legal, database) if place.worth(legal) else []
+            made = explored(legal, database, COMPILED) if place.worth(legal) else []
             tried = [c for c in made if not c.failure and not c.spills and c.schedule != legal.start][:MEASURED]
             verdict = _verdict(place, [text_of(c.schedule) for c in tried], bench, deadline, database)
             found.lines.append(_by_verdict(place, legal, made, verdict, found))
