@@ -14,13 +14,17 @@ from ..graph import Node
 from ..types import compute_dtype
 from .aten_pointwise import scaled
 from .call import Call, Converter, Result, cast, make, reshape
+from .sparse import BlockMatrix
 
 
 def _matmul(call: Call, a: Node, b: Node) -> Result:
     return make("matmul", a, b)
 
 
-def _linear(call: Call, x: Node, w: Node, b: Node | None) -> Result:
+def _linear(call: Call, x: Node, w: Node | BlockMatrix, b: Node | None) -> Result:
+    if isinstance(w, BlockMatrix):
+        total = make("block_sparse_linear", x, w.values, w.columns, w.starts)
+        return total if b is None else make("add", total, b)
     return make("linear", x, w, *([b] if b is not None else []))
 
 

@@ -22,14 +22,8 @@ from .call import Call, Converter, cast
 from .extern import extern, results, target_name
 from .origin import identifier, input_hint, provenance, value_hint
 from .sizes import Sizes
+from .sparse import BlockMatrix, Opaque, block_matrix
 from .tables import ASSERTIONS, EFFECT_FREE, NATIVE
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """An fx value that has no form here (a float or bool computed from sizes); an error only if something reads it."""
-
-    what: str
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ class _Walker:
             self.values[node] = Opaque(f"the literal argument {node.name}")
             return
         if node.name in self.binding.constants:
-            self.values[node] = self._constant(self.binding.constants[node.name], node)
+            self.values[node] = self._state(self.binding.constants[node.name], node)
             return
         position = len(self.inputs)
         value = node.meta.get("val", self.examples[position] if position < len(self.examples) else None)
@@ -154,7 +148,10 @@ class _Walker:
             self.values[node] = Opaque(f"attribute {node.target} ({type(value).__name__})")
             return
         name = str(node.target)
-        self.values[node] = self._constant(self.binding.constants.get(name) or Data(name, value.detach()), node)
+        self.values[node] = self._state(self.binding.constants.get(name) or Data(name, value.detach()), node)
+
+    def _state(self, data: Data, node: torch.fx.Node) -> Node | BlockMatrix:
+        return block_matrix(data, lambda part: self._constant(part, node)) or self._constant(data, node)
 
     def _constant(self, data: Data, node: torch.fx.Node) -> Node:
         """One constant node per tensor."""
@@ -266,7 +263,7 @@ class _Walker:
         if not isinstance(argument, torch.fx.Node):
             return argument
         value = self.values[argument]
-        if isinstance(value, Opaque):
+        if isinstance(value, Opaque) and not (isinstance(value, BlockMatrix) and _is_weight(argument, reader)):
             raise CaptureError(provenance(reader).source, reason=f"{reader.name} depends on {value.what}")
         if isinstance(value, Node) and isinstance(value.type, ScalarType) and value.type.value is not None:
             return value.type.value
@@ -368,6 +365,11 @@ def _flat(value: Any) -> list[Any]:
 
 def _tensor_types(args: Any) -> list[TensorType]:
     return [a.type for a in _flat(args) if isinstance(a, Node) and isinstance(a.type, TensorType)]
+
+
+def _is_weight(argument: torch.fx.Node, reader: torch.fx.Node) -> bool:
+    """Whether the argument is the weight of a linear, and nothing else of it."""
+    return reader.target is torch.ops.aten.linear.default and reader.args[1] is argument and reader.args.count(argument) == 1
 
 
 def _native_types(types: Iterable[TensorType]) -> bool:
