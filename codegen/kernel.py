@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
-from ..ir.dims import Dim, symbol
+from ..ir.dims import Dim, SymbolRange, symbol
 from ..ir.scalar import Apply, Const, Scalar
 
 REDUCTIONS: dict[str, str] = {
@@ -214,6 +214,7 @@ class Kernel:
     faults: ops that read at computed positions; number n of `inside` is the n-th of them, counted from 1.
     recurrence: what makes the points along one axis wait for each other; every state has a store of its Last.
     schedule: options of its walk that were chosen, as text; "" leaves them to the printer, and none changes what is computed.
+    ranges: what is known of sizes, by name; those that are not among them may be any.
     Outputs are written completely: every element exactly once.
     """
 
@@ -229,6 +230,7 @@ class Kernel:
     faults: tuple[str, ...] = ()
     recurrence: Recurrence | None = None
     schedule: str = ""
+    ranges: tuple[tuple[str, SymbolRange], ...] = ()
 
     @property
     def grid(self) -> tuple[Axis, ...]:

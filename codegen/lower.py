@@ -64,9 +64,10 @@ def lower(body: Graph, name: str, label: str = "", sources: tuple[str, ...] = ()
         recurrence = recurrence_of(body)
         if recurrence is not None:
             names = _buffer_names(body, set(body.symbols))
-            return lower_recurrence(body, recurrence, names, name, label, sources or tuple(_sources(body)))
-        placement = place(body)
-        kernel = _Lowering(body, placement).kernel(name, label, sources or tuple(_sources(body)))
+            kernel = lower_recurrence(body, recurrence, names, name, label, sources or tuple(_sources(body)))
+        else:
+            kernel = _Lowering(body, place(body)).kernel(name, label, sources or tuple(_sources(body)))
+        kernel = replace(kernel, ranges=tuple((s, body.symbols[s]) for s in kernel.sizes if s in body.symbols))
         return in_place(kernel, inplace) if inplace else kernel
     except Refusal as refusal:
         source = refusal.node.prov.source if refusal.node else ""

@@ -23,7 +23,7 @@ from ..ir.types import TensorType
 from .calls import Fault, KernelCall, Operand, PositionFault
 from .host import Host, Scope, Value
 from .kernel import Kernel
-from .target import Address, Argument, ByMultiples, Compiled, Failed, Native, NativeCall, Target, Usage
+from .target import Address, Argument, ByAmount, ByMultiples, Compiled, Failed, Native, NativeCall, Target, Usage
 
 
 @dataclass
@@ -262,14 +262,21 @@ def _argument(host: Host, argument: Argument, buffers: Mapping[str, Operand]) ->
     """What a native function takes, as the host program writes it. Buffers and sizes are shown, other numbers are not."""
     if isinstance(argument, str):
         return buffers[argument]
-    if isinstance(argument, Address):
-        return Operand("", host.bind(argument.name, argument.value))
-    if isinstance(argument, ByMultiples):
-        then, otherwise = (host.bind(a.name, a.value) for a in (argument.then, argument.otherwise))
-        rest = " or ".join(f"{size} % {argument.multiples_of}" for size in argument.sizes)
-        return Operand("", f"({otherwise} if {rest} else {then})")
+    if isinstance(argument, (Address, ByMultiples, ByAmount)):
+        return Operand("", _address(host, argument))
     text = to_source(argument)
     return Operand(text if isinstance(argument, sympy.Symbol) else "", text)
+
+
+def _address(host: Host, argument: Address | ByMultiples | ByAmount) -> str:
+    """The expression of an address, or of which one sizes ask for."""
+    if isinstance(argument, Address):
+        return host.bind(argument.name, argument.value)
+    then, otherwise = (_address(host, a) for a in (argument.then, argument.otherwise))
+    if isinstance(argument, ByAmount):
+        return f"({then} if {to_source(argument.amount)} < {argument.below} else {otherwise})"
+    rest = " or ".join(f"{size} % {argument.multiples_of}" for size in argument.sizes)
+    return f"({otherwise} if {rest} else {then})"
 
 
 def _fault(node: Node, kernel: Kernel, native: Native, call: NativeCall) -> Fault | None:

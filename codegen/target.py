@@ -30,7 +30,17 @@ class ByMultiples:
     otherwise: Address
 
 
-Argument = Union[str, Dim, Address, ByMultiples]
+@dataclass(frozen=True)
+class ByAmount:
+    """One address where an amount of sizes is below a number, another where not: code for small sizes, and for all."""
+
+    amount: Dim
+    below: int
+    then: Union[Address, ByMultiples]
+    otherwise: Address
+
+
+Argument = Union[str, Dim, Address, ByMultiples, ByAmount]
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,8 @@ class FakeGpu:
         native = toolchain.native
 
         def remember(program, find, *rest):
-            def found(one, multiples):
-                binary = find(one, multiples)
+            def found(program, one, multiples):
+                binary = find(program, one, multiples)
                 self._programs[binary.function] = (program, one, binary.extra)
                 return binary
 

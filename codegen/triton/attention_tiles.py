@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from ...ir.dims import Dim, SymbolRange, product, symbol
+from ...ir.dims import Dim, product, symbol
 from ..attentions import Attention
 from ..kernel import Kernel, Load, cone
 from ..space import Limit, Space
@@ -97,7 +96,7 @@ def refusal(kernel: Kernel, found: Attention, tiles: AttentionTiles) -> str | No
     return space(kernel, found).refusal(vars(tiles))
 
 
-def default_tiles(kernel: Kernel, found: Attention, ranges: Mapping[str, SymbolRange] | None = None) -> AttentionTiles:
+def default_tiles(kernel: Kernel, found: Attention) -> AttentionTiles:
     """Reasonable tiles: no more rows than there are, and keys split where there are few programs (a step of decoding)."""
     size, width = element_size(kernel, found), max(padded(a.extent) for a in (*found.depths, found.column))
     size = max(size, found.attend.dtype.itemsize) if found.attend.dtype == torch.float64 else max(size, 2)
@@ -108,7 +107,7 @@ def default_tiles(kernel: Kernel, found: Attention, ranges: Mapping[str, SymbolR
     if m == LEAST:  # the keys set the time
         flight = _IN_FLIGHT // ((depth_of(found) + padded(found.column.extent)) * size)
         n, warps, stages = max(LEAST, min(128, next_power_of_two(flight + 1) // 2)), 4, 3 if flight >= LEAST else 1
-    tiles = AttentionTiles(m, n, warps, stages, wide=is_wide(kernel, ranges or {}))
+    tiles = AttentionTiles(m, n, warps, stages, wide=is_wide(kernel))
     return replace(tiles, splits=_splits(found, tiles))
 
 

@@ -20,6 +20,7 @@ from .native import launcher, strides
 from .offline import binary_and_usage, most
 from .prebuilt import key
 from .program import Launch, Program
+from .templates import widened
 from .toolchain import under_schedules
 
 
@@ -27,7 +28,8 @@ def cross_target(name: str, binaries: dict[str, Binary]) -> Target:
     """Compiles for one of SHARED_BYTES, as `toolchain` does for the device in hand; `binaries` gets what is compiled, by `prebuilt.key`."""
 
     def attempt(kernel: Kernel, program: Program, tried: tuple[str, ...]) -> Compiled:
-        made = {key(program, one, name): _compiled(kernel, program, one, name) for one in program.launches}
+        programs = [p for p in (program, widened(program)) if p is not None]
+        made = {key(p, one, name): _compiled(kernel, p, one, name) for p in programs for one in p.launches}
         if sizes := strides(program.kernel):
             made |= _for_multiples(kernel, program, name, sizes)
         binaries.update((text, binary) for text, (binary, _) in made.items())

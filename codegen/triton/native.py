@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,12 @@ from ..build import BuildError, build
 from ..cpp.schedule import detect_target
 from ..cpp.toolchain import LAUNCH, RUN
 from ..kernel import Buffer, Kernel, Load, Store, scalars
-from ..target import Address, Argument, ByMultiples, Native, NativeCall
+from ..target import Address, Argument, ByAmount, ByMultiples, Native, NativeCall
 from .binary import Binary, OfflineError
 from .driver import DoesNotFit, Driver
-from .program import Launch, Program
-
-ALIGNMENT = 16  # bytes: the widest load
+from .program import ALIGNMENT, Launch, Program, multiples
+from .schedule import NARROW, reach
+from .templates import widened
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,18 @@ def routines() -> Routines | None:
     return Routines(run, ctypes.cast(launch, ctypes.c_void_p).value or 0)  # type: ignore[arg-type]
 
 
-Find = Callable[[Launch, tuple[str, ...]], Binary]
-"""The binary of a launch, for any sizes or for such of which some are multiples of ALIGNMENT. Raises OfflineError where there is none."""
+Find = Callable[[Program, Launch, tuple[str, ...]], Binary]
+"""The binary of a program's launch, for any sizes or for such of which some are multiples of ALIGNMENT. Raises OfflineError where there is
+none."""
 
 
 def native(program: Program, find: Find, driver: Driver, routine: Routines) -> Native:
     """The launches of a program, whose binaries are loaded. Raises OfflineError, DriverError, and DoesNotFit where smaller blocks might."""
+    wide = widened(program)
     ready = [_ready(program, one, find, driver) for one in program.launches]
+    if wide is not None:
+        large = [_loaded(wide, one, find, driver) for one in wide.launches]
+        ready = [_or_wide(program, small, binary) for small, binary in zip(ready, large, strict=True)]
     own = [_scratch(made, i) for i, made in enumerate(ready)]
     calls = tuple(_call(program, made, memory, routine.entry) for made, memory in zip(ready, own))
     scratch = (*program.scratch, *(b for b in own if b is not None))
@@ -62,30 +67,43 @@ class _Ready:
     launch: Launch
     extra: int
     scratch: int
-    kernel: Address | ByMultiples
+    kernel: Address | ByMultiples | ByAmount
+
+
+def _loaded(program: Program, one: Launch, find: Find, driver: Driver) -> _Ready:
+    """Code for any sizes."""
+    binary = find(program, one, ())
+    return _Ready(one, binary.extra, binary.scratch, Address(f"{one.function}_at", driver.load(binary).address))
 
 
 def _ready(program: Program, one: Launch, find: Find, driver: Driver) -> _Ready:
     """Loads code for any sizes; where sizes are strides, also code for multiples of 16, which reads whole vectors."""
-    binary, sizes = find(one, ()), strides(program.kernel)
-    address = Address(f"{one.function}_at", driver.load(binary).address)
-    plain = _Ready(one, binary.extra, binary.scratch, address)
+    plain, sizes = _loaded(program, one, find, driver), strides(program.kernel)
+    assert isinstance(plain.kernel, Address)
     if not sizes:
         return plain
     try:
-        special = find(one, sizes)
+        special = find(program, one, sizes)
         better = Address(f"{one.function}_{ALIGNMENT}_at", driver.load(special).address)
     except (OfflineError, DoesNotFit):
         return plain
-    if special.extra != binary.extra or better.value == address.value:
+    if special.extra != plain.extra or better.value == plain.kernel.value:
         return plain
-    return _Ready(one, binary.extra, max(binary.scratch, special.scratch), ByMultiples(sizes, ALIGNMENT, better, address))
+    return _Ready(one, plain.extra, max(plain.scratch, special.scratch), ByMultiples(sizes, ALIGNMENT, better, plain.kernel))
+
+
+def _or_wide(program: Program, small: _Ready, large: _Ready) -> _Ready:
+    """The one where offsets fit 32 bits, else the other. Both take the same words: of those of sizes the one reads the lower halves."""
+    assert isinstance(large.kernel, Address) and not isinstance(small.kernel, ByAmount)
+    assert (small.launch.buffers, small.launch.grid, small.extra) == (large.launch.buffers, large.launch.grid, large.extra)
+    either = ByAmount(reach(program.kernel, program.scratch), NARROW, small.kernel, large.kernel)
+    return replace(small, scratch=max(small.scratch, large.scratch), kernel=either)
 
 
 def strides(kernel: Kernel) -> tuple[str, ...]:
-    """The sizes that tell where rows begin."""
+    """The sizes that tell where rows begin, and may do so at no multiple of 16."""
     indices = [v.index for v in (*kernel.stores, *scalars(kernel.stores)) if isinstance(v, (Store, Load))]
-    found = {s.name for s in free_symbols(indices)}  # type: ignore[attr-defined]
+    found = {s.name for s in free_symbols(indices)} - set(multiples(kernel))  # type: ignore[attr-defined]
     return tuple(size for size in kernel.sizes if size in found)
 
 

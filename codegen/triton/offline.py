@@ -25,6 +25,7 @@ from ..target import Usage
 from .binary import Binary, OfflineError, parameter_sizes
 from .features import lacking
 from .program import Launch, Program
+from .program import multiples as known_multiples
 from .runtime import load
 from .templates import build
 
@@ -151,7 +152,7 @@ def compile_launch(program: Program, launch: Launch, target: str, multiples: Col
         raise OfflineError(kernel=kernel.name, target=target, reason="TRITON_INTERPRET is set")
     pointers = [_POINTERS[program.buffer(name).dtype] for name in launch.buffers]
     kinds = [*pointers, *("i64" if launch.wide else "i32" for _ in kernel.sizes), *("constexpr" for _ in launch.constants)]
-    places = [*range(len(pointers)), *(len(pointers) + kernel.sizes.index(size) for size in multiples)]
+    places = [*range(len(pointers)), *(len(pointers) + kernel.sizes.index(size) for size in {*multiples, *known_multiples(kernel)})]
     aligned = {(n,): [["tt.divisibility", 16]] for n in places}
     source = ASTSource(function, dict(zip(function.arg_names, kinds)), dict(launch.constants), aligned)
     try:

@@ -21,8 +21,9 @@ from .driver import Driver, DriverError
 from .legalize import UnsupportedByTriton
 from .native import Routines, launcher, native, routines
 from .program import Launch, Program
+from .program import multiples as known_multiples
 from .smaller import TRIES, smaller
-from .templates import build
+from .templates import build, widened
 
 
 def key(program: Program, one: Launch, target: str, multiples: Sequence[str] = ()) -> str:
@@ -38,7 +39,7 @@ def key(program: Program, one: Launch, target: str, multiples: Sequence[str] = (
         sorted(one.constants.items()),
         options,
         one.wide,
-        multiples,
+        sorted({*multiples, *known_multiples(program.kernel)}),
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
@@ -61,7 +62,7 @@ def _found(kernel: Kernel, code: Code, driver: Driver, routine: Routines) -> Com
         if program is None:
             return Failed(kernel, f"there is no code for it among that for {code.target}")
 
-        def find(one: Launch, multiples: tuple[str, ...]) -> Binary:
+        def find(program: Program, one: Launch, multiples: tuple[str, ...]) -> Binary:
             found = code.binaries.get(key(program, one, code.target, multiples))
             if found is None:
                 raise OfflineError(kernel=kernel.name, target=code.target, reason="it was left out")
@@ -77,7 +78,8 @@ def _compiled(kernel: Kernel, code: Code) -> Program | None:
     schedule = None
     for _ in range(TRIES):
         program = build(kernel, schedule)
-        if all(key(program, one, code.target) in code.binaries for one in program.launches):
+        wide = widened(program)
+        if all(key(p, one, code.target) in code.binaries for p in (program, wide) if p is not None for one in p.launches):
             return program
         schedule = smaller(program.schedule)
         if schedule is None:

@@ -12,6 +12,8 @@ import sympy
 from ...ir.dims import Dim, floordiv
 from ..kernel import Buffer, Kernel
 
+ALIGNMENT = 16  # bytes: the widest load
+
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
 """Of a launch, along each dimension of its grid: CUDA's and HIP's limits."""
 
@@ -59,6 +61,11 @@ class Program:
 
     def buffer(self, name: str) -> Buffer:
         return next(b for b in (*self.kernel.inputs, *self.kernel.outputs, *self.scratch) if b.name == name)
+
+
+def multiples(kernel: Kernel) -> tuple[str, ...]:
+    """The sizes that are known to be multiples of ALIGNMENT."""
+    return tuple(size for size, known in kernel.ranges if known.divisor % ALIGNMENT == 0)
 
 
 def function_name(kernel: Kernel) -> str:

@@ -195,7 +195,7 @@ _SPACES = {"dot": _dot_space, "sum": _sum_space}
 def layer_tiles(kernel: Kernel) -> RecurrenceTiles:
     """Reasonable tiles from sizes; the tuner starts here."""
     found = find_layer(kernel)
-    wide = is_wide(replace(kernel, inputs=(*kernel.inputs, *found.memory)), {})
+    wide = is_wide(kernel, found.memory)
     rows = product(a.extent for a in found.rows)
     few = isinstance(rows, int) and rows <= SEVERAL_ROWS
     return replace(_few_rows(found, rows) if few else _many_rows(found), wide=wide)

@@ -32,6 +32,7 @@ from ...ir.errors import TilewrightError
 from ..kernel import Kernel
 from .program import MOST_PROGRAMS, Launch, Program
 from .scalars import FROM_BYTES
+from .templates import is_large, widened
 
 
 class LaunchError(TilewrightError):
@@ -92,6 +93,8 @@ def launch(program: Program, tensors: Mapping[str, torch.Tensor], sizes: Mapping
     kernel = program.kernel
     _check_sizes(kernel, sizes)
     _check_tensors(kernel, tensors)
+    if is_large(program, sizes):
+        program = widened(program) or program
     grids = [_grid(program, one, sizes) for one in program.launches]
     if any(0 in grid for grid in grids):
         return

@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from ...ir.dims import SymbolRange, evaluate, free_symbols, product
-from ..kernel import Axis, Kernel, Load, Position, Reduce, Scan, free_axes, scalars
+import sympy
+
+from ...ir.dims import Dim, FloorDiv, Mod, SymbolRange, dim, evaluate, free_symbols, product
+from ..kernel import Axis, Buffer, Kernel, Load, Position, Reduce, Scan, free_axes, scalars
 
 LARGEST_BLOCK = 1 << 20  # elements; Triton's own limit
 _PERSISTENT_ELEMENTS = 8192  # more per program would spill registers
 _POINTWISE_BLOCK = 1024
-_INT32 = 2**31
+NARROW = 2**31 - LARGEST_BLOCK
+"""Offsets and positions below it are computed in 32 bits: a block may end beyond the last element."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,9 @@ def needs_whole_block(kernel: Kernel, groups: tuple[tuple[Axis, ...], ...]) -> b
     return any(len(s) > 1 for s in spans)
 
 
-def default_schedule(kernel: Kernel, ranges: Mapping[str, SymbolRange] | None = None) -> Schedule:
+def default_schedule(kernel: Kernel) -> Schedule:
     """A reasonable schedule from sizes, dtypes and the axis that is contiguous in memory; the tuner starts here."""
-    wide = is_wide(kernel, ranges or {})
+    wide = is_wide(kernel)
     groups = inner_groups(kernel)
     points = _static(product(a.extent for a in kernel.grid))
     if not groups:
@@ -127,14 +131,34 @@ def _contiguous_over_grid(kernel: Kernel) -> bool:
     return votes > 0
 
 
-def is_wide(kernel: Kernel, ranges: Mapping[str, SymbolRange]) -> bool:
-    """Whether any element offset or position may pass 2**31; a size without an upper bound may."""
-    amounts = [b.size for b in (*kernel.inputs, *kernel.outputs)]
+def reach(kernel: Kernel, scratch: Iterable[Buffer] = ()) -> Dim:
+    """What no element offset and no position passes, in sizes of the kernel; 0 where all are NARROW. scratch: further buffers."""
+    extents = {a.symbol: sympy.sympify(a.extent) for a in kernel.axes}
+    amounts: list[Dim] = [b.size for b in (*kernel.inputs, *kernel.outputs, *scratch)]
     amounts += [product(a.extent for a in kernel.grid), product(a.extent for a in kernel.inner)]
-    amounts += [v.index for v in scalars(kernel.stores) if isinstance(v, Position)]
-    bounds: dict[str, int | None] = {s: ranges.get(s, SymbolRange()).hi for s in kernel.sizes}
-    if any(bounds.get(s.name, 0) is None for s in free_symbols(amounts)):  # type: ignore[attr-defined]
+    amounts += [_most(v.index, extents) for v in scalars(kernel.stores) if isinstance(v, Position)]
+    known = list(dict.fromkeys(sympy.sympify(a) for a in amounts if not isinstance(a, int) or a >= NARROW))
+    most = [a for a in known if not any(a is not b and (b - a).is_nonnegative for b in known)]
+    return dim(sympy.Max(*most)) if most else 0
+
+
+def _most(index: sympy.Expr, extents: Mapping[sympy.Symbol, Any]) -> sympy.Expr:
+    """What a position does not pass, nor falls below on the other side of 0."""
+    plain = sympy.sympify(index).replace(Mod, lambda a, b: b).replace(FloorDiv, lambda a, b: a)
+    terms = [term.xreplace(extents) for term in sympy.Add.make_args(sympy.expand(plain))]
+    return sympy.Add(*(-t if t.could_extract_minus_sign() else t for t in terms))
+
+
+def is_wide(kernel: Kernel, scratch: Iterable[Buffer] = ()) -> bool:
+    """Whether offsets pass 32 bits, however small the sizes are."""
+    known = dict(kernel.ranges)
+    return evaluate(reach(kernel, scratch), {s: known.get(s, SymbolRange()).lo for s in kernel.sizes}) >= NARROW
+
+
+def may_be_wide(kernel: Kernel, scratch: Iterable[Buffer] = ()) -> bool:
+    """Whether they do for some sizes; a size without an upper bound may be any."""
+    known, most = dict(kernel.ranges), reach(kernel, scratch)
+    highest = {s: known.get(s, SymbolRange()).hi for s in kernel.sizes}
+    if any(highest[s.name] is None for s in free_symbols([most])):  # type: ignore[attr-defined]
         return True
-    env = {s: int(hi or 0) for s, hi in bounds.items()}
-    env |= {a.name: evaluate(a.extent, env) for a in kernel.axes}
-    return any(abs(evaluate(amount, env)) + LARGEST_BLOCK >= _INT32 for amount in amounts)
+    return evaluate(most, {s: hi or 0 for s, hi in highest.items()}) >= NARROW

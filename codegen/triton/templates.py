@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
+from ...ir.dims import evaluate
 from ..kernel import Kernel
 from .attention import build_attention, is_attention, tiles_of
 from .attention_tiles import AttentionTiles
@@ -18,7 +19,7 @@ from .ragged import build_ragged
 from .ragged_roles import is_ragged
 from .recurrence import build_recurrence
 from .recurrence_tiles import RecurrenceTiles, is_recurrence, layer_tiles
-from .schedule import Schedule, default_schedule
+from .schedule import NARROW, Schedule, default_schedule, is_wide, may_be_wide, reach
 from .tiles import Tiles, default_tiles
 
 
@@ -45,7 +46,23 @@ def build(kernel: Kernel, schedule: Any = None) -> Program:
     template = template_of(kernel)
     if schedule is not None and not isinstance(schedule, template.options):
         raise TypeError(f"{kernel.name} is printed with {template.options.__name__}, not with {type(schedule).__name__}")
-    return template.build(kernel, schedule or chosen(kernel, template))
+    program = template.build(kernel, schedule or chosen(kernel, template))
+    if program.schedule.wide or not is_wide(kernel, program.scratch):
+        return program
+    return template.build(kernel, replace(program.schedule, wide=True))
+
+
+def widened(program: Program) -> Program | None:
+    """The same program for sizes whose offsets pass 32 bits, where some do; `reach` says which."""
+    kernel = program.kernel
+    if program.schedule.wide or not may_be_wide(kernel, program.scratch):
+        return None
+    return template_of(kernel).build(replace(kernel, name=f"{kernel.name}_wide"), replace(program.schedule, wide=True))
+
+
+def is_large(program: Program, sizes: Mapping[str, int]) -> bool:
+    """Whether these sizes are such."""
+    return evaluate(reach(program.kernel, program.scratch), sizes) >= NARROW
 
 
 def chosen(kernel: Kernel, template: Template) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import sympy
 import torch
 
-from ...ir.dims import Dim, SymbolRange, symbol
+from ...ir.dims import Dim, symbol
 from ..kernel import Axis, Kernel
 from ..space import Limit, Space
 from .features import FEATURES, lacking
@@ -203,10 +202,10 @@ def _symbols(*names: str) -> list[sympy.Symbol]:
 # ---- a start
 
 
-def default_tiles(kernel: Kernel, ranges: Mapping[str, SymbolRange] | None = None) -> Tiles:
+def default_tiles(kernel: Kernel) -> Tiles:
     """Reasonable tiles from sizes, dtypes and the order in memory; the tuner starts here."""
     found = find_product(kernel)
-    wide = is_wide(kernel, ranges or {})
+    wide = is_wide(kernel)
     rows = found.size(found.rows)
     dtypes = [dtype for *_, dtype in found.multiplied]
     if found.parts is not None:

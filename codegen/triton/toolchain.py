@@ -49,7 +49,7 @@ def _driver(device: str) -> Driver | None:
 
 def _compile(kernel: Kernel, driver: Driver, routine: Routines) -> Compiled | Failed:
     def attempt(program: Program, tried: tuple[str, ...]) -> Compiled:
-        def find(one: Launch, multiples: tuple[str, ...]) -> Binary:
+        def find(program: Program, one: Launch, multiples: tuple[str, ...]) -> Binary:
             return compile_binary(program, one, driver.facts.architecture, multiples)
 
         return Compiled(kernel, program.source, launcher(program), native(program, find, driver, routine), tried)
