@@ -11,7 +11,7 @@ import pytest
 import torch
 from low_bit import CASES, F8, dequantizing, of_integers, unpacking
 from lowering import Build, assert_close, graph_of, memory
-from triton_kernels import OLD_INTERPRETER
+from support import on_gpu
 
 pytest.importorskip("triton")
 
@@ -62,13 +62,10 @@ def check(name: str, tiles: Tiles | None, device: str = "cpu") -> None:
 
 @pytest.mark.parametrize(("name", "tiles"), ALL)
 def test_low_bit(name: str, tiles: str) -> None:
-    if OLD_INTERPRETER and (CASES[name].symbols or tiles in ("parts", "row_sums")):
-        pytest.skip("the interpreter cannot loop up to what is computed")
     check(name, TILES[tiles])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 @pytest.mark.parametrize(("name", "tiles"), ALL)
 def test_on_gpu(name: str, tiles: str) -> None:
     check(name, TILES[tiles], "cuda")
