@@ -145,8 +145,8 @@ def reach(kernel: Kernel, scratch: Iterable[Buffer] = ()) -> Dim:
 def _most(index: sympy.Expr, extents: Mapping[sympy.Symbol, Any]) -> sympy.Expr:
     """What a position does not pass, nor falls below on the other side of 0."""
     plain = sympy.sympify(index).replace(Mod, lambda a, b: b).replace(FloorDiv, lambda a, b: a)
-    terms = [term.xreplace(extents) for term in sympy.Add.make_args(sympy.expand(plain))]
-    return sympy.Add(*(-t if t.could_extract_minus_sign() else t for t in terms))
+    terms: list[sympy.Expr] = [term.xreplace(extents) for term in sympy.Add.make_args(sympy.expand(plain))]  # type: ignore[misc]
+    return sympy.Add(*(-t if t.could_extract_minus_sign() else t for t in terms))  # type: ignore[return-value]
 
 
 def is_wide(kernel: Kernel, scratch: Iterable[Buffer] = ()) -> bool:
