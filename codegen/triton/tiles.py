@@ -234,9 +234,9 @@ def _tiled(found: Product, dtypes: list[torch.dtype], wide: bool) -> Tiles:
     while not found.reduces and programs(m, n) < PROCESSORS and m * n > 32 * 32:
         m, n = (m // 2, n) if m >= n and m > FEW else (m, n // 2)
     split = 1 if found.reduces else _split(sizes["k"], k, programs(m, n))
-    computed = is_computed(found)  # threads hold what they compute, and addresses for every stage
+    computed = is_computed(found)  # threads hold what they compute, and addresses for every stage: large blocks have no room for more
     warps = max(8 if computed and torch.float32 in dtypes else 4, min(8, len(dtypes) * m * n // 2048))
-    return Tiles(m, n, k, split_k=split, num_warps=warps, num_stages=2 if computed and k <= 32 else 3, wide=wide)
+    return Tiles(m, n, k, split_k=split, num_warps=warps, num_stages=2 if computed and m >= 128 and k <= 32 else 3, wide=wide)
 
 
 def _uneven(found: Product, dtypes: list[torch.dtype], wide: bool) -> Tiles:

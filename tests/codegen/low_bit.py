@@ -72,6 +72,8 @@ for word, storage in F8.items():
         add(f"{word}_{rows}", dequantizing(BF16), x(rows, 64, dtype=BF16), weight, steps(24, 1, dtype=BF16))
 for rows in (1, 3, 20):
     add(f"int_linear_{rows}", of_integers, integers(rows, 64), integers(24, 64), steps(rows, 1), steps(24), x(24))
+add("int_linear_tails", of_integers, integers(19, 50), integers(21, 50), steps(19, 1), steps(21), x(21))
+add("int_linear_no_rows", of_integers, integers(0, 64), integers(24, 64), steps(0, 1), steps(24), x(24))
 add("tails_i8", dequantizing(BF16), x(19, 50, dtype=BF16), integers(21, 50), steps(21, 1))
 add("tails_int4", unpacking(4, F32, False), x(19, 50), packed(21, 25), steps(21, 1))
 add("tails_int4_groups", unpacking(4, F32, True), x(19, 60), packed(21, 30), steps(21, 6), packed(21, 3))

@@ -22,7 +22,7 @@ from tilewright.codegen.triton.runtime import run
 from tilewright.codegen.triton.templates import build
 from tilewright.codegen.triton.tiles import Tiles, refusal
 from tilewright.ir import ops
-from tilewright.ir.graph import Graph, graph_input, order
+from tilewright.ir.graph import Graph, Node, graph_input, order
 from tilewright.ir.interpret import bind_sizes, interpret
 from tilewright.ir.text import parse
 from tilewright.ir.types import TensorType
@@ -69,6 +69,22 @@ def test_low_bit(name: str, tiles: str) -> None:
 @pytest.mark.parametrize(("name", "tiles"), ALL)
 def test_on_gpu(name: str, tiles: str) -> None:
     check(name, TILES[tiles], "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_are_quantized_as_they_come(dtype: torch.dtype) -> None:
+    """Rows of zeros, and rows that hold what is no number, among others."""
+    rows = torch.randn(9, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[1], rows[2, 3], rows[4, 7], rows[5, 0] = 0, float("nan"), float("inf"), float("-inf")
+
+    def both(a: Node) -> tuple[Node, ...]:
+        made = ops.quantize_rows(a)
+        return ops.item(made, index=0), ops.item(made, index=1)
+
+    graph = graph_of(both, (rows,))
+    got = run(build(lower(graph, "k")), {"x0": rows}, {}).values()
+    for ours, eager in zip(got, interpret(graph, (rows,)), strict=True):
+        torch.testing.assert_close(ours.reshape(eager.shape), eager, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- what is printed, at sizes of models
