@@ -20,8 +20,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from ..ir.errors import TilewrightError
 from .errors import CannotWrite
+from .tuning import app as tuning
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Optimization with a receipt.")
+app.add_typer(tuning, name="tuning")
 
 CommandLineError: Any = typer.BadParameter.__mro__[2]  # ClickException, which newer versions of typer carry inside
 INTERRUPTED = 130  # what typer returns for a KeyboardInterrupt
@@ -33,7 +35,7 @@ InputsOption = Annotated[
 ]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="where to write the artifact; default: MODEL.tw")]
 PassesOption = Annotated[str | None, typer.Option(help='passes to run instead of the default list, e.g. "canonicalize,fuse-regions"')]
-TuneOption = Annotated[float, typer.Option("--tune", min=0, help="seconds for measuring which rewrites gain; 0: take them all")]
+TuneOption = Annotated[float, typer.Option("--tune", min=0, help="seconds for measuring what gains, for a target for compiling; 0: none")]
 TargetOption = Annotated[
     str | None, typer.Option("--target", help="compile for a GPU that need not be here: sm_80, sm_90 or gfx942; nothing is timed")
 ]

@@ -64,6 +64,10 @@ class NoTriton(UserError):
     template = "cannot compile for {target}: {reason}"
 
 
+class NoTimings(UserError):
+    template = "cannot read timings from {path}: {reason}"
+
+
 class CannotOptimize(UserError):
     template = "cannot optimize {path}: {reason}"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -165,6 +165,7 @@ def _of_product(kernel: Kernel, sizes: _Sizes) -> Estimate:
         pipelined = max(tiles.num_stages - 1, 1)
         once = _from_memory(read, (m * left, n * right), (down, across), depth / split * batch, tiles, programs)
         parts = 4.0 * split * rows * columns * batch * len(found.dots) if split > 1 else 0.0
+        plain += 0.0 if tiles.descriptors else blocks * block / WIDEST * _ADDRESS / 2  # what threads do to copy
         first = Work(
             programs,
             tiles.num_warps,
@@ -181,9 +182,18 @@ def _of_product(kernel: Kernel, sizes: _Sizes) -> Estimate:
             shared=operands_ * pipelined if matrix else 0,
             rows=m,
         )
+        first = _persistent(first, tiles.programs) if tiles.programs else first
         return [first, _streams(parts + written, rows * columns * batch)] if split > 1 else [first]
 
     return estimate
+
+
+def _persistent(work: Work, programs: int) -> Work:
+    """The same tiles walked by so many programs: each has several, and starts once."""
+    programs = min(programs, work.programs)
+    turns = _over(work.programs, programs)
+    more = {name: getattr(work, name) * turns for name in ("cached", "plain", "flops")}
+    return replace(work, programs=programs, waits=2 + (work.waits - 2) * turns, **more)
 
 
 def _reused(results: float) -> float:

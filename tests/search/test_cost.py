@@ -100,6 +100,18 @@ def test_keys_are_shared_where_queries_are_few() -> None:
     assert len(estimator(step)(AttentionTiles(16, 32, splits=16))) == 2
 
 
+def test_programs_that_walk_all_tiles_start_once() -> None:
+    one = linear(4096, 4096, 512)
+    every, few = (estimator(one)(replace(LARGE, programs=n))[0] for n in (0, 132))
+    assert few.programs == 132 and every.programs == 1024
+    assert few.flops * few.programs >= every.flops * every.programs, "the last turn of some programs is empty"
+
+
+def test_blocks_that_a_unit_copies_spare_threads_the_work() -> None:
+    one = linear(4096, 4096, 4096)
+    assert predicted_seconds(one, replace(LARGE, descriptors=True)) < predicted_seconds(one, LARGE)
+
+
 def test_a_pipeline_hides_what_is_waited_for() -> None:
     one = linear(1024, 1024, 8192)
     times = [predicted_seconds(one, Tiles(128, 64, 64, num_warps=4, num_stages=n)) for n in (1, 3)]
