@@ -109,9 +109,8 @@ def _soften_wide(scores, unit: tl.constexpr, largest, total):
 def _find_group(ends_ptr, block, rows, count: tl.constexpr, lanes: tl.constexpr, length: tl.constexpr, dtype: tl.constexpr):
     """The group that a block of rows is of, its first row, and where the group ends. Group `count` has the rows behind the last one."""
     group = tl.arange(0, lanes)
-    begin = tl.maximum(tl.load(ends_ptr + group - 1, (group > 0) & (group <= count), other=0), 0).to(dtype)
-    end = tl.load(ends_ptr + group, group < count, other=0).to(dtype)
-    end = tl.where(group < count, tl.minimum(tl.maximum(end, begin), rows), rows)
+    begin = tl.minimum(tl.maximum(tl.load(ends_ptr + group - 1, (group > 0) & (group <= count), other=0), 0), rows).to(dtype)
+    end = tl.minimum(tl.maximum(tl.load(ends_ptr + group, group < count, other=rows), 0), rows).to(dtype)
     blocks = tl.where(group <= count, (tl.maximum(end - begin, 0) + length - 1) // length, 0)
     until = tl.cumsum(blocks, axis=0)
     own = tl.sum((until <= block).to(dtype), axis=0)

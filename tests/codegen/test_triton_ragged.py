@@ -91,15 +91,16 @@ def test_any_groups(seed: int) -> None:
     check(case, Tiles(16, 16, 16, group_m=1 << seed % 3))
 
 
-@pytest.mark.parametrize("ends", [[9, 4, 30], [-5, 9, 90], [30, 0, 0], [2**31 - 1, -(2**31), 7]])
+@pytest.mark.parametrize("ends", [[9, 4, 30], [-5, 9, 90], [30, 0, 0], [2**31 - 1, -(2**31), 7], [2**31, 2**40, -(2**40)]])
 def test_ends_that_are_wrong_touch_nothing_else(ends: list[int]) -> None:
     """What they give means nothing, but all of it is in the result."""
-    kernel = lower(graph_of(ops.grouped_matmul, (x(30, 24), x(3, 24, 33), torch.tensor(ends, dtype=I32))), "k")
+    limits = torch.tensor(ends, dtype=I32 if max(ends) < 2**31 else torch.int64)
+    kernel = lower(graph_of(ops.grouped_matmul, (x(30, 24), x(3, 24, 33), limits)), "k")
     guarded = torch.full((3 * 30 * 33,), 7.0)
     middle = guarded[30 * 33 : 60 * 33]
     rows = torch.full((3 * 30 * 24,), float("nan"))
     rows[30 * 24 : 60 * 24] = 1.0
-    inputs = {"x0": rows[30 * 24 : 60 * 24], "x1": torch.ones(3 * 24 * 33), "x2": torch.tensor(ends, dtype=I32), "out": middle}
+    inputs = {"x0": rows[30 * 24 : 60 * 24], "x1": torch.ones(3 * 24 * 33), "x2": limits, "out": middle}
     launch(build(kernel, Tiles(16, 16, 16)), inputs)
     assert (guarded[: 30 * 33] == 7).all() and (guarded[60 * 33 :] == 7).all()
     assert not torch.isnan(middle).any()
