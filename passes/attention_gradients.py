@@ -61,33 +61,31 @@ def _arguments(call: Node) -> Mapping[str, Any]:
 
 
 def _one(given: Mapping[str, Any], of: str) -> Node | None:
-    grad, q, k, v, out = (given[name] for name in ("grad_out", "query", "key", "value", "out"))
-    rows = _rows(given["logsumexp"], q)
-    width = q.shape[-1]
-    if rows is None or given.get("scale") is None and not isinstance(width, int):
+    """The gradient; None where the operands do not fit."""
+    q, out, scale = given["query"], given["out"], given.get("scale")
+    if scale is None and not isinstance(q.shape[-1], int):
         return None
-    scale = given.get("scale")
     bias = next((given[name] for name in _BIAS if given.get(name) is not None), None)
     wide = compute_dtype(q.dtype)
-    terms = OPS["mul"](*(t if t.dtype == wide else OPS["cast"](t, dtype=wide) for t in (grad, out)))
-    operands = (grad, q, k, v, rows, OPS["sum"](terms, dims=(q.tensor.rank - 1,)), *([] if bias is None else [bias]))
-    factor = 1 / math.sqrt(width) if scale is None else float(scale)
+    terms = OPS["mul"](*(t if t.dtype == wide else OPS["cast"](t, dtype=wide) for t in (given["grad_out"], out)))
+    delta = OPS["sum"](terms, dims=(out.tensor.rank - 1,))
+    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     try:
+        operands = [given["grad_out"], q, given["key"], given["value"], _rows(given["logsumexp"], q), delta]
+        operands += [] if bias is None else [bias]
         return OPS["attention_gradient"](*operands, of=of, causal=given.get("is_causal", False), scale=factor)
     except TypeInferenceError:
         return None
 
 
-def _rows(logsumexp: Node, q: Node) -> Node | None:
-    """One number for each row of a query: the kernels of torch give some more, or a dimension more."""
-    shape = q.shape[:-1]
-    if logsumexp.tensor.rank == len(shape) + 1 and same(logsumexp.shape[-1], 1):
+def _rows(logsumexp: Node, q: Node) -> Node:
+    """One number for each row of a query: the kernels of torch give some more, or a dimension more. Raises TypeInferenceError."""
+    rank, length = q.tensor.rank - 1, q.shape[-2]
+    if logsumexp.tensor.rank == rank + 1 and same(logsumexp.shape[-1], 1):
         logsumexp = OPS["reshape"](logsumexp, shape=logsumexp.shape[:-1])
-    if logsumexp.tensor.rank != len(shape) or not same_shape(logsumexp.shape[:-1], shape[:-1]):
-        return None
-    if same(logsumexp.shape[-1], shape[-1]):
+    if logsumexp.tensor.rank != rank or same(logsumexp.shape[-1], length):
         return logsumexp
-    return OPS["slice"](logsumexp, dim=len(shape) - 1, start=0, stop=shape[-1])
+    return OPS["slice"](logsumexp, dim=rank - 1, start=0, stop=length)
 
 
 def _summed(made: Node, like: Node) -> Node:

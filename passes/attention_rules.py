@@ -74,6 +74,8 @@ def _analyse(m: Match) -> _Parts | Refusal:
     parts = _masked(logits, weights)
     if isinstance(parts, Refusal):
         return parts
+    if parts.product.op.name != "matmul":
+        return Refusal(Reason.SHAPE_MISMATCH, parts.product)
     if not same_shape(parts.product.shape, logits.shape) or parts.product.dtype != logits.dtype:
         return Refusal(Reason.SHAPE_MISMATCH, parts.mask)
     return parts
@@ -87,9 +89,29 @@ def _masked(logits: Node, weights: str, layers: int = MOST_LAYERS) -> _Parts | R
     parts = _scaled(logits, weights)
     if parts is not None:
         return parts
-    if layers == 0 or logits.op.name not in ("where", "add"):
+    if layers == 0 or logits.op.name not in _LAYERS:
         return Refusal(Reason.SHAPE_MISMATCH, logits)
-    return (_where_mask if logits.op.name == "where" else _sum)(logits, weights, layers - 1)
+    return _LAYERS[logits.op.name](logits, weights, layers - 1)
+
+
+def _apart(logits: Node, weights: str, layers: int) -> _Parts | Refusal:
+    """reshape(.. reshape(product: [b, h, m, n], [b * h, m, n]) .., [b, h, m, n]): heads were beside the batch for a while, as in BLOOM."""
+    parts = _masked(logits.inputs[0], weights, layers)
+    if isinstance(parts, Refusal):
+        return parts
+    view, mask = parts.product, parts.mask
+    if view.op.name != "reshape" or not same_shape(view.inputs[0].shape, logits.shape):
+        return Refusal(Reason.SHAPE_MISMATCH, logits)
+    if mask is not None and same_shape(mask.shape[:-2], view.shape[:-2]):
+        mask = OPS["reshape"](mask, shape=(*logits.shape[:-2], *mask.shape[-2:]))
+    elif mask is not None and mask.tensor.rank > 2:
+        return Refusal(Reason.SHAPE_MISMATCH, mask)
+    return replace(parts, product=view.inputs[0], mask=mask, inner=(*parts.inner, logits))
+
+
+def _keeps_rows(view: Node) -> bool:
+    """Only the dimensions in front of the last two differ."""
+    return view.inputs[0].tensor.rank > 1 < view.tensor.rank and same_shape(view.shape[-2:], view.inputs[0].shape[-2:])
 
 
 def _sum(logits: Node, weights: str, layers: int) -> _Parts | Refusal:
@@ -101,7 +123,7 @@ def _sum(logits: Node, weights: str, layers: int) -> _Parts | Refusal:
 
 
 def _scaled(node: Node, weights: str) -> _Parts | None:
-    """matmul(q, kt), times or divided by numbers."""
+    """matmul(q, kt), times or divided by numbers; or a view of it that joins heads and batch."""
     scale, inner = 1.0, []
     while node.op.name in ("mul", "div"):
         number = _factor(node)
@@ -110,6 +132,8 @@ def _scaled(node: Node, weights: str) -> _Parts | None:
         scale *= number
         inner.append(node)
         node = node.inputs[0]
+    if node.op.name == "reshape" and node.inputs[0].op.name == "matmul" and _keeps_rows(node):
+        return _Parts(node, weights, scale, inner=(*inner, node, node.inputs[0]))
     return _Parts(node, weights, scale, inner=(*inner, node)) if node.op.name == "matmul" else None
 
 
@@ -144,6 +168,9 @@ def _where_mask(node: Node, weights: str, layers: int) -> _Parts | Refusal:
         if isinstance(parts, _Parts):
             return _filled(node, parts, condition, float(number), keep)
     return Refusal(Reason.SHAPE_MISMATCH, node)
+
+
+_LAYERS = {"where": _where_mask, "add": _sum, "reshape": _apart}
 
 
 def _as_bias(mask: Node, like: TensorType) -> Node:

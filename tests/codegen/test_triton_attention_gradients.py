@@ -8,18 +8,25 @@ from functools import cache
 
 import pytest
 import torch
-from attention_gradients import CASES, Gradients, assert_within, gradients
+from attention_gradients import CASES, SCALE, Gradients, assert_within, gradients
 from lowering import graph_of, memory, outputs
+from support import NATIVE
+from test_program import ANY_S, S, assert_same, fused, t
 from tilewright.codegen.errors import Unsupported
 from tilewright.codegen.kernel import Attend, Dot, Kernel, scalars
 from tilewright.codegen.lower import lower
+from tilewright.ir import ops
+from tilewright.ir.graph import graph_input
 from tilewright.ir.interpret import bind_sizes, interpret
 from tilewright.ir.ops.attention_gradients import OF
+from tilewright.ir.retarget import retarget
 
 pytest.importorskip("triton")
 
+from fake_driver import FakeGpu
 from tilewright.codegen.cpp.attention import print_attention
 from tilewright.codegen.cpp.schedule import CpuTarget
+from tilewright.codegen.program import compile_program as compile_graph
 from tilewright.codegen.triton.attention_tiles import AttentionTiles
 from tilewright.codegen.triton.offline import compile_program
 from tilewright.codegen.triton.runtime import run
@@ -92,6 +99,23 @@ def test_rows_without_keys_give_nothing(value: float, of: str) -> None:
     logsumexp = torch.where(logsumexp.isinf(), value, logsumexp)
     got = check(replace(found, operands=(grad, q, k, v, logsumexp, *rest)), of, SMALL)
     assert got.isfinite().all() and (of != "query" or not got[:, :, 0].any())
+
+
+@NATIVE
+@pytest.mark.parametrize("of", OF)
+def test_one_program_for_all_lengths(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launched as on a GPU, with operands that the gradient of a value does not read."""
+    gpu = FakeGpu("sm_90")
+    gpu.watch(monkeypatch)
+    long, row = t(1, 2, S, 16), t(1, 2, S)
+    inputs = [graph_input(name, row if name in ("lse", "delta") else long) for name in ("grad", "q", "k", "v", "lse", "delta")]
+    node = ops.op("attention_gradient")(*inputs, of=of, causal=True, scale=SCALE)
+    body = retarget(fused(inputs, [node], "cuda:0", symbols=ANY_S), "cpu")  # decided for a GPU, run on this machine
+    program = compile_graph(body, gpu.targets)
+    for length in (2, 33, 70):
+        gpu.launches.clear()
+        assert_same(program, body, list(gradients((1, 2, length, 16), causal=True).operands), rtol=1e-4, atol=1e-5)
+        assert len(gpu.launches) == 1
 
 
 # ---- what is printed

@@ -57,6 +57,19 @@ class Window(Added):
         return torch.where((away <= 0) & (away > -40), self.slopes.view(HEADS, 1, 1) * -away.abs(), -math.inf)
 
 
+class Bloom(Mpt):
+    """BLOOM: heads beside the batch, the bias is what their products are added to, masks come after a view."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        (b, h, m, _), n = q.shape, k.shape[-2]
+        alibi = (torch.arange(n)[None, None, :] * self.slopes.view(1, HEADS, 1)).expand(b, h, n).reshape(b * h, 1, n)
+        flat = [t.reshape(b * h, *t.shape[2:]) for t in (q, k.transpose(-1, -2), v)]
+        scores = alibi.baddbmm(flat[0], flat[1], beta=1.0, alpha=0.25).view(b, h, m, n)
+        later = torch.arange(n)[None, :] > torch.arange(m)[:, None]
+        weights = F.softmax(scores.masked_fill(later, torch.finfo(scores.dtype).min), -1)
+        return torch.bmm(weights.view(b * h, m, n), flat[2]).view(b, h, m, -1)
+
+
 class Layers(Added):
     """One bias, which is read by several layers."""
 
@@ -67,7 +80,7 @@ class Layers(Added):
         return v
 
 
-MODELS = (Mpt, Added, Window, Layers)
+MODELS = (Mpt, Added, Window, Bloom, Layers)
 
 
 def operands(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

@@ -141,7 +141,8 @@ REFUSED: dict[str, tuple[Graph, Reason]] = {
     "the gradient of a mask": (call("efficient", wanted=(True, True, True, True)), Reason.NOT_EXPRESSIBLE),
     "gradients of keys alone": (call("efficient", wanted=(False, True, True, False)), Reason.NOT_EXPRESSIBLE),
     "wide heads": (call(width=256), Reason.LIBRARY_CALL),
-    "rows of another number": (call(lse=(2, 33)), Reason.SHAPE_MISMATCH),
+    "rows of another shape": (call(lse=(2, 33)), Reason.SHAPE_MISMATCH),
+    "too few rows": (call(lse=(2, 4, 32)), Reason.SHAPE_MISMATCH),
     "a CPU": (retarget(call(dtype=torch.float32), "cpu"), Reason.LIBRARY_CALL),
 }
 
