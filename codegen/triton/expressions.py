@@ -231,10 +231,11 @@ class Expressions:
         axes = span.axes[run.first : run.last + 1]
         names = frozenset(a.name for a in axes)
         scope = self._scope(names)
-        steady = dimension is not None and names <= dimension.steady
-        code = index_source(span.value(run), {span.flat: dimension.start} if dimension is not None and steady else {})
+        begin = dimension.start if dimension is not None and names <= dimension.steady else ""
+        code = index_source(span.value(run), {span.flat: begin} if begin else {})
+        code = f"tl.cast({code}, tl.int64)" if begin and self.schedule.wide else code
         if code not in scope.variables:
-            word = "group" if steady else "_".join(a.name for a in axes)
+            word = "group" if begin else "_".join(a.name for a in axes)
             name = self._run_names.get(code) or (word if word in names else self._name(word))
             self._run_names[code] = scope.variables[code] = name
             scope.lines.append(f"{name} = {code}")

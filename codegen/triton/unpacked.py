@@ -28,7 +28,7 @@ from .legalize import rewritten
 from .scalars import Text
 
 MOST = 8
-"""Values in a byte."""
+"""Values in a byte, of one bit."""
 
 Free = Mapping[Scalar, frozenset[str]]
 
@@ -66,6 +66,7 @@ class Unpacking(Expressions):
         flat, depth = whole.span.flat, self.layout.dimensions[-1]
         points, spread = f"tl.arange(0, {whole.constant} // {per})", self.layout.spread(depth)
         code = f"({flat}_start // {per} + {points}){spread}" if whole.looped else f"{points}{spread}"
+        code += ".to(tl.int64)" if self.schedule.wide else ""
         scope = self._scope(frozenset(a.name for a in depth.span.axes))
         known = code in scope.variables
         span = Span(depth.span.axes[: -len(axes)], self._variable(f"{flat}_bytes", code, scope))
