@@ -135,7 +135,7 @@ INLINE void panel_of_bytes(const int32_t* block, int64_t lda, int64_t m, int64_t
       const char* const mine = next + g % (N + 1) * count * LINE;
       const auto ahead = [=](int64_t k) LANES { fetch(mine + k * LINE); };
       const auto stream = [=](int64_t k) LANES {
-        UNROLL for (int64_t i = 0; i < N * L * 4; i += LINE) fetch((const char*)(part + (k + NEAR) * right.ld) + i);
+        UNROLL for (int64_t i = 0; i < N * L * 4; i += LINE) fetch((const char*)(part + k * right.ld) + NEAR + i);
       };
       const int32_t* const a = block + g * R * lda + w * each;
       if constexpr (R <= 4) micro_bytes<R, N, L>(a, lda, part, right.ld, count, tile + g * R * width, width, w > 0, stream);

@@ -14,7 +14,7 @@ constexpr int64_t DEPTH = 384;             // terms of one run of the micro-kern
 constexpr int64_t BLOCK_ROWS = 128;        // rows of the left operand that meet it there
 constexpr int64_t BLOCK_BYTES = 1 << 20;   // what operands that are read again and again may take of the second-level cache
 constexpr int64_t THREAD_WORK = 1 << 18;   // multiplications that are worth a thread
-constexpr int64_t NEAR = 16;               // rows of a panel between what few rows read and what they fetch
+constexpr int64_t NEAR = 3072;             // bytes of a panel between what few rows read and what they fetch
 constexpr int64_t FEW_ROWS = 8;            // rows up to which sums along contiguous columns are no slower than turning them
 constexpr int64_t LINE = 64;               // bytes of a cache line
 constexpr int64_t FEW_TILES = 8, PARTS = 16;  // a product of so few tiles is divided along its depth
@@ -103,10 +103,10 @@ template <int N, int L, class At> struct Panels {
   template <int R, class T>
   INLINE void add(const T* a, int64_t lda, int64_t group, int64_t n, int64_t k, int64_t depth, T* tile, bool more) const {
     const auto data = panel(n) + k * ld;
-    constexpr int64_t lines = sizeof(*data) * width / LINE, shares = lines + 1;
+    constexpr int64_t lines = (sizeof(*data) * width + LINE - 1) / LINE, shares = lines + 1;
     if constexpr (R == 3 || R == 4) {  // one group, and memory sets the time
       micro<R, N, L>(a, lda, data, ld, depth, tile, width, more, [=](int64_t k) LANES {
-        const char* const next = (const char*)(data + (k + NEAR) * ld);
+        const char* const next = (const char*)(data + k * ld) + NEAR;
         UNROLL for (int64_t i = 0; i < lines; i++) fetch(next + i * LINE);
       });
     } else {

@@ -168,6 +168,9 @@ template <class R> INLINE auto widen_half(R h) {
   constexpr int L = lanes<R>;
 #if defined(__F16C__) && !defined(__clang__)
   if constexpr (L == 8) return __builtin_ia32_vcvtph2ps256(bits<vec<int16_t, 8>>(h));
+#if defined(__AVX512F__)
+  else if constexpr (L == 16) return __builtin_ia32_vcvtph2ps512_mask(bits<vec<int16_t, 16>>(h), vec<float, 16>{}, -1, 4);
+#endif
   else if constexpr (L == 16) {
     vec<uint16_t, 8> part[2];
     vec<float, 8> wide[2];
@@ -194,6 +197,9 @@ template <class V> INLINE auto narrow_half(V v) {
   constexpr int L = lanes<V>;
 #if defined(__F16C__) && !defined(__clang__)
   if constexpr (L == 8) return bits<vec<uint16_t, 8>>(__builtin_ia32_vcvtps2ph256(v, 0));
+#if defined(__AVX512F__)
+  else if constexpr (L == 16) return bits<vec<uint16_t, 16>>(__builtin_ia32_vcvtps2ph512_mask(v, 0, vec<int16_t, 16>{}, -1));
+#endif
   else if constexpr (L == 16) {
     vec<float, 8> part[2];
     vec<uint16_t, 8> thin[2];

@@ -25,6 +25,10 @@ CONTRACTIONS = (
     "linear_columns_70_50_33", "linear_rows_9_1_40", "linear_packed_3_17_400", "linear_packed_17_64_0", "deep_columns_3", "symbolic_all",
     "heads_epilogue", "gathered_rows", "convolution_channels_last", "convolution_channels_first", "batched", "thin_bfloat16_packed",
 )  # fmt: skip
+WORDS = (
+    "int8_1", "int4_5", "int4_70", "int4_odd", "int4_padded_depth", "int4_padded_bytes", "int8_one_column_more", "uint8_zeros_3",
+    "dynamic_3", "dynamic_40", "epilogue_3", "bf16_3", "f16_40", "no_rows", "one_of_some_rows",
+)  # fmt: skip
 ATTENTIONS = ("causal, fewer keys than queries", "narrow heads", "padding", "decode, grouped", "bfloat16", "sizes known at run time")
 CONVOLUTIONS = ("stem", "border_only", "longer_than_registers", "tiles_beyond_the_image")
 WINDOWS = ("tails", "stride_dilation", "wide_padding", "symbolic", "max_ceil", "avg_ceil_uncounted")
@@ -60,6 +64,7 @@ def sample() -> None:
     import test_cpp_convolutions as convolutions
     import test_cpp_kernels as kernels
     import test_cpp_windows as windows
+    import test_cpp_words as words
     import test_recurrence_kernels as recurrences
     from tilewright.codegen.cpp.schedule import CpuTarget
     from tilewright.codegen.cpp.toolchain import compile_kernels
@@ -69,6 +74,9 @@ def sample() -> None:
     made |= {("contraction", name): contractions.CASES[name][0].kernel for name in CONTRACTIONS}
     made |= {("convolution", name): replace(convolutions.CASES[name][0], name=f"k_convolution_{name}") for name in CONVOLUTIONS}
     made |= {("attention", name): lower(attention.graph(attention.CASES[name]), f"k_attention_{n}") for n, name in enumerate(ATTENTIONS)}
+    layers = {name: words.CASES[name].graph() for name in WORDS}
+    regions = {name: words.region_of(graph) for name, graph in layers.items()}
+    made |= {("words", name): lower(region.attrs["body"], f"k_words_{name}") for name, region in regions.items()}
     made |= {("windows", name): lower(windows.CASES[name].graph(), f"k_windows_{name}") for name in WINDOWS}
     compiled = dict(zip(made, compile_kernels(list(made.values()))))
     for (family, name), function in compiled.items():
@@ -78,6 +86,8 @@ def sample() -> None:
             contractions.test_kernel_computes_what_the_reference_does(name, {name: function})
         elif family == "convolution":
             convolutions.test_convolution_computes_what_the_reference_does(name, {name: function})
+        elif family == "words":
+            words.test_words_give_what_the_meaning_gives(name, {name: (layers[name], regions[name], function)})
         elif family == "attention":
             attention.test_against_the_meaning(name, {name: function})
         else:
