@@ -147,14 +147,15 @@ def _verdict(place: _Place, texts: Sequence[str], bench: Bench, deadline: float,
 
 
 def _run(make: Callable[[], Graph], bench: Bench, ours: bool = False) -> Run:
-    """A call of a graph, which the first call makes and compiles. ours: it fails where there is no kernel for it."""
+    """A call of a graph, which the first call makes and compiles. ours: it fails where there is no kernel for it under its schedule."""
 
     @functools.cache
     def made() -> tuple[Program, list[Any]]:
         graph = make()
         program = compile_program(graph, bench.targets)
-        if ours and program.fallbacks:
-            raise UnsupportedByTriton(what=graph.name, reason=program.fallbacks[0].reason)
+        reasons = [*(f.reason for f in program.fallbacks), *(note for k in program.kernels for note in k.notes)]
+        if ours and reasons:  # it would run by something else
+            raise UnsupportedByTriton(what=graph.name, reason=reasons[0])
         return program, example_inputs(graph)
 
     def run() -> None:

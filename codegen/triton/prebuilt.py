@@ -22,8 +22,8 @@ from .legalize import UnsupportedByTriton
 from .native import Routines, launcher, native, routines
 from .program import Launch, Program
 from .program import multiples as known_multiples
-from .smaller import TRIES, smaller
-from .templates import build, widened
+from .smaller import TRIES
+from .templates import build, following, widened
 
 
 def key(program: Program, one: Launch, target: str, multiples: Sequence[str] = ()) -> str:
@@ -74,14 +74,14 @@ def _found(kernel: Kernel, code: Code, driver: Driver, routine: Routines) -> Com
 
 
 def _compiled(kernel: Kernel, code: Code) -> Program | None:
-    """The kernel as it was printed when it was compiled: under the first schedule, or a smaller one where that did not fit."""
+    """The kernel as it was printed when it was compiled: under the first schedule, or another one where that did not fit."""
     schedule = None
-    for _ in range(TRIES):
+    for tried in range(TRIES):
         program = build(kernel, schedule)
         wide = widened(program)
         if all(key(p, one, code.target) in code.binaries for p in (program, wide) if p is not None for one in p.launches):
             return program
-        schedule = smaller(program.schedule)
+        schedule = following(kernel, program.schedule, tried == 0)
         if schedule is None:
             return None
     return None

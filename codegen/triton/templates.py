@@ -20,6 +20,7 @@ from .ragged_roles import is_ragged
 from .recurrence import build_recurrence
 from .recurrence_tiles import RecurrenceTiles, is_recurrence, layer_tiles
 from .schedule import NARROW, Schedule, default_schedule, is_wide, may_be_wide, reach
+from .smaller import smaller
 from .tiles import Tiles, default_tiles
 
 
@@ -76,6 +77,13 @@ def chosen(kernel: Kernel, template: Template) -> Any:
         values[name] = value
     start = template.default(kernel)
     return template.options(**values, **{name: getattr(start, name) for name in _OF_THE_KERNEL}) if values else start
+
+
+def following(kernel: Kernel, failed: Any, first: bool) -> Any:
+    """The schedule to try after one that does not work: the one to start from, where the first was another; else a smaller one, or None."""
+    kernel = without_matrix(kernel)
+    start = template_of(kernel).default(kernel)
+    return start if first and kernel.schedule and failed != start else smaller(failed)
 
 
 def text_of(schedule: Any) -> str:

@@ -22,8 +22,9 @@ from .legalize import UnsupportedByTriton
 from .native import Routines, launcher, native, routines
 from .offline import OfflineError, compile_binary
 from .program import Launch, Program
-from .smaller import TRIES, smaller
+from .smaller import TRIES
 from .templates import build as print_program
+from .templates import following
 
 
 def compile_kernels(kernels: Sequence[Kernel], device: str = "cuda", driver: Driver | None = None) -> list[Union[Compiled, Failed]]:
@@ -61,8 +62,8 @@ Attempt = Callable[[Program, tuple[str, ...]], Compiled]
 
 
 def under_schedules(kernel: Kernel, attempt: Attempt) -> Compiled | Failed:
-    """attempt(program, what was tried before) under the schedule of the kernel's template; where the device has not enough for it, or
-    Triton fails, under smaller ones."""
+    """attempt(program, what was tried before) under the schedule that was chosen, or that of the kernel's template; where the device has
+    not enough for it, or Triton fails, under others."""
     tried: list[str] = []
     schedule: Any = None
     try:
@@ -74,7 +75,7 @@ def under_schedules(kernel: Kernel, attempt: Attempt) -> Compiled | Failed:
                 return attempt(program, tuple(tried))
             except (OfflineError, DoesNotFit) as error:
                 tried.append(f"{program.schedule}: {error}")
-            schedule = smaller(program.schedule)
+            schedule = following(kernel, program.schedule, len(tried) == 1)
             if schedule is None:
                 break
     except (UnsupportedByTriton, DriverError) as error:

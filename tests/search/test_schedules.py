@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from fake_driver import FakeGpu, Launched
 from sampled import linear, softmax
-from tilewright.codegen.program import list_program
+from tilewright.codegen.program import compile_program, list_program
 from tilewright.codegen.regions import lowered_regions
 from tilewright.codegen.target import TARGETS, Usage
 from tilewright.codegen.triton.binary import Binary, OfflineError
@@ -246,7 +246,6 @@ def test_one_that_fails_is_out(gpu, compiler, database, monkeypatch) -> None:
         return real(program, one, *rest)
 
     monkeypatch.setattr(toolchain, "compile_binary", failing)
-    monkeypatch.setattr(toolchain, "smaller", lambda schedule: None)
     (line,) = by_measuring(fused(ROWS), bench(gpu, lambda launched: 1.0 / launched.grid[0]), soon(), database).lines
     assert "the compiler fell over" in line.why and "num_warps" not in line.schedule
 
@@ -276,6 +275,19 @@ def test_a_fault_costs_one_kernel_its_search(gpu, compiler, database, monkeypatc
     with pytest.warns(RuntimeWarning, match="ZeroDivisionError"):
         found = by_measuring(fused(ROWS), bench(gpu, lambda launched: 1e-3), soon(), database)
     assert "internal error" in found.lines[0].why and not found.schedules
+
+
+@NATIVE
+@pytest.mark.parametrize("schedule, other", [("xblock=1 rblock=1024 num_warps=16", True), ("xblock=2 rblock=1024 num_warps=4", False)])
+def test_a_chosen_one_that_does_not_work_here_gives_way_to_the_start(gpu, monkeypatch, schedule, other) -> None:
+    """As in an artifact that was made on a larger GPU."""
+    graph = fused(ROWS)
+    (region,) = [n for n in order(graph) if n.op.name == "region"]
+    graph = with_schedules(graph, {region_name(region): schedule})
+    gpu.library.fake_most_threads(256)
+    program = compile_program(graph, gpu.targets)
+    assert not program.fallbacks and bool(program.kernels[0].notes) == other
+    assert not other or "num_warps=16" in program.kernels[0].notes[0]
 
 
 # ---- in the tuner
