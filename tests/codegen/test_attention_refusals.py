@@ -12,7 +12,7 @@ from attentions import attention, x
 from lowering import graph_of
 from tilewright.codegen.attentions import find_attention
 from tilewright.codegen.errors import Unsupported
-from tilewright.codegen.kernel import Attend, Kernel, Load, Reduce, scalars
+from tilewright.codegen.kernel import Attend, Dot, Kernel, Load, Reduce, scalars
 from tilewright.codegen.lower import lower
 from tilewright.ir.scalar import Const, Scalar
 
@@ -36,12 +36,18 @@ def with_a_sum(kernel: Kernel) -> Kernel:
     return storing(kernel, found + Reduce(torch.float32, "sum", found.value, (found.axis,)))
 
 
+def with_two_products(kernel: Kernel) -> Kernel:
+    (dot,) = (v for v in scalars(kernel.stores) if isinstance(v, Dot))
+    return storing(kernel, replace(attend(kernel), score=attend(kernel).score + replace(dot)))
+
+
 ZERO = Const(torch.float32, 0.0)
 
 CASES: dict[str, Callable[[Kernel], Kernel]] = {
     "other axes than queries, keys and columns": lambda k: storing(k, replace(attend(k), value=ZERO)),
     "wide heads": lambda k: made(260),
     "several contractions": lambda k: storing(k, attend(k) + replace(attend(k))),
+    "a softmax over several products": with_two_products,
     "a reduction beside": with_a_sum,
     "an attention in torch.int64": lambda k: storing(k, replace(attend(k), dtype=torch.int64)),
     "other points than those": lambda k: replace(k, stores=(*k.stores, replace(k.stores[0], index=sympy.Integer(0), value=ZERO))),

@@ -124,6 +124,16 @@ def test_attention(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_sigmoid_attention(dtype: torch.dtype) -> None:
+    keep = values(5, 7, dtype=torch.float64) > 0
+    keep[1] = False
+    for mask, causal in [(None, False), (None, True), (keep, False), (values(2, 1, 5, 7, dtype=dtype), True)]:
+        out = attention(dtype, 4, 2, 5, 7, mask, causal=causal, weights="sigmoid")
+        assert mask is not keep or not out[:, :, 1].any()  # of what attends to nothing
+    assert not attention(dtype, 2, 2, 4, 0, weights="sigmoid").any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_attention_to_nothing_is_zero(dtype: torch.dtype) -> None:
     keep = torch.tensor([[True, False, True], [False, False, False]])
     additive = torch.zeros(2, 3).masked_fill(~keep, -math.inf)
@@ -164,6 +174,7 @@ def given(*shape: Any, dtype: torch.dtype = torch.float32) -> Any:
         (lambda: ops.batch_norm(given(2, 6), given(5), given(6)), "does not have one entry for each of the 6 channels"),
         (lambda: ops.attention(given(6, 2, 4), given(4, 2, 4), given(4, 2, 4), scale=1.0), "6 query heads do not group over 4 key heads"),
         (lambda: ops.attention(given(2, 2, 4), given(2, 3, 4), given(2, 3, 4), given(2, 2), scale=1.0), "do not broadcast"),
+        (lambda: ops.attention(given(2, 4), given(3, 4), given(3, 4), scale=1.0, weights="relu"), "by softmax or by sigmoid"),
         (lambda: ops.rope(given(2, 3), given(2, 3), given(2, 3)), "the last dimension must be even"),
     ],
 )
