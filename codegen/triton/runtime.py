@@ -93,7 +93,7 @@ def launch(program: Program, tensors: Mapping[str, torch.Tensor], sizes: Mapping
     kernel = program.kernel
     _check_sizes(kernel, sizes)
     _check_tensors(kernel, tensors)
-    if is_large(program, sizes):
+    if sizes and is_large(program, sizes):
         program = widened(program) or program
     grids = [_grid(program, one, sizes) for one in program.launches]
     if any(0 in grid for grid in grids):

@@ -17,12 +17,14 @@ from fake_driver import FakeGpu
 from tilewright.codegen.kernel import Axis, Buffer, Kernel, Store
 from tilewright.codegen.lower import lower
 from tilewright.codegen.program import compile_program
+from tilewright.codegen.target import Compiled
 from tilewright.codegen.triton import offline, spaces, toolchain
 from tilewright.codegen.triton.features import FEATURES, lacking
 from tilewright.codegen.triton.legalize import UnsupportedByTriton
 from tilewright.codegen.triton.matrices import Matrix, matrices
 from tilewright.codegen.triton.product import find_product, is_contraction, without_matrix
 from tilewright.codegen.triton.runtime import run
+from tilewright.codegen.triton.smaller import smaller
 from tilewright.codegen.triton.templates import build
 from tilewright.codegen.triton.tiles import ANY, Tiles, refusal, space
 from tilewright.ir import ops
@@ -181,6 +183,19 @@ def test_an_old_triton_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         monkeypatch.undo()
         lacking.cache_clear()
+
+
+@NATIVE
+def test_what_does_not_compile_is_tried_without_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of warps multiplied, so twice as many warps do without them; afterwards blocks become smaller, as ever."""
+    tiles = replace(SPECIALIZED, block_n=256, programs=132)
+    plain = smaller(tiles)
+    assert plain == replace(LARGE, block_n=256) and refusal(layer(), plain) is None
+    assert smaller(plain) == replace(plain, block_n=128, num_stages=1)
+    gpu, printed = FakeGpu("sm_80", shared=166_912), toolchain.print_program
+    monkeypatch.setattr(toolchain, "print_program", lambda kernel, schedule=None: printed(kernel, schedule or COPIED))
+    (made,) = toolchain.compile_kernels([layer()], "cuda", gpu.driver)
+    assert isinstance(made, Compiled) and "sm_80 has no unit that copies blocks (TMA)" in made.notes[0] and len(made.notes) == 1
 
 
 REFUSED = {
