@@ -10,7 +10,8 @@ Both operands and what follows from the sums are printed by `Expressions`, each 
 gathers, casts, arithmetic. Where rows are few, the walk is another ("sum"): products of one block [m, n, k] are added element by element,
 and summed over k after the loop. With `split_k` several programs share the depth of a tile; their sums go to memory, and a second
 kernel, an ordinary reduction, adds them and does the rest: in the same order every time, and whatever follows the sum, which additions
-in memory (atomics) would allow neither.
+in memory (atomics) would allow neither. With `programs` each of them walks several tiles, and with `descriptors` blocks of operands that
+are matrices in memory (`matrices.py`) are copied by a unit of the GPU.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def smaller(schedule: Any) -> Any:
     """
     options = [name for name in FEATURES if getattr(schedule, name, False)]
     if options:
-        warps = 2 * schedule.num_warps if "specialized" in options else schedule.num_warps  # Triton had added a second group that multiplied
+        warps = schedule.num_warps * (2 if "specialized" in options else 1)  # Triton had added a second group that multiplied
         return replace(schedule, num_warps=warps, **{name: type(getattr(schedule, name))() for name in options})
     kept = {"rblock"} if getattr(schedule, "persistent", False) else set[str]()  # the block that holds a whole extent
     lengths = {f.name: getattr(schedule, f.name) for f in fields(schedule) if f.name in LEAST and f.name not in kept}
