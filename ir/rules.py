@@ -138,10 +138,14 @@ class Missed:
 
 @dataclass
 class Tracer:
-    """Collects what `apply_rules` did. `missed` holds the refusals that stand in the final graph."""
+    """Collects what `apply_rules` did. `missed` holds the refusals that stand in the final graph.
+
+    may(rule, node): whether a rule that applies there is to be applied.
+    """
 
     applied: list[Applied] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
+    may: Callable[[str, Node], bool] = lambda rule, node: True
 
 
 # -- the driver
@@ -215,7 +219,7 @@ class _Sweep:
             outcome = rule.attempt(node, self.site)
             if isinstance(outcome, Refusal):
                 missed.append(Missed(rule.name, node, outcome))
-            elif outcome is not None:
+            elif outcome is not None and self.trace.may(rule.name, node):
                 return self._replaced(rule, node, outcome)
         self.missed += missed
         return None

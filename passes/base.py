@@ -43,12 +43,56 @@ class Declined:
     value: str = ""
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a pass does at one place: by which rule, to what (in words), where in the user's source.
+
+    rule: "" for entering the pass: what it does to every graph, beside its rewrites.
+    """
+
+    item: str
+    rule: str = ""
+    what: str = ""
+    source: str = ""
+
+
+@dataclass
+class Steps:
+    """What passes do, step by step, and how far they may go: the same steps in the same order, up to the limit.
+
+    limit: None is no limit. node: of the first step beyond it.
+    """
+
+    limit: int | None = None
+    taken: list[Step] = field(default_factory=list)
+    node: Node | None = None
+    _item: str = ""
+
+    def enter(self, item: str) -> bool:
+        """Whether the pass may run at all."""
+        self._item = item
+        return self.take("")
+
+    def take(self, rule: str, node: Node | None = None, what: str = "") -> bool:
+        """Whether the next step may be taken; it then is."""
+        if self.limit is not None and len(self.taken) >= self.limit:
+            self.node = self.node or node
+            return False
+        self.taken.append(Step(self._item, rule, what or (describe(node) if node else ""), node.prov.source if node else ""))
+        return True
+
+
 @dataclass
 class Notes:
-    """What passes did and declined, in order; handed in by the caller, never global."""
+    """What passes did and declined, in order; handed in by the caller, never global. steps: counted where somebody asks for them."""
 
     applied: list[Applied] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
+    steps: Steps | None = None
+
+    def may(self, rule: str, node: Node | None = None, what: str = "") -> bool:
+        """Whether a rewrite that a pass has decided on is to be done: asked once for each, in an order that depends on the graph only."""
+        return self.steps is None or self.steps.take(rule, node, what)
 
     def apply(self, rule: str, what: str, node: Node | None = None, bytes_saved: int = 0) -> None:
         self.applied.append(Applied(rule, what, node.prov.source if node else "", bytes_saved))

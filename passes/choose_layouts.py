@@ -60,6 +60,7 @@ class ChooseLayouts(Pass):
         flat = expanded(graph, keep=ops.OPS.keys() - {"batch_norm"})
         convs = _convs(flat)
         chosen = _Choice(flat).chosen()
+        chosen = {n for n in order(flat) if n in chosen and notes.may(self.name, n)}  # any part of them computes the same
         _note(convs, chosen, notes, flat.symbols)
         return with_channels_last(flat, chosen) if any(n in chosen for n in convs) else graph
 

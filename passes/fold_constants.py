@@ -55,7 +55,7 @@ class FoldConstants(Pass):
         """A pointwise op on fills is a fill, whatever its size."""
         uniform = node.op.category is Category.POINTWISE and all(is_scalar(i) or i.op.name == "full" for i in node.inputs)
         values = [literal(i) for i in node.inputs] if uniform else [None]
-        if any(v is None for v in values):
+        if any(v is None for v in values) or not notes.may("fold-constants.uniform", node):
             return None
         result = node.op.eager(*(_one(i, v) for i, v in zip(node.inputs, values)), **node.attrs)
         notes.apply("fold-constants.uniform", describe(node), node)
@@ -71,6 +71,8 @@ class FoldConstants(Pass):
         reason = self._refused(node)
         if reason is not None:
             notes.decline(self.name, describe(node), reason, node, str(node.type))
+            return None
+        if not notes.may(self.name, node):
             return None
         with torch.no_grad():
             value = node.op.eager(*map(_value, node.inputs), **node.attrs)
@@ -108,8 +110,10 @@ def share_equal(graph: Graph, notes: Notes) -> Graph:
     same: dict[Data, Data] = {}
     for group in groups.values():
         same.update(_duplicates(group) if len(group) > 1 else {})
-    for data, kept in same.items():
-        notes.apply("fold-constants.share", f"{data.name} is {kept.name}")
+    words = {data: f"{data.name} is {kept.name}" for data, kept in same.items()}
+    same = {data: kept for data, kept in same.items() if notes.may("fold-constants.share", what=words[data])}
+    for data in same:
+        notes.apply("fold-constants.share", words[data])
     return rewrite(graph, lambda node, inputs: _shared(node, same)) if same else graph
 
 

@@ -212,11 +212,11 @@ def fold_affine(graph: Graph, notes: Notes) -> Graph:
         if norm.op.name not in ("layer_norm", "rms_norm") or len(norm.inputs) == 1:
             continue
         refusal = _unfoldable(norm, readers[norm], graph, site)
-        if refusal is None:
+        if refusal is not None:
+            notes.decline("fold-norms.affine", describe(norm), refusal.reason, norm, str(refusal.value or ""))
+        elif notes.may("fold-norms.affine", norm):
             bare.add(norm)
             notes.apply("fold-norms.affine", f"{describe(norm)} into {len(readers[norm])} linear(s)", norm)
-        else:
-            notes.decline("fold-norms.affine", describe(norm), refusal.reason, norm, str(refusal.value or ""))
     maker = ConstantMaker(graph)
 
     def move(node: Node, inputs: tuple[Node, ...]) -> Node | None:

@@ -50,7 +50,7 @@ class FuseRegions(Pass):
         notes = notes if notes is not None else Notes()
         units = find_units(expanded(graph), self.library)
         partition = _Partition(units, self.max_values, self.max_buffers)
-        partition.grow()
+        partition.grow(notes)
         partition.note(notes)
         made = _assemble(units, partition)
         dissolve(partition.regions())
@@ -86,14 +86,14 @@ class _Partition:
                 else:
                     self.single[node] = found.bytes
 
-    def grow(self) -> None:
+    def grow(self, notes: Notes) -> None:
         for region in list(self.home.values()):
             self._offer(region, region.next)
             self._offer(region, self._siblings(region))
         while self.heap:
             _, _, a, b = heapq.heappop(self.heap)
             if self._alive(a) and self._alive(b):
-                self._try(a, b)
+                self._try(a, b, notes)
 
     def _alive(self, region: Region) -> bool:
         return self.home[region.members[0]] is region
@@ -134,9 +134,11 @@ class _Partition:
     def _members(self, a: Region, b: Region) -> tuple[Node, ...]:
         return tuple(inside_order((*a.members, *b.members), self.builder.position))
 
-    def _try(self, a: Region, b: Region) -> None:
+    def _try(self, a: Region, b: Region, notes: Notes) -> None:
         if waits(a, b) or waits(b, a):
             self.refused[a, b] = Refusal(Reason.CYCLE, b.members[0], "")
+            return
+        if not notes.may(FuseRegions.name, b.members[-1], f"{label(a.members)} into {label(b.members)}"):
             return
         cost = self._joint(a, b)
         assert isinstance(cost, Price)

@@ -49,8 +49,10 @@ class PassSyntaxError(TilewrightError):
 
 
 def run_passes(graph: Graph, passes: Sequence[Pass], notes: Notes, callback: Callback | None = None) -> Graph:
-    """The graph after all `passes`. Raises StageError."""
+    """The graph after all `passes`, or as far as the steps of `notes` may go. Raises StageError."""
     for item in passes:
+        if notes.steps is not None and not notes.steps.enter(item.name):
+            return graph
         if graph.stage < item.needs:
             hint = " or ".join(repr(p.name) for p in passes if p.leaves is not None and p.leaves >= item.needs) or "a pass that makes it so"
             raise StageError(name=item.name, needs=item.needs.name.lower(), graph=graph.name, stage=graph.stage.name.lower(), hint=hint)
@@ -66,6 +68,19 @@ def options(kind: type[Pass]) -> dict[str, type]:
     """Option name -> type of a pass: its fields."""
     hints = typing.get_type_hints(kind)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def pass_text(item: Pass) -> str:
+    """The pass as `parse_passes` reads it."""
+    changed = [f for f in dataclasses.fields(item) if getattr(item, f.name) != f.default]
+    body = ", ".join(f"{f.name}={_text(getattr(item, f.name))}" for f in changed)
+    return f"{item.name}{{{body}}}" if body else item.name
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Plan):
+        return " ".join(f"{name}:{kind}" for name, kind in value.entries)
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 _ITEM = re.compile(r"\s*([a-zA-Z0-9_-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")

@@ -54,8 +54,9 @@ class MergeLinears(Pass):
                 if saved <= 0:
                     notes.decline(self.name, group.label, Reason.NO_GAIN, members[0], f"{-saved} bytes copied")
                     continue
-                notes.apply(self.name, group.label, members[0], saved)
-                place.update({node: (group, i) for i, node in enumerate(members)})
+                if notes.may(self.name, members[0], group.label):
+                    notes.apply(self.name, group.label, members[0], saved)
+                    place.update({node: (group, i) for i, node in enumerate(members)})
         return _merged(graph, place) if place else graph
 
     def _groups(self, siblings: list[Node], notes: Notes) -> list[list[Node]]:

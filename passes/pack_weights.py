@@ -64,6 +64,8 @@ class PackWeights(Pass):
                 reason, value = refusal
                 notes.decline(self.name, describe(node), reason, node, value)
                 continue
+            if not notes.may(self.name, node):
+                continue
             chosen.add(node)
             parts = parts_of(node)
             laid |= parts or {}

@@ -40,8 +40,9 @@ class PlanMemory(Pass):
     needs: ClassVar[Stage] = Stage.FUSED
 
     def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
+        notes = notes if notes is not None else Notes()
         steps = order(graph)
-        planned = plannable(graph, steps)
+        planned = {node: found for node, found in plannable(graph, steps).items() if notes.may(self.name, node)}
         over = _overwritten(steps, planned)
         merged = _merged(planned, over)
         static = [(life, size) for life, size in merged if isinstance(size, int)]
@@ -51,21 +52,22 @@ class PlanMemory(Pass):
         offsets: dict[Owner, Dim] = {**fixed, **varying}
         first = {node: planned[over.get(node, node)][0].owner for node in planned}
         arena = {node: Slot(offsets[first[node]], size) for node, (_, size) in planned.items()}
-        if notes is not None and arena:
+        if arena:
             apart = dim(sum((size for _, size in planned.values()), start=0))
             notes.apply(self.name, f"{len(arena)} values in {_bytes(peak)}, {_bytes(apart)} if each had its own")
         return replace(graph, arena=arena, inplace=_in_place(graph, steps, notes))
 
 
-def _in_place(graph: Graph, steps: Sequence[Node], notes: Notes | None) -> dict[Node, Node]:
+def _in_place(graph: Graph, steps: Sequence[Node], notes: Notes) -> dict[Node, Node]:
     """The updates of inputs that are written where the inputs lie: a step of decoding writes one row of its cache, not all of it."""
     found = in_place(graph, steps)
-    if notes is not None:
-        for node, target in found.target.items():
-            notes.apply(PlanMemory.name, f"{describe(node)} in place of {target.hint}", node, _saved(node))
-        for node, hazard in found.refused:
-            notes.decline(PlanMemory.name, describe(node), Reason.OVERWRITTEN, node, f"{describe(hazard.node)}: {hazard.why}")
-    return found.target
+    taken = {t for t in dict.fromkeys(found.target.values()) if notes.may(PlanMemory.name, t, f"updates of {t.hint} in place")}
+    targets = {node: target for node, target in found.target.items() if target in taken}
+    for node, target in targets.items():
+        notes.apply(PlanMemory.name, f"{describe(node)} in place of {target.hint}", node, _saved(node))
+    for node, hazard in found.refused:
+        notes.decline(PlanMemory.name, describe(node), Reason.OVERWRITTEN, node, f"{describe(hazard.node)}: {hazard.why}")
+    return targets
 
 
 def _saved(node: Node) -> int:

@@ -25,7 +25,7 @@ def rules_at(name: str, *tables: Table) -> list[Rule]:
 
 def settle(graph: Graph, rules: Sequence[Rule], notes: Notes, **changes: Any) -> Graph:
     """The graph on which none of `rules` applies any more, as `apply_rules` gives it, with notes of what was done and refused."""
-    tracer = Tracer()
+    tracer = Tracer(may=notes.may)
     graph = apply_rules(graph, rules, tracer, **changes)
     for done in tracer.applied:
         notes.apply(done.rule, f"{describe(done.before)} -> {done.after.op.name}", done.before)

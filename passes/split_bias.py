@@ -54,6 +54,8 @@ class SplitBias(Pass):
                 guilty = "the caller" if reader is None else reader.op.name
                 notes.decline(self.name, describe(node), Reason.LIBRARY_CALL, node, guilty)
                 return None
+            if not notes.may(self.name, node):
+                return None
             notes.apply(self.name, describe(node), node, 2 * hint(node.tensor.nbytes, graph.symbols))
             x, weight, bias = inputs
             prov = node.prov.with_rule(self.name)
