@@ -17,8 +17,8 @@ from .tiles import UNITS
 LEAST = 16
 """Rows, columns and depth of a product of blocks are at least this many; what is missing is padded."""
 
-SHARED_BYTES = 160 << 10
-"""Of keys and values in flight: what an A100 has for one program."""
+SHARED_BYTES = max(unit.shared for unit in UNITS.values())
+"""Of keys and values in flight, where no target is named."""
 
 REGISTERS = 192
 """Of a thread, of 32 bits, for what is attended and its scores: the rest is for addresses."""

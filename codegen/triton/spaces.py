@@ -118,6 +118,10 @@ def _attentions(kernel: Kernel, start: attention_tiles.AttentionTiles, unit: Uni
     limits: list[Limit] = []
     if _known(programs):
         limits.append(Limit("keys are shared where programs are few", sympy.Min(splits - 1, 1) * programs, attention_tiles.BUSY))
+    if attention_tiles.element_size(kernel, found) > 2:  # threads hold what they multiply; with more than this they spill
+        words, depth, width = found.attend.dtype.itemsize // 4, attention_tiles.depth_of(found), attention_tiles.padded(found.column.extent)
+        held = 2 * words * (m * (n + width) + (m + n) * depth)
+        limits.append(Limit("what is multiplied fits half of the registers", held, unit.room(symbol("num_warps"))))
     if isinstance(keys, int):
         limits.append(Limit("a part of the keys has two blocks", 2 * n * sympy.Min(splits - 1, 1) * splits, max(keys, 2)))
     ranges = dict(space.variables) | {"block_m": _covering(space, "block_m", rows), "block_n": _covering(space, "block_n", keys)}
