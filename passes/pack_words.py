@@ -30,9 +30,9 @@ Parts = Mapping[Node, Form]
 BETWEEN = frozenset({"unpack", "dequantize", "cast"})
 """Ops between the constants of a weight and its contraction, beside views."""
 
-PICK = 1 << 13
-"""To pick an element out of panels costs as much more than out of a row as panels save of so many multiplications. Measured with tables
-that no cache holds: 8 ns, and 5% of a product."""
+PICK = 8
+"""To pick an element out of words takes so many times longer than to make a number of one where they are not laid out, which every call of
+the contraction then does with all of them."""
 
 
 def parts_of(node: Node) -> Parts | None:
@@ -112,7 +112,7 @@ def refusal(node: Node, parts: Parts, readers: Mapping[Node, Sequence[Node]], gr
         if other:
             return Reason.SHARED, other
     picked = sum(hint(r.tensor.numel, graph.symbols) for part in parts for r in readers[part] if r.op.name == "embedding")
-    if picked * PICK > hint(node.inputs[0].tensor.numel, graph.symbols) * hint(node.shape[-1], graph.symbols):
+    if picked * PICK > hint(node.inputs[1].tensor.numel, graph.symbols):
         return Reason.NO_GAIN, "picking rows out of panels takes longer"
     return None
 

@@ -83,9 +83,9 @@ def test_bytes_do_not_grow_but_by_padding() -> None:
 
 def test_an_embedding_picks_from_the_words() -> None:
     lines = ("w = dequantize(q, s, dtype=f32)", "y = linear(x, w)", "e = embedding(q, i)", "y, e")
-    old, new, _ = packed("x: f32[40000, 24], i: i64[3]", *lines)
+    old, new, _ = packed("x: f32[3, 24], i: i64[3]", *lines)
     assert "q" not in constants(new)
-    assert_same_values(old, new, [torch.randn(40000, 24), torch.tensor([0, 49, 7])])
+    assert_same_values(old, new, [torch.randn(3, 24), torch.tensor([0, 49, 7])])
 
 
 REFUSED = {
@@ -99,7 +99,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     lines, reason = REFUSED[name]
-    old, new, notes = packed("x: f32[3, 24], i: i64[3]", *lines)
+    old, new, notes = packed("x: f32[3, 24], i: i64[300]", *lines)
     assert ("pack-weights", reason) in refusals(notes)  # type: ignore[arg-type]
     assert "q" in constants(new)
 
