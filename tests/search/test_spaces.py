@@ -12,8 +12,10 @@ import pytest
 pytest.importorskip("triton")
 
 from sampled import F32, KERNELS, TEMPLATES, attention, kernel, linear, pointwise, sampled, softmax
+from tilewright.codegen.attentions import find_attention
 from tilewright.codegen.kernel import Axis, Buffer, Kernel, Load, Reduce, Store
 from tilewright.codegen.space import Space
+from tilewright.codegen.triton.attention_tiles import refusal
 from tilewright.codegen.triton.legalize import UnsupportedByTriton
 from tilewright.codegen.triton.spaces import offers
 from tilewright.codegen.triton.templates import build, text_of
@@ -62,6 +64,12 @@ def test_what_is_legal_is_printed(name: str) -> None:
         found = sampled.enumerated(one, target)
         for schedule in random.Random(name).sample(found, min(len(found), 5)):
             assert build(one, schedule).schedule == schedule
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("attention")])
+def test_what_is_legal_for_a_target_is_legal_for_some(name: str) -> None:
+    one = KERNELS[name]()
+    assert {refusal(one, find_attention(one), s) for target in UNITS for s in sampled.enumerated(one, target)} == {None}
 
 
 @pytest.mark.parametrize(
