@@ -91,12 +91,16 @@ def by_facts(graph: Graph, gpu: Gpu, seconds: float, database: Database, device:
             found.lines.append(place.unsearched(f"not searched: {seconds:g} s buy {int(seconds / COMPILE_SECONDS)} compilations"))
             continue
         legal = candidates(place.kernel, gpu, place.sizes)
-        made = explored(legal, database, min(left, COMPILED if place.worth(legal) else 1))
-        if len(made) == 1 and (made[0].spills or made[0].failure):
-            made = explored(legal, database, min(left, COMPILED))
+        made = _worth_compiling(place, legal, database, min(left, COMPILED))
         left -= len(made)
         found.lines.append(_by_facts(place, legal, made, found))
     return found
+
+
+def _worth_compiling(place: _Place, legal: Candidates, database: Database, count: int) -> list[Candidate]:
+    """About `count` schedules, compiled; only the one to start from where none is predicted to gain, and that one does not spill."""
+    made = explored(legal, database, count if place.worth(legal) else 1)
+    return explored(legal, database, count) if made[0].spills or made[0].failure else made
 
 
 def _by_facts(place: _Place, legal: Candidates, made: Sequence[Candidate], found: Found) -> Searched:
@@ -121,7 +125,7 @@ def by_measuring(graph: Graph, bench: Bench, deadline: float, database: Database
             continue
         try:
             legal = candidates(place.kernel, bench.gpu, place.sizes)
-            made = explored(legal, database, COMPILED) if place.worth(legal) else []
+            made = _worth_compiling(place, legal, database, COMPILED)
             tried = [c for c in made if not c.failure and not c.spills and c.schedule != legal.start][:MEASURED]
             verdict = _verdict(place, [text_of(c.schedule) for c in tried], bench, deadline, database)
             found.lines.append(_by_verdict(place, legal, made, verdict, found))

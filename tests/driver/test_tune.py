@@ -56,8 +56,8 @@ def slowed(monkeypatch):
     real = tune.compile_graph
 
     def slow(name):
-        def compiled(graph, options, notes=None, passes=None, schedules={}):
-            made = real(graph, options, notes, passes, schedules)
+        def compiled(graph, options, notes=None, passes=None, schedules=None):
+            made = real(graph, options, notes, passes, schedules or {})
             if passes and (not name or any(p.name == name for p in passes)):
                 made.program.run = functools.partial(late, made.program.run)
             return made
@@ -129,7 +129,7 @@ def test_without_time_only_all_rewrites_are_measured():
 def test_a_fault_of_an_alternative_costs_nothing(monkeypatch):
     real = tune.compile_graph
 
-    def broken(graph, options, notes=None, passes=None, schedules={}):
+    def broken(graph, options, notes=None, passes=None, schedules=None):
         if not passes or any(p.name == "pack-weights" for p in passes):
             return real(graph, options, notes, passes)
         raise ZeroDivisionError("oops")
