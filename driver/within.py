@@ -126,9 +126,10 @@ class _Within:
         with torch.no_grad():
             self.references = [interpret(self.captured.graph, copied(flat), torch.float64) for flat in self.judged_on]
             own = [interpret(self.captured.graph, copied(flat)) for flat in self.judged_on]
-        self.floor = ROUNDING * max(map(self.metric, own, self.references))
-        self.original_loss = 0.0 if isinstance(self.budget.metric, str) else self.budget.metric(self.model.module)
-        verdict = timed(apart(self.model, self.captured), ours=self.exact)
+        self.rounding = max(map(self.metric, own, self.references)) if isinstance(self.budget.metric, str) else 0.0
+        model = apart(self.model, self.captured)
+        self.original_loss = 0.0 if isinstance(self.budget.metric, str) else self.budget.metric(model.module)
+        verdict = timed(model, ours=self.exact)
         self.exact_seconds, self.eager_seconds = (verdict.timings[name].seconds for name in ("ours", "eager"))
 
     @contextmanager
@@ -139,7 +140,7 @@ class _Within:
     # -- limits, as sums over layers
 
     def limits(self) -> dict[str, float]:
-        """By cost. Time is limited in any case: the result is not to be slower than the exact model."""
+        """By cost. Time is limited in any case: where the user does not say, the result is not to be slower than the exact model."""
         layer_bytes, layer_seconds = self._exact("bytes"), self._exact("time")
         found = {"time": layer_seconds}
         memory = quantity("memory", self.budget.memory, self.exact_bytes)
@@ -147,10 +148,10 @@ class _Within:
             found["bytes"] = memory - (self.exact_bytes - layer_bytes)
         if self.budget.bits is not None:
             weights = sum(x.nbytes / x.weight.dtype.itemsize for x in self.layers)
-            found["bytes"] = min(found.get("bytes", float("inf")), self.budget.bits * weights / 8)
+            found["bytes"] = min(found.get("bytes", math.inf), self.budget.bits * weights / 8)
         latency = quantity("latency", self.budget.latency, self.eager_seconds)
         if latency is not None:
-            found["time"] = min(layer_seconds, latency - (self.exact_seconds - layer_seconds))
+            found["time"] = latency - (self.exact_seconds - layer_seconds)
         bops = quantity("bops", self.budget.bops, self._exact("bops"))
         return found if bops is None else found | {"bops": bops}
 
@@ -160,7 +161,7 @@ class _Within:
     def allowed(self) -> float:
         """Of the predicted error, to begin with."""
         if self.budget.max_error is None:
-            return float("inf")
+            return math.inf
         start = self.budget.max_error if isinstance(self.budget.metric, str) else LOSS_START
         return start**self.metric.power
 
@@ -223,8 +224,8 @@ class _Within:
         error = self._error_of(made.program.run)
         verdict = timed(apart(self.model, self.captured), ours=made, exact=self.exact)
         seconds, exact = verdict.timings["ours"].seconds, verdict.timings["exact"]
-        most_seconds = min(exact.seconds * (1 + CERTAINTY * exact.noise), self._user_limits()["time"] or float("inf"))
-        nbytes, most_bytes = constant_bytes(compiled.graph), self._user_limits()["bytes"] or float("inf")
+        most_seconds = self._user_limits()["time"] or exact.seconds * (1 + CERTAINTY * exact.noise)
+        nbytes, most_bytes = constant_bytes(compiled.graph), self._user_limits()["bytes"] or math.inf
         if error > self._most_error:
             return self._missed(allocation, "error", self._room(error), error, seconds)
         if seconds > most_seconds:
@@ -240,11 +241,12 @@ class _Within:
 
     @property
     def _most_error(self) -> float:
-        return float("inf") if self.budget.max_error is None else max(self.budget.max_error, self.floor)
+        return math.inf if self.budget.max_error is None else max(self.budget.max_error, ROUNDING * self.rounding)
 
     def _room(self, error: float) -> float:
-        """The error there may be over the one there is, in the power that adds up."""
-        return (self._most_error / max(error, TINY)) ** self.metric.power if self._most_error < float("inf") else 1.0
+        """The error there may be over the one there is, in the power that adds up. A loss grows with the square of what outputs are off."""
+        power = self.metric.power if isinstance(self.budget.metric, str) else 1
+        return (self._most_error / max(error, TINY)) ** power if self._most_error < math.inf else 1.0
 
     def _error_of(self, run: Callable[[list[Any]], list[Any]]) -> float:
         """On the inputs that judge, against float64; of a loss, by how much it grows."""
@@ -294,7 +296,7 @@ class _Within:
             metric=self.budget.metric if isinstance(self.budget.metric, str) else "loss",
             objective=self.budget.objective,
             limits=limits,
-            error=tried.error if tried else self.floor / ROUNDING,
+            error=tried.error if tried else self.rounding,
             bytes=constant_bytes(tried.compiled.graph) if tried else self.exact_bytes,
             exact_bytes=self.exact_bytes,
             seconds=tried.seconds if tried else self.exact_seconds,
@@ -319,7 +321,8 @@ class _Within:
         exact, taken, layer = choices.named(EXACT).costs, choices.named(name).costs, choices.layer
         error = taken["error"] ** (1 / self.metric.power)
         source = layer.readers[0].prov.source
-        return LayerLine(layer.name, source, name, int(taken["bytes"]), layer.nbytes, taken["time"], exact["time"], error)
+        bits = 8 * layer.weight.dtype.itemsize
+        return LayerLine(layer.name, source, name, int(taken["bytes"]), layer.nbytes, taken["time"], exact["time"], error, bits)
 
     def _front(self) -> tuple[Point, ...]:
         front = pareto([c.choices for c in self.choices], ("time", "bytes", "error"), points=FRONT_POINTS)

@@ -83,19 +83,14 @@ def _integers(name: str, grid: Grid) -> Format:
 
 def _whole(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     """With zeros behind the last column, up to whole groups and whole bytes."""
-    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % _multiple(grid, weight.shape[1])))
+    return torch.nn.functional.pad(weight, (0, grid.padded(weight.shape[1]) - weight.shape[1]))
 
 
 def _wide(gram: torch.Tensor | None, grid: Grid) -> torch.Tensor | None:
     if gram is None:
         return None
-    more = -gram.shape[0] % _multiple(grid, gram.shape[0])
+    more = grid.padded(gram.shape[0]) - gram.shape[0]
     return torch.nn.functional.pad(gram, (0, more, 0, more))
-
-
-def _multiple(grid: Grid, count: int) -> int:
-    """Shorter rows than a group are one."""
-    return grid.group if grid.group is not None and count > grid.group else 8 // grid.bits
 
 
 def _stored(found: Rounded, grid: Grid) -> Tensors:
@@ -280,6 +275,7 @@ _TABLE = (
     _fp8(),
     _integers("int8-g32", Grid(8, 32)),
     _dynamic(_INT8),
+    *(_integers(f"int2-g{g}", Grid(2, g)) for g in (32, 64)),
     _split(4),
     _split(2),
     _bfp6("bfp6", in_order=True),

@@ -19,7 +19,7 @@ DAMPING = 0.01
 """Added to the diagonal of the Gram matrix, as a share of its mean, so that it can be inverted."""
 
 COLUMNS = 128
-"""Columns that GPTQ rounds before it corrects all those behind them: a whole number of groups."""
+"""Columns that GPTQ rounds before it corrects all those behind them, about: a whole number of groups."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,20 @@ class Grid:
         return (codes - zero) * scale
 
     def width(self, columns: int) -> int:
-        """Weights of a row that share a scale."""
-        return min(self.group or columns, columns)
+        """Weights of a row that share a scale: of rows that are not whole groups the most, up to a group, that are; else a group."""
+        if self.group is None or columns <= self.group:
+            return columns
+        widths = range(self.group, self.group // 2, -self.per_byte)
+        return next((w for w in widths if columns % w == 0), self.group)
+
+    def padded(self, columns: int) -> int:
+        """The columns, with those that fill the last group and byte."""
+        multiple = self.per_byte if columns <= (self.group or columns) else self.width(columns)
+        return -(-columns // multiple) * multiple
+
+    @property
+    def per_byte(self) -> int:
+        return 8 // self.bits
 
 
 @dataclass(frozen=True)
@@ -121,8 +133,9 @@ def _gptq(weight: torch.Tensor, grid: Grid, gram: torch.Tensor) -> Rounded:
     width = grid.width(k)
     codes = torch.empty_like(weight)
     scales, zeros = [], []
-    for start in range(0, k, COLUMNS):
-        stop = min(start + COLUMNS, k)
+    block = max(1, COLUMNS // width) * width if width < k else COLUMNS
+    for start in range(0, k, block):
+        stop = min(start + block, k)
         errors = torch.empty(n, stop - start)
         for i in range(start, stop):
             if i % width == 0:

@@ -18,7 +18,7 @@ from tilewright.passes.quantize import Plan, PlanError, Quantize
 ERROR = {
     "bf16": 4e-3, "fp16": 5e-4, "fp8": 5e-2, "int8": 1.5e-2, "int8-g32": 8e-3, "int8-dynamic": 2.5e-2, "int4-g32": 0.12, "int4-g64": 0.13,
     "int4-g128": 0.14, "int4-split3": 0.05, "int2-split3": 0.25, "bfp6": 5e-2, "bfp6-sorted": 4e-2, "rank-half": 0.8, "rank-quarter": 0.95,
-    "int4-g64-rank16": 0.09,
+    "int4-g64-rank16": 0.09, "int2-g32": 0.5, "int2-g64": 0.55,
 }  # fmt: skip
 """Format -> relative error that random weights may have in it, for one layer."""
 
@@ -26,7 +26,7 @@ BITS = {
     "bf16": 16, "fp16": 16, "fp8": 8.25, "int8": 8.25, "int8-g32": 8.75, "int8-dynamic": 8.25, "int4-g32": 4.75, "int4-g64": 4.375,
     "int4-g128": 4.1875, "int4-split3": 6.75, "int2-split3": 4.75, "bfp6": 6.5, "bfp6-sorted": 6.5 + 64 / 96,
     "rank-half": 27 * 224 * 32 / (96 * 128), "rank-quarter": 13 * 224 * 32 / (96 * 128),
-    "int4-g64-rank16": 4.375 + 16 * 224 * 16 / (96 * 128),
+    "int4-g64-rank16": 4.375 + 16 * 224 * 16 / (96 * 128), "int2-g32": 2.75, "int2-g64": 2.375,
 }  # fmt: skip
 """Format -> bits for a weight of a layer of 96 x 128, everything included."""
 

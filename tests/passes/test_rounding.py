@@ -108,3 +108,15 @@ def test_low_rank_is_the_best_of_its_rank() -> None:
 
 def test_rank_for_has_the_share_of_numbers() -> None:
     assert rank_for(384, 384, 0.5) * (384 + 384) <= 384 * 384 / 2 and rank_for(2, 2, 0.1) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "width", "padded"), [(384, 128, 384), (288, 96, 288), (320, 80, 320), (130, 130, 130), (77, 77, 78), (134, 128, 256)]
+)
+def test_rows_that_are_no_whole_groups(columns: int, width: int, padded: int) -> None:
+    grid = Grid(4, 128) if columns != 130 else Grid(4, 256)
+    assert (grid.width(grid.padded(columns)), grid.padded(columns)) == (width if columns != 77 else 78, padded)
+    weight = torch.nn.functional.pad(torch.randn(8, columns), (0, padded - columns))
+    x = torch.randn(64, padded)
+    for found in (rounded(weight, grid), rounded(weight, grid, x.T @ x)):
+        assert found.scale.shape == (8, padded // grid.width(padded)) and found.values.shape == weight.shape
