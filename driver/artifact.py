@@ -255,9 +255,26 @@ def member(path: str | Path, name: str) -> str:
 
 
 def receipt_of(path: str | Path) -> Receipt:
-    """The receipt alone; raises BadArtifact."""
+    """The receipt alone, of an artifact or of a file that `--json` wrote; raises BadArtifact."""
     with _reported(path):
-        return Receipt.from_json(member(path, "receipt"))
+        return Receipt.from_json(_existing(path).read_text() if _is_json(path) else member(path, "receipt"))
+
+
+def contents(path: str | Path) -> dict[str, str]:
+    """What an artifact holds beside the receipt, by name, with the recorded sha256 of each; nothing of a receipt. Raises BadArtifact."""
+    with _reported(path):
+        if _is_json(path):
+            return {}
+        with safe_open(str(path), framework="pt") as file:
+            recorded = _manifest(path, file.metadata() or {})["sha256"]
+        return {str(name): str(digest) for name, digest in recorded.items() if name != "receipt"}
+
+
+def _is_json(path: str | Path) -> bool:
+    """A safetensors file begins with the length of its header, of which most bytes are 0."""
+    with open(_existing(path), "rb") as file:
+        start = file.read(8)
+    return start.lstrip()[:1] == b"{" and 0 not in start
 
 
 def _existing(path: str | Path) -> Path:

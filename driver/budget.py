@@ -36,7 +36,8 @@ class Budget:
     """Limits that a model must keep; what is None is not limited.
 
     max_error: by `metric`, one of METRICS, or a Loss: then it is how much the loss may grow. memory: bytes of the weights, as a number,
-    "200MB", or "50%" of what they are. latency: seconds of a call on the example, as a number, "5ms", or "80%" of eager's.
+    "200MB", or "50%" of what they are. latency: seconds of a call on the example, as a number, "5ms", or "80%" of eager's;
+    None: those of the exact model as `optimize` makes it.
     bits: the mean of a weight, scales and zeros included. bops: products of bits of weights and inputs, added up over multiplications, as
     a number or a share "25%". objective: what to make least, "latency", "memory" or "error". formats: those to choose from.
     calibration: tuples of arguments (or dicts, by name) like the example; a quarter, at least one, is held out to verify the result.
@@ -108,7 +109,10 @@ def quantity(name: str, value: str | float | None, whole: float) -> float | None
 
 @dataclass(frozen=True)
 class LayerLine:
-    """A layer in its format: its bytes, predicted seconds, and error of the outputs if nothing else changed; `exact_`: as it was."""
+    """A layer in its format: its bytes, predicted seconds, and error of the outputs if nothing else changed; `exact_`: as it was.
+
+    exact_bits: of one of its weights.
+    """
 
     name: str
     source: str
@@ -118,6 +122,12 @@ class LayerLine:
     seconds: float
     exact_seconds: float
     error: float
+    exact_bits: int = 32
+
+    @property
+    def bits(self) -> float:
+        """Of a weight on average, scales and zeros included."""
+        return self.exact_bits * self.bytes / max(self.exact_bytes, 1)
 
 
 @dataclass(frozen=True)
@@ -159,9 +169,3 @@ class Spent:
     attempts: tuple[Attempt, ...] = ()
     front: tuple[Point, ...] = ()
     prices: Mapping[str, float] = field(default_factory=dict)
-
-
-def spent_from(data: Mapping[str, Any]) -> Spent:
-    """What `asdict` makes of a Spent, read back; raises TypeError or KeyError for anything else."""
-    rows = {"layers": LayerLine, "attempts": Attempt, "front": Point}
-    return Spent(**{**data, **{name: tuple(kind(**row) for row in data[name]) for name, kind in rows.items()}})

@@ -1,4 +1,4 @@
-"""The command line: `optimize MODEL` (also `tilewright optimize`) and `tilewright explain`."""
+"""The command line: `optimize MODEL` (also `tilewright optimize`), `tilewright explain` and `tilewright diff`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ CalibrationOption = Annotated[
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-pickle", help="read pickled modules; they can run any code")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="also write the receipt as JSON")]
+ReportOption = Annotated[Path | None, typer.Option("--report", help="also write the receipt as an HTML page")]
 
 
 @app.command()
@@ -73,6 +74,7 @@ def optimize(
     target: TargetOption = None,
     trust_pickle: TrustOption = False,
     json: JsonOption = None,
+    report: ReportOption = None,
 ) -> None:
     """Optimize a model for inference: write an artifact that `tilewright.load` runs, and print the receipt.
 
@@ -80,7 +82,7 @@ def optimize(
     """
     console = Console(file=sys.stdout)  # not what sys.stdout may be while torch exports
     artifact = output or Path(Path(model.rpartition(":")[2] if ":" in model else model).stem + ".tw")
-    for path in filter(None, (artifact, json)):
+    for path in filter(None, (artifact, json, report)):
         _require_writable(path)
     with _progress(console) as stage:
         with stage("starting"):
@@ -103,6 +105,10 @@ def optimize(
 
         with replacing(json) as temporary:
             Path(temporary).write_text(optimized.receipt.to_json())
+    if report:
+        from .report.page import write
+
+        write(optimized.receipt, report)
     optimized.receipt.render(console)
     where, trust = (f" on a machine with {target}", ", trust_code=True") if target else ("", "")
     size = artifact.stat().st_size / 1e6
@@ -111,9 +117,10 @@ def optimize(
 
 @app.command()
 def explain(
-    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="an artifact that `optimize` wrote")],
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="an artifact that `optimize` wrote, or a receipt (--json)")],
     source: Annotated[bool, typer.Option("--source", help="print the generated kernels and the host program")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="print the IR")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="write an HTML page instead")] = None,
 ) -> None:
     """Say what was done to a model: every kernel with its source lines, every rewrite declined and why, what fell back."""
     from .artifact import member, receipt_of
@@ -122,7 +129,96 @@ def explain(
     if source or graph:
         console.print(member(path, "kernels" if source else "graph"), markup=False, highlight=False, soft_wrap=True)
         return
+    if html:
+        from .report.page import write
+
+        _require_writable(html)
+        write(receipt_of(path), html)
+        console.print(f"wrote [bold]{html}[/bold]")
+        return
     receipt_of(path).render(console, details=True)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="an artifact, or a receipt (--json)")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="another")],
+) -> int:
+    """Say what differs between two optimized models: speed, error, bytes, formats, kernels, rewrites. Status 1 if anything does."""
+    from .artifact import contents, receipt_of
+    from .difference import differences, render
+
+    found = differences(receipt_of(first), receipt_of(second), contents(first), contents(second))
+    render(found, Console())
+    return 1 if found else 0
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="an artifact that `optimize` wrote")],
+    inputs: InputsOption = [],  # noqa: B006 (typer reads the default)
+    model: Annotated[str | None, typer.Option("--model", "-m", help="the model it was made of, as `optimize` takes it")] = None,
+    max_error: Annotated[float | None, typer.Option("--max-error", min=0, help="how far it may be from the model")] = None,
+    trust_pickle: TrustOption = False,
+) -> None:
+    """Run an artifact on inputs, and check it against float64: its graph's meaning, and the model it was made of.
+
+    Exits with status 1 if a result is too far off.
+    """
+    console = Console(file=sys.stdout)
+    with _progress(console) as stage:
+        with stage("starting"):
+            from .errors import NoInputs
+            from .inputs import parse_inputs
+            from .loading import load_model
+            from .verify import verify as verified
+        example = parse_inputs(inputs)
+        original = None
+        if model is not None:
+            with stage(f"reading {model}"):
+                original = load_model(model, example, trust_pickle)
+        example = example or (original.example if original else None)
+        if example is None:
+            raise NoInputs(path=path)
+        with stage(f"verifying {path}"):
+            found = verified(path, example, original, max_error)
+    found.render(console)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def bisect(
+    model: ModelArgument,
+    inputs: InputsOption = [],  # noqa: B006 (typer reads the default)
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="where to write the reproducer; default: bisect_MODEL.py")] = None,
+    passes: PassesOption = None,
+    max_error: Annotated[float | None, typer.Option("--max-error", min=0, help="how far results may be off")] = None,
+    trust_pickle: TrustOption = False,
+) -> None:
+    """Find the rewrite or kernel that makes a model's results wrong, and write a Python file that shows it alone.
+
+    Exits with status 1 if there is one.
+    """
+    console = Console(file=sys.stdout)
+    name = Path(model.rpartition(":")[2] if ":" in model else model).stem
+    reproducer = output or Path(f"bisect_{name}.py")
+    _require_writable(reproducer)
+    with _progress(console) as stage:
+        with stage("starting"):
+            from .bisect import bisect_model
+            from .inputs import parse_inputs
+            from .loading import load_model
+            from .reproduce import write_case
+        _check_passes(passes)
+        with stage(f"reading {model}"):
+            read = load_model(model, parse_inputs(inputs), trust_pickle)
+        with stage(f"searching {model}"):
+            found = bisect_model(read, passes, max_error)
+    console.print(found.summary, markup=False, highlight=False)
+    if found.case is not None:
+        written = " and ".join(map(str, write_case(reproducer, found.case, found.fault)))
+        console.print(f"wrote {written}; it exits with status 1 while the fault is there", markup=False, highlight=False)
+    raise typer.Exit(0 if found.step is None else 1)
 
 
 def _check_passes(passes: str | None) -> None:

@@ -20,6 +20,7 @@ from .errors import BadOption, CannotOptimize, ModelFails
 from .inputs import Example
 from .loading import Model, export_module
 from .measure import apart, error_check, flat_example, timed, with_speed
+from .outline import machine_of, outline
 from .receipt import Trial
 from .targets import UNMEASURED, compile_for, interpreted, require_portable, require_target
 from .tune import compile_tuned
@@ -78,7 +79,7 @@ def optimize_model(
     convention = replace(convention_of(model.program, captured), names=model.names)
     _require_fitting(model, captured, convention)
     if target is not None:
-        return _compiled_for(target, model, captured, convention, options, stage)
+        return _outlined(_compiled_for(target, model, captured, convention, options, stage), captured)
     with stage("rewriting, building kernels and measuring them" if options.tunes else "rewriting and building kernels"):
         compiled = _compiled(model, captured, convention, options)
     optimized = Optimized(compiled.graph, convention, compiled.program, compiled.receipt, captured.state)
@@ -87,11 +88,19 @@ def optimize_model(
     if budget is not None:
         optimized = optimize_within(model, captured, convention, budget, optimized, stage)
         if budget.allowed_relative is None:
-            return optimized  # verified by another metric
+            return _outlined(optimized, captured, options.tunes)  # verified by another metric
     with stage("checking against float64"):
         allowed = None if budget is None else budget.allowed_relative
         error = error_check(apart(model, captured), captured, convention, optimized.with_own_state(), allowed)
-    return replace(optimized, receipt=replace(optimized.receipt, error=error))
+    return _outlined(replace(optimized, receipt=replace(optimized.receipt, error=error)), captured, options.tunes)
+
+
+def _outlined(made: Optimized, captured: CapturedModule, measure: bool = False) -> Optimized:
+    """With both graphs in outline on the receipt, and, measured or of a data sheet, what the machine can do at most."""
+    target, fallbacks = made.receipt.target, {f.node for f in made.receipt.fallbacks}
+    machine = machine_of(made.graph, target) if target or measure else None
+    receipt = replace(made.receipt, before=outline(captured.graph), after=outline(made.graph, fallbacks), machine=machine)
+    return replace(made, receipt=receipt)
 
 
 def _compiled_for(

@@ -7,14 +7,16 @@ import json
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..codegen.program import Fallback, LibraryCall, Listing
 from ..codegen.target import Usage
 from ..passes.base import Applied, Notes
 from ..search.bench import Searched
 from .accuracy import ErrorCheck
-from .budget import Spent, spent_from
+from .budget import Spent
+from .outline import Machine, Outline
+from .typed import typed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,7 +110,7 @@ class Receipt:
     error, speed: where they were measured. trials: groups of rewrites that were measured, and taken back if they did not gain.
     schedules: of kernels, where they were searched.
     target: what it was compiled for, "" for the machine at hand; unmeasured: what is therefore not known, and why.
-    spent: of a budget.
+    spent: of a budget. before, after: the graphs in outline, as captured and as it runs. machine: what it ran on, where it was measured.
     """
 
     graph: str
@@ -129,23 +131,17 @@ class Receipt:
     target: str = ""
     unmeasured: tuple[str, ...] = ()
     spent: Spent | None = None
+    before: Outline | None = None
+    after: Outline | None = None
+    machine: Machine | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @staticmethod
     def from_json(text: str) -> Receipt:
-        """The receipt written by `to_json`; raises ValueError or KeyError for anything else."""
-        data = json.loads(text)
-        for name, kind in _ROWS.items():
-            data[name] = tuple(_row(kind, row) for row in data.get(name, ()))
-        data["coverage"] = Coverage(**{k: Share(**v) for k, v in data["coverage"].items()})
-        for name in ("copies", "unmeasured"):
-            data[name] = tuple(data.get(name, ()))
-        for name, kind in (("error", ErrorCheck), ("speed", Speed)):
-            data[name] = None if data[name] is None else kind(**data[name])
-        data["spent"] = None if data.get("spent") is None else spent_from(data["spent"])
-        return Receipt(**data)
+        """The receipt written by `to_json`, by this version or an earlier one; raises ValueError for anything else."""
+        return typed(Receipt, json.loads(text))
 
     def render(self, console: Console | None = None, details: bool = False) -> None:
         """Prints the receipt as tables; `details` adds every rewrite, refusal and time."""
@@ -165,17 +161,6 @@ class Receipt:
             ours, eager = self.speed.ours, self.speed.eager
             parts.append(f"{1e3 * ours:.3g} ms (eager {1e3 * eager:.3g} ms, {eager / ours:.2f}x)")
         return "; ".join(parts)
-
-
-_ROWS: dict[str, type] = {"kernels": KernelLine, "library": LibraryCall, "fallbacks": Fallback, "applied": Applied, "refused": Refusal,
-                         "trials": Trial, "schedules": Searched}  # fmt: skip
-
-
-def _row(kind: type, row: dict[str, Any]) -> Any:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-    if values.get("usage") is not None:
-        values["usage"] = Usage(**values["usage"])
-    return kind(**values)
 
 
 def make_receipt(program: Listing, notes: Notes, seconds: Mapping[str, float]) -> Receipt:

@@ -11,6 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from .words import change, duration, percent, scaled
+
 if TYPE_CHECKING:
     from .budget import LayerLine, Spent
     from .receipt import KernelLine, Receipt, Share
@@ -30,8 +32,7 @@ def headline(receipt: Receipt) -> str:
     parts: list[str] = [f"for {receipt.target}"] if receipt.target else []
     if receipt.speed is not None:
         ours, eager = receipt.speed.ours, receipt.speed.eager
-        ratio = f"{eager / ours:.3g}x faster" if eager >= ours else f"{ours / eager:.3g}x slower"
-        parts.append(f"{ratio} ({_time(eager)} -> {_time(ours)})")
+        parts.append(f"{change(eager, ours)} ({duration(eager)} -> {duration(ours)})")
     if receipt.error is not None:
         parts.append(f"error {receipt.error.ours:.0e} (eager {receipt.error.eager:.0e})")
     nodes = receipt.coverage.nodes
@@ -87,8 +88,8 @@ def _coverage(receipt: Receipt) -> Table:
     table = _grid(("", "left"), ("our kernels", "right"), ("library", "right"), ("eager", "right"), ("of", "right"))
     for name, unit in (("nodes", ""), ("flops", ""), ("bytes", "B")):
         share: Share = getattr(receipt.coverage, name)
-        parts = (_percent(p, share.total) for p in (share.kernels, share.library, share.fallback))
-        _row(table, "ops" if name == "nodes" else name, *parts, f"{_scaled(share.total)}{unit}")
+        parts = (percent(p, share.total) for p in (share.kernels, share.library, share.fallback))
+        _row(table, "ops" if name == "nodes" else name, *parts, f"{scaled(share.total)}{unit}")
     return table
 
 
@@ -97,7 +98,7 @@ def _kernels(receipt: Receipt, details: bool) -> Table:
     for k in receipt.kernels:
         name = "\n  ".join((k.name, k.label, *_usage(k), *k.notes)) if details else k.name
         sources = "\n".join(k.sources) if details else _few(k.sources)
-        _row(table, name, k.nodes, k.uses, f"{_scaled(k.bytes)}B", sources)
+        _row(table, name, k.nodes, k.uses, f"{scaled(k.bytes)}B", sources)
     return table
 
 
@@ -123,8 +124,8 @@ def _trials(receipt: Receipt) -> Table:
         if t.note:
             _row(table, t.what, "", "", t.note)
             continue
-        change = f"{t.without / t.with_it:.3g}x faster" if t.with_it <= t.without else f"{t.with_it / t.without:.3g}x slower"
-        _row(table, t.what, _time(t.with_it), _time(t.without), f"{change}, {'kept' if t.kept else 'rolled back'}")
+        verdict = f"{change(t.without, t.with_it)}, {'kept' if t.kept else 'rolled back'}"
+        _row(table, t.what, duration(t.with_it), duration(t.without), verdict)
     return table
 
 
@@ -142,8 +143,8 @@ def _schedules(receipt: Receipt, details: bool) -> RenderableType:
             _short(s.kernel),
             s.legal,
             s.compiled,
-            _time(s.start_seconds),
-            _time(s.seconds),
+            duration(s.start_seconds),
+            duration(s.seconds),
             "\n".join(filter(None, (s.schedule, because))),
         )
     return table
@@ -155,8 +156,8 @@ def _spent(spent: Spent, details: bool) -> Iterator[RenderableType]:
     error, where = spent.limits.get("error"), "on held-out inputs" if spent.held_out else "on the inputs it was chosen by"
     _row(table, f"error ({spent.metric})", "", f"{spent.error:.2g}", "" if error is None else f"{error:.2g}", where)
     for name, before, now, show in (
-        ("bytes", spent.exact_bytes, spent.bytes, lambda n: f"{_scaled(int(n))}B"),
-        ("time", spent.exact_seconds, spent.seconds, _time),
+        ("bytes", spent.exact_bytes, spent.bytes, lambda n: f"{scaled(int(n))}B"),
+        ("time", spent.exact_seconds, spent.seconds, duration),
     ):
         limit = spent.limits.get(name)
         _row(table, name, show(before), show(now), "" if limit is None else show(limit), f"{now / before:.0%}")
@@ -164,8 +165,8 @@ def _spent(spent: Spent, details: bool) -> Iterator[RenderableType]:
     yield Text()
     yield _formats(spent, details)
     for a in spent.attempts if details else ():
-        predicted = f"predicted error {a.predicted_error:.2g}, {_time(a.predicted_seconds)}"
-        yield Text(f"{predicted}; measured {a.error:.2g}, {_time(a.seconds)}: {a.verdict}")
+        predicted = f"predicted error {a.predicted_error:.2g}, {duration(a.predicted_seconds)}"
+        yield Text(f"{predicted}; measured {a.error:.2g}, {duration(a.seconds)}: {a.verdict}")
 
 
 def _formats(spent: Spent, details: bool) -> Table:
@@ -180,8 +181,8 @@ def _formats(spent: Spent, details: bool) -> Table:
         nbytes, before = sum(x.bytes for x in lines), sum(x.exact_bytes for x in lines)
         seconds = sum(x.seconds - x.exact_seconds for x in lines)
         error = max(x.error for x in lines)
-        time = f"{'+' if seconds > 0 else '-'}{_time(abs(seconds))}" if seconds else ""
-        _row(table, name or len(lines), form, f"{_scaled(before)}B -> {_scaled(nbytes)}B", time, f"{error:.1e}" if error else "0")
+        time = f"{'+' if seconds > 0 else '-'}{duration(abs(seconds))}" if seconds else ""
+        _row(table, name or len(lines), form, f"{scaled(before)}B -> {scaled(nbytes)}B", time, f"{error:.1e}" if error else "0")
     return table
 
 
@@ -202,7 +203,7 @@ def _details(receipt: Receipt) -> Iterator[RenderableType]:
     applied = Counter((a.rule, a.what) for a in receipt.applied)
     lines = [Text(f"{_times(count)}{rule}: {what}") for (rule, what), count in applied.items()]
     yield from _section(f"{len(receipt.applied)} rewrites", lines)
-    times = ", ".join(f"{name} {_time(seconds)}" for name, seconds in receipt.seconds.items())
+    times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in receipt.seconds.items())
     if times:
         yield from _section("time", [Text(times)])
     memory = [Text(f"arena {receipt.arena} bytes")]
@@ -219,24 +220,6 @@ def _details(receipt: Receipt) -> Iterator[RenderableType]:
 
 def _times(count: int) -> str:
     return f"{count} x " if count > 1 else ""
-
-
-def _percent(part: int, total: int) -> str:
-    return f"{100 * part / total:.1f}%" if total else "-"
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
-def _scaled(count: int) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} "
 
 
 def _short(text: str) -> str:
