@@ -86,6 +86,8 @@ class Quantize(Pass):
             made = encoded(layer, kind, self.plan.grams.get(layer.name))
             what = f"{layer.name} {_short(layer.weight.dtype)} -> {kind.name}"
             if isinstance(made, Encoded):
+                if not notes.may(self.name, layer.readers[0], what):
+                    continue
                 notes.apply(self.name, what, layer.readers[0], layer.nbytes - made.nbytes)
                 chosen.append(made)
             else:

@@ -8,10 +8,10 @@ from pass_checks import assert_same_values
 from tilewright.driver.pipeline import DEFAULT_PASSES, passes_from
 from tilewright.ir.graph import Stage, order
 from tilewright.ir.text import parse
-from tilewright.passes.base import Notes
+from tilewright.passes.base import Notes, Steps
 from tilewright.passes.canonicalize import Canonicalize
 from tilewright.passes.fold_constants import FoldConstants
-from tilewright.passes.manager import PassSyntaxError, StageError, parse_passes, run_passes
+from tilewright.passes.manager import PassSyntaxError, StageError, parse_passes, pass_text, run_passes
 from tilewright.passes.merge_linears import MergeLinears
 from tilewright.passes.pack_weights import PackWeights
 from tilewright.passes.recognize import Recognize
@@ -74,3 +74,27 @@ def test_bad_text_is_one_clear_sentence(text: str, message: str) -> None:
     with pytest.raises(PassSyntaxError) as error:
         parse_passes(text)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_first_steps_of_the_passes_are_those_of_all() -> None:
+    graph, inputs = parse(TEXT, WEIGHTS), [torch.randn(3, 8)]
+    whole = Steps()
+    run_passes(graph, DEFAULT_PASSES, Notes(steps=whole))
+    assert [s.item for s in whole.taken if not s.rule] == [p.name for p in DEFAULT_PASSES]
+    assert {"canonicalize.product-with-weight", "recognize.silu"} & {s.rule for s in whole.taken}
+    for limit in range(len(whole.taken) + 1):
+        steps = Steps(limit)
+        after = run_passes(graph, DEFAULT_PASSES, Notes(steps=steps))
+        assert steps.taken == whole.taken[:limit]
+        assert_same_values(graph, after, inputs, 1e-5)
+
+
+def test_no_steps_leave_the_graph_alone() -> None:
+    graph = parse(TEXT, WEIGHTS)
+    assert run_passes(graph, DEFAULT_PASSES, Notes(steps=Steps(0))) is graph
+
+
+@pytest.mark.parametrize("text", ["canonicalize", "merge-linears{max_columns=4096}", "quantize{plan=a.weight:int8 *:int4-g32}"])
+def test_passes_as_text_and_back(text: str) -> None:
+    (item,) = parse_passes(text)
+    assert pass_text(item) == text and parse_passes(pass_text(item)) == [item]
