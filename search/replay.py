@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,16 +18,21 @@ KEPT_BYTES = 2 << 30
 
 
 class Replay:
-    """inputs: a value for each input of the graph; what the graph would write to is left alone. outputs: of the graph itself."""
+    """inputs: a value for each input of the graph; what the graph would write to is left alone. outputs: of the graph itself.
+
+    seconds: that running it took. whole: whether all values were kept.
+    """
 
     def __init__(self, graph: Graph, inputs: Sequence[Any], kept_bytes: int = KEPT_BYTES) -> None:
         self.graph = graph
         self._inputs = list(inputs)
         self._written = {i for i, node in enumerate(graph.inputs) if any(node is target for target, _ in graph.writes)}
         self._known: dict[Node, Any] = {}
-        self._left = kept_bytes
+        self._left, self.whole = kept_bytes, True
+        start = time.perf_counter()
         with torch.no_grad():
             self.outputs = interpret(graph, self.inputs(), watch=self._keep)
+        self.seconds = time.perf_counter() - start
 
     def inputs(self) -> list[Any]:
         return [v.clone() if i in self._written else v for i, v in enumerate(self._inputs)]
@@ -45,3 +51,5 @@ class Replay:
         if size <= self._left:
             self._left -= size
             self._known[node] = value
+        else:
+            self.whole = False

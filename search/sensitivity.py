@@ -7,6 +7,9 @@
 The model is run once; then, for each layer and format, what follows from that layer is run again. Formats that make the same of a layer
 (groups of 64 and 128 in rows of 64) are told by a hash of what they compute, and measured once. Results are kept under a hash of the model
 and the inputs, each as soon as it is known: who is interrupted goes on.
+
+Where running all of them would take long, scores by gradients (`fisher.py`) come first. Of each layer then only those formats are run that
+have least error for their bytes by score, and the others' errors are the scores, times what measuring makes of those that are run.
 """
 
 from __future__ import annotations
@@ -25,22 +28,30 @@ from ..passes.formats import FORMATS
 from ..passes.layers import Layer
 from ..passes.quantize import Encoded, Known, encoded, requantized
 from .database import Database
+from .fisher import Fisher
 from .metrics import Metric
 from .replay import Replay
 
 LADDERS = (("fp16", "int8", "int4-g32", "int4-g64", "int4-g128"), ("int8", "int8-dynamic"), ("int4-split3", "int2-split3"))
 """Formats of which each says less than the one before: where it is measured to err less, that is luck."""
 
+SECONDS = 60.0
+"""Running every variant may take so long, in seconds; else only some are run, at least one for each layer."""
+
 Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
 class Effect:
-    """error: of the outputs, by the metric, if nothing but this layer is in that format; bytes: of its parts. Declined: why not."""
+    """error: of the outputs, by the metric, if nothing but this layer is in that format; bytes: of its parts. Declined: why not.
+
+    estimated: by score, rather than measured.
+    """
 
     error: float
     bytes: int
     declined: str = ""
+    estimated: bool = False
 
 
 class Sensitivity:
@@ -57,33 +68,54 @@ class Sensitivity:
         self.key = hashlib.sha256("\0".join(text).encode()).hexdigest()
         self.known = database.errors(self.key)
 
-    def effects(self, formats: Sequence[str], progress: Progress = lambda done, total: None) -> dict[tuple[str, str], Effect]:
+    def effects(
+        self, formats: Sequence[str], progress: Progress = lambda done, total: None, seconds: float = SECONDS
+    ) -> dict[tuple[str, str], Effect]:
         """(layer, format) -> what the format does there."""
         found: dict[tuple[str, str], Effect] = {}
         total = len(self.layers) * len(formats)
+        each = sum(replay.seconds for replay in self.replays) / 2  # half of a graph follows a layer, on average
+        scored = (total - len(self.known)) * each > seconds and all(replay.whole for replay in self.replays)
+        scores = Fisher(self.graph, self.layers, self.replays, self.metric) if scored else None
+        most = max(1, int(seconds / each / len(self.layers))) if scored else len(formats)
         for layer in self.layers:
-            errors: dict[str, float] = {}  # by what is computed
+            progress(len(found), total)
             parts: Known = {}
-            for name in formats:
-                found[layer.name, name] = self._effect(layer, name, errors, parts)
-                progress(len(found), total)
+            made = {name: encoded(layer, FORMATS[name], self.grams.get(layer.name), parts) for name in formats}
+            fits = {name: m for name, m in made.items() if isinstance(m, Encoded)}
+            declined = {name: m for name, m in made.items() if not isinstance(m, Encoded)}
+            found |= {(layer.name, name): Effect(math.inf, layer.nbytes, f"{m[0].value} ({m[1]})") for name, m in declined.items()}
+            found |= self._of_layer(layer, fits, scores, most)
+        progress(total, total)
         return monotone(found, [layer.name for layer in self.layers])
 
     def error_of(self, variant: Graph) -> float:
         """Of the worst batch."""
         return max(self.metric(replay.run(variant), replay.outputs) for replay in self.replays)
 
-    def _effect(self, layer: Layer, name: str, errors: dict[str, float], parts: Known) -> Effect:
-        made = encoded(layer, FORMATS[name], self.grams.get(layer.name), parts)
-        if not isinstance(made, Encoded):
-            return Effect(math.inf, layer.nbytes, f"{made[0].value} ({made[1]})")
-        if (layer.name, name) not in self.known:
+    def _of_layer(self, layer: Layer, made: Mapping[str, Encoded], scores: Fisher | None, most: int) -> dict[tuple[str, str], Effect]:
+        """Of the formats that serve a layer; by scores, where there are any, only so many are run."""
+        guesses = {} if scores is None else {name: error for name, m in made.items() if (error := scores.error(m)) is not None}
+        chosen = efficient({name: (made[name].nbytes, error**self.metric.power) for name, error in guesses.items()})[-most:]
+        errors: dict[str, float] = {}  # by what is computed
+        measured = {name: self._measured(m, errors) for name, m in made.items() if name not in guesses or name in chosen}
+        measured |= {name: self.known[layer.name, name] for name in guesses if (layer.name, name) in self.known}
+        pairs = [(measured[name], guesses[name]) for name in guesses if name in measured]
+        ratios = [math.log(error / guess) for error, guess in pairs if min(error, guess) > 0 and error < math.inf]
+        off = math.exp(math.fsum(ratios) / len(ratios)) if ratios else 1.0
+        found = {(layer.name, name): Effect(error, made[name].nbytes) for name, error in measured.items()}
+        others = {name: guess * off for name, guess in guesses.items() if name not in measured}
+        return found | {(layer.name, name): Effect(error, made[name].nbytes, estimated=True) for name, error in others.items()}
+
+    def _measured(self, made: Encoded, errors: dict[str, float]) -> float:
+        place = made.layer.name, made.format.name
+        if place not in self.known:
             function = structural_hash(requantized(*alone([made])), weights=True)
             if function not in errors:
                 errors[function] = self.error_of(requantized(self.graph, [made]))
-            self.known[layer.name, name] = errors[function]
-            self.database.put_error(self.key, layer.name, name, errors[function])
-        return Effect(self.known[layer.name, name], made.nbytes)
+            self.known[place] = errors[function]
+            self.database.put_error(self.key, *place, errors[function])
+        return self.known[place]
 
     def _gram(self, layer: Layer) -> torch.Tensor | None:
         """Of a layer whose readers are linears and products."""
@@ -110,6 +142,26 @@ def alone(chosen: Sequence[Encoded]) -> tuple[Graph, list[Encoded]]:
     return Graph("alone", inputs, outputs, stage=Stage.CANONICAL), moved
 
 
+def efficient(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of points (bytes, error) on the lower left of their convex hull, most bytes first: of no others makes a sum the best trade."""
+    hull: list[str] = []
+    for name in sorted(points, key=lambda n: (-points[n][0], points[n][1])):
+        x, y = points[name]
+        if hull and x == points[hull[-1]][0]:
+            continue
+        while hull and points[hull[-1]][1] >= y:
+            hull.pop()  # more bytes, and no less error
+        while len(hull) > 1 and _above(points[hull[-1]], points[hull[-2]], (x, y)):
+            hull.pop()
+        hull.append(name)
+    return hull
+
+
+def _above(point: tuple[float, float], left: tuple[float, float], right: tuple[float, float]) -> bool:
+    """Whether a point lies on or above the line between those beside it."""
+    return (point[1] - left[1]) * (left[0] - right[0]) >= (right[1] - left[1]) * (left[0] - point[0])
+
+
 def monotone(effects: Mapping[tuple[str, str], Effect], layers: Sequence[str]) -> dict[tuple[str, str], Effect]:
     """The effects, where a format that says less about a weight errs at least as much as one that says more."""
     found = dict(effects)
@@ -121,7 +173,7 @@ def monotone(effects: Mapping[tuple[str, str], Effect], layers: Sequence[str]) -
                 if effect is None or effect.declined:
                     continue
                 least = max(least, effect.error)
-                found[layer, name] = Effect(least, effect.bytes)
+                found[layer, name] = replace(effect, error=least)
     return found
 
 
