@@ -85,10 +85,22 @@ def build(sources: Sequence[Source], level: str = "native") -> list[Loaded]:
     if missing:
         _remove_stale(directory)
         found.update(_compile_all(directory, missing, tools))
-    return [_typed(found[k], s) for k, s in zip(keys, sources)]
+    return [typed(found[k], s) for k, s in zip(keys, sources)]
 
 
-def _typed(function: Loaded | None, source: Source) -> Loaded:
+def cached(sources: Sequence[Source], level: str = "native") -> list[Loaded] | None:
+    """The functions if all of them are in the cache, and there is the compiler that they were made with."""
+    tools, directory = toolchain(level), cache_directory()
+    found: list[Loaded] = []
+    for source in sources if tools else ():
+        function = _cached(directory, _key(source, tools), source)  # type: ignore[arg-type]
+        if function is None:
+            return None
+        found.append(typed(function, source))
+    return found or None
+
+
+def typed(function: Loaded | None, source: Source) -> Loaded:
     assert function is not None
     if not isinstance(function, BuildError):
         function.argtypes, function.restype = source.arguments, source.result  # type: ignore[attr-defined]
@@ -180,10 +192,26 @@ def _headers_digest() -> str:
 
 
 def _key(source: Source, tools: Toolchain) -> str:
-    """What the machine code depends on: not the function's name, nor comments."""
-    anonymous = re.sub(rf"\b{re.escape(source.name)}\b", "kernel_", source.text)
-    code = re.sub(r"^\s*//.*\n", "", anonymous, flags=re.MULTILINE)
-    parts = (code, _headers_digest(), tools.compiler, tools.identity, *tools.flags)
+    """What the machine code depends on."""
+    return _digest(*_code(source), tools.compiler, tools.identity, *tools.flags)
+
+
+def source_key(source: Source) -> str:
+    """What it is compiled from, whoever compiles it."""
+    return _digest(*_code(source))
+
+
+def _code(source: Source) -> tuple[str, str]:
+    """The text, without the function's name and comments, and that of the headers."""
+    return re.sub(r"^\s*//.*\n", "", renamed(source, "kernel_"), flags=re.MULTILINE), _headers_digest()
+
+
+def renamed(source: Source, name: str) -> str:
+    """The text with another name for the function."""
+    return re.sub(rf"\b{re.escape(source.name)}\b", name, source.text)
+
+
+def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 
@@ -199,19 +227,24 @@ _libraries: dict[tuple[str, str], ctypes.CDLL] = {}
 
 
 def _load(path: Path, digest: str, symbol: str) -> Loaded:
-    """A function of a library whose bytes are what was written. Each call gives a function object of its own."""
+    """A function of a library whose bytes are what was written."""
     library = _libraries.get((path.name, digest))
     if library is None:
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise ValueError(f"{path} is damaged")
         library = _libraries[path.name, digest] = ctypes.CDLL(str(path))
+    return function_of(library, symbol)
+
+
+def function_of(library: ctypes.CDLL, symbol: str) -> Loaded:
+    """Each call gives a function object of its own. Raises AttributeError."""
     function: Any = library[symbol]
     if hasattr(library, f"{symbol}_entry"):
         function.entry = ctypes.cast(library[f"{symbol}_entry"], ctypes.c_void_p).value
     return function
 
 
-def _write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
     """All of it under its final name, or nothing."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix="tmp-")
     try:
@@ -237,7 +270,7 @@ def _remove_stale(directory: Path) -> None:
 
 
 def _compile_all(directory: Path, missing: dict[str, Source], tools: Toolchain) -> dict[str, Loaded]:
-    units = _units(missing, cores())
+    units = units_of(missing, cores())
     with ThreadPoolExecutor(max_workers=cores()) as pool:
         results = list(pool.map(lambda unit: _compile_unit(directory, unit, tools), units))
         failed = [unit for unit, result in zip(units, results) if isinstance(result, str) and len(unit) > 1]
@@ -254,7 +287,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _units(missing: dict[str, Source], count: int) -> list[dict[str, Source]]:
+def units_of(missing: dict[str, Source], count: int) -> list[dict[str, Source]]:
     """The functions in at most `count` groups of about equal text, longest first."""
     units: list[dict[str, Source]] = [{} for _ in range(min(count, len(missing)))]
     sizes = [0] * len(units)
@@ -273,7 +306,7 @@ def entry_address(function: Any) -> int:
 _IN_RUNS = {ctypes.c_void_p, ctypes.c_int, ctypes.c_int64}
 
 
-def _entry(source: Source, symbol: str) -> str:
+def entry_text(source: Source, symbol: str) -> str:
     """The text of the entry; nothing for a function that runs of calls cannot call."""
     if not _IN_RUNS.issuperset(source.arguments) or source.result not in (None, ctypes.c_int64):
         return ""
@@ -289,7 +322,7 @@ def unit_text(functions: Iterable[str]) -> str:
 def _compile_unit(directory: Path, unit: dict[str, Source], tools: Toolchain) -> dict[str, Loaded] | str:
     """Compiles one unit into the cache; the functions by key, or the compiler's message."""
     symbols = {key: f"{source.name}_{key[:8]}" for key, source in unit.items()}
-    texts = [re.sub(rf"\b{re.escape(s.name)}\b", symbols[key], s.text) + _entry(s, symbols[key]) for key, s in unit.items()]
+    texts = [renamed(s, symbols[key]) + entry_text(s, symbols[key]) for key, s in unit.items()]
     name = hashlib.sha256("\0".join(unit).encode()).hexdigest()[:40]
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix="tmp-") as scratch:
@@ -298,21 +331,21 @@ def _compile_unit(directory: Path, unit: dict[str, Source], tools: Toolchain) ->
             command = [tools.compiler, *tools.flags, f"-I{HEADERS}", str(source), "-o", str(library), *_openmp_library(), "-lm"]
             result = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
             if result.returncode != 0:
-                return _first_lines(result.stderr) or f"the compiler ended with status {result.returncode}"
+                return first_lines(result.stderr) or f"the compiler ended with status {result.returncode}"
             data = library.read_bytes()
         path = directory / f"{name}.so"
         digest = hashlib.sha256(data).hexdigest()
         path = directory / f"{name}-{digest[:8]}.so"
-        _write(path, data)
+        write(path, data)
         for key, symbol in symbols.items():
             entry = {"library": path.name, "symbol": symbol, "sha256": digest}
-            _write(directory / f"{key}.json", json.dumps(entry).encode())
+            write(directory / f"{key}.json", json.dumps(entry).encode())
         return {key: _load(path, digest, symbol) for key, symbol in symbols.items()}
     except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
 
 
-def _first_lines(message: str) -> str:
+def first_lines(message: str) -> str:
     lines = message.splitlines()
     errors = [n for n, line in enumerate(lines) if "error" in line]
     start = errors[0] if errors else 0

@@ -2,8 +2,8 @@
 
 It is a safetensors file: the tensors are the weights; the metadata holds `tilewright` (manifest: format version, calling convention,
 sha256 of every other member), `graph` (IR text after all passes), `receipt` (JSON) and `kernels` (the generated source, to read). Nothing
-in it is unpickled, and native code is built from the IR on load, through the cache of the machine. Only a file made for a target holds
-code, as tensors of bytes; `native_code.py` says when it is run.
+in it is unpickled. Code is in it as tensors of bytes, for levels of x86-64 or for a GPU; `native_code.py` says when it is run, and where it
+is not, native code is built from the IR on load, through the cache of the machine.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..codegen.program import Listing, Program, devices_of
-from ..codegen.triton.binary import Code
+from ..codegen.code import Code
+from ..codegen.cpp.levels import LEVELS
+from ..codegen.program import Listing, Program
 from ..ir.errors import DeviceLost, TilewrightError
 from ..ir.graph import Graph, constants
 from ..ir.retarget import retarget
@@ -31,7 +32,17 @@ from ..ir.text import parse
 from .calling import CallingConvention
 from .compile import build_program
 from .errors import BadArtifact, CannotWrite, first_line
-from .native_code import code_of, described, images, machine_for, program_from, sums
+from .native_code import (
+    code_of,
+    compiled_for_levels,
+    described,
+    images,
+    is_for_cpu,
+    machine_for,
+    program_on_cpu,
+    program_on_gpu,
+    sums,
+)
 from .receipt import Receipt
 from .trust import unsafe_in_graph
 
@@ -45,8 +56,8 @@ STATE = "state "  # what the names of updated buffers begin with
 class Optimized:
     """An optimized model: call it like the original. `receipt` says what was done to it, `graph` is its IR, `program` runs it.
 
-    state: the buffers that the model updates as it runs, by name. code: its binaries, where it was compiled for a target; what was
-    compiled here for another machine can be saved, and not called.
+    state: the buffers that the model updates as it runs, by name. code: its binaries, where it was compiled for a target, or loaded with
+    them; what was compiled here for another machine can be saved, and not called.
     """
 
     graph: Graph
@@ -54,7 +65,7 @@ class Optimized:
     program: Listing
     receipt: Receipt
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    code: Code | None = None
+    code: Code[Any] | None = None
     _known: set[Any] = field(default_factory=set, repr=False, compare=False)  # kinds of inputs that have been checked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,13 +83,14 @@ class Optimized:
         """The same model, whose buffers are copies: what it does to them is not seen here."""
         return replace(self, state={name: value.clone() for name, value in self.state.items()}) if self.state else self
 
-    def save(self, path: str | Path) -> None:
-        """Writes the artifact; raises CannotWrite."""
-        save(path, self)
+    def save(self, path: str | Path, levels: Collection[str] = tuple(LEVELS)) -> None:
+        """Writes the artifact; raises CannotWrite. levels: of x86-64, for which a model that runs on CPUs is compiled (`cpp.levels`)."""
+        save(path, self, levels)
 
 
-def save(path: str | Path, model: Optimized) -> None:
+def save(path: str | Path, model: Optimized, levels: Collection[str] = tuple(LEVELS)) -> None:
     """Writes the artifact under a temporary name and renames it; raises CannotWrite and leaves nothing behind."""
+    code = compiled_for_levels(model.graph, levels) if model.code is None else model.code
     members = {"graph": str(model.graph), "receipt": model.receipt.to_json(), "kernels": model.program.source}
     weights = {name: data.value for name, data in constants(model.graph).items() if data.value is not None}
     tensors, names = _distinct(weights | {f"{STATE}{name}": value for name, value in model.state.items()})
@@ -88,10 +100,10 @@ def save(path: str | Path, model: Optimized) -> None:
         "weights": names,
         "sha256": {m: _digest(text) for m, text in members.items()} | {f"weight {n}": _tensor_digest(t) for n, t in tensors.items()},
     }
-    if model.code is not None:
-        manifest["code"] = described(model.code)
-        manifest["sha256"] |= sums(model.code)
-        tensors |= images(model.code)
+    if code is not None:
+        manifest["code"] = described(code)
+        manifest["sha256"] |= sums(code)
+        tensors |= images(code)
     try:
         with replacing(Path(path)) as temporary:
             save_file(tensors, temporary, metadata=members | {"tilewright": json.dumps(manifest)})
@@ -171,11 +183,11 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def load(path: str | Path, operators: Collection[str] = (), trust_code: bool = False) -> Optimized:
-    """The optimized model in `path`, ready to call; builds its kernels unless this machine has them cached.
+    """The optimized model in `path`, ready to call; builds its kernels unless this machine has them cached, or they are in the file.
 
     The file may come from anyone: it is parsed, not executed. operators: namespaces of custom operators that it may call besides
-    torch's own, e.g. ("torchvision",). trust_code: run the binaries of a file made by `--target`; without it, those that this user did not
-    compile are compiled anew, from the graph. Raises BadArtifact, and WrongMachine for a file that was compiled for another one.
+    torch's own, e.g. ("torchvision",). trust_code: run the code in the file; without it, what this user did not compile is compiled anew,
+    from the graph. Raises BadArtifact, and WrongMachine for a file that was compiled for another one.
     """
     with _reported(path):
         return _load(Path(path), operators, trust_code)
@@ -207,12 +219,14 @@ def _load(path: Path, operators: Collection[str], trust_code: bool) -> Optimized
     convention = CallingConvention.from_json(manifest["convention"])
     receipt = Receipt.from_json(metadata["receipt"])
     state = {name: values[f"{STATE}{name}"].clone() for name in convention.state}
-    if code is None and devices_of(graph) in ([], ["cpu"]):
-        return Optimized(graph, convention, build_program(graph), receipt, state)
+    if is_for_cpu(graph, code):
+        kernels = len(receipt.kernels)
+        program = build_program(graph) if code is None else program_on_cpu(path, graph, code, kernels, trust_code)
+        return Optimized(graph, convention, program, receipt, state, code)
     machine = machine_for(path, code.target if code is not None else None)
     graph = retarget(graph, machine.device, machine.move)
     state = {name: machine.move(value) for name, value in state.items()}
-    program = build_program(graph) if code is None else program_from(path, graph, code, machine, len(receipt.kernels), trust_code)
+    program = build_program(graph) if code is None else program_on_gpu(path, graph, code, machine, len(receipt.kernels), trust_code)
     return Optimized(graph, convention, program, receipt, state, code)
 
 

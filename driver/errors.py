@@ -51,7 +51,7 @@ class WrongMachine(BadArtifact):
 
 class CodeNotTrusted(BadArtifact):
     template = (
-        "{path} holds code for {target} that you did not compile, and Triton, which could compile it anew, is not installed; "
+        "{path} holds code for {target} that you did not compile, and {maker}, which could compile it anew, is not installed; "
         "pass trust_code=True only if you trust who made the file"
     )
 

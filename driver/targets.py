@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..codegen.code import Code
 from ..codegen.program import Listing, devices_of, list_program
-from ..codegen.triton.binary import SHARED_BYTES, Binary, Code
+from ..codegen.triton.binary import SHARED_BYTES, Binary
 from ..codegen.triton.installed import needed, unusable
 from ..ir.graph import Graph, Stage, constants
 from ..ir.interpret import interpret
@@ -54,7 +55,7 @@ class CompiledFor:
     graph: Graph
     program: Listing
     receipt: Receipt
-    code: Code
+    code: Code[Binary]
 
 
 def require_target(name: str) -> None:

@@ -36,14 +36,24 @@ LAUNCH = Source(
 """The entry that launches kernels of a GPU."""
 
 
-def compile_kernels(kernels: Sequence[Kernel], target: CpuTarget | None = None) -> list[Union[Compiled, Failed]]:
+Builder = Callable[[Sequence[Source], str], list[Loaded]]
+"""The functions of sources for a level, each or why there is none."""
+
+
+def compile_kernels(kernels: Sequence[Kernel], target: CpuTarget | None = None, builder: Builder = build) -> list[Union[Compiled, Failed]]:
     """Every kernel as a C function, launch(*addresses, *sizes, threads), or why it could not be made one."""
     target = target or detect_target()
     printed = [_print(k, target) for k in kernels]
     sources = [p for p in printed if isinstance(p, Source)]
-    run, start, *built = build([RUN, START, *sources], target.level)
+    run, start, *built = builder([RUN, START, *sources], target.level)
     functions, empty = iter(built), allocator(start)
     return [p if isinstance(p, Failed) else _loaded(k, p, next(functions), run, empty) for k, p in zip(kernels, printed)]
+
+
+def sources_of(kernels: Sequence[Kernel], target: CpuTarget) -> list[Source]:
+    """All that `compile_kernels` builds."""
+    printed = [_print(k, target) for k in kernels]
+    return [RUN, START, *(p for p in printed if isinstance(p, Source))]
 
 
 def _print(kernel: Kernel, target: CpuTarget) -> Source | Failed:

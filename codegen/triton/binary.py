@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...ir.errors import TilewrightError
@@ -36,14 +35,6 @@ class Binary:
     extra: int
     scratch: int
     image: bytes = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Code:
-    """The binaries of a model for one target, by the key of what they were compiled from (`prebuilt.key`)."""
-
-    target: str
-    binaries: Mapping[str, Binary]
 
 
 def runs_on(target: str, device: str) -> bool:

@@ -14,9 +14,10 @@ import json
 from collections.abc import Sequence
 from typing import Union
 
+from ..code import Code
 from ..kernel import Kernel
 from ..target import Compiled, Failed, Target
-from .binary import Binary, Code, OfflineError
+from .binary import Binary, OfflineError
 from .driver import Driver, DriverError
 from .legalize import UnsupportedByTriton
 from .native import Routines, launcher, native, routines
@@ -44,7 +45,7 @@ def key(program: Program, one: Launch, target: str, multiples: Sequence[str] = (
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
-def prebuilt(code: Code, driver: Driver) -> Target:
+def prebuilt(code: Code[Binary], driver: Driver) -> Target:
     """Runs kernels on a device from their binaries; those that have none fail."""
 
     def compile(kernels: Sequence[Kernel], device: str) -> list[Union[Compiled, Failed]]:
@@ -56,7 +57,7 @@ def prebuilt(code: Code, driver: Driver) -> Target:
     return Target("binaries", compile)
 
 
-def _found(kernel: Kernel, code: Code, driver: Driver, routine: Routines) -> Compiled | Failed:
+def _found(kernel: Kernel, code: Code[Binary], driver: Driver, routine: Routines) -> Compiled | Failed:
     try:
         program = _compiled(kernel, code)
         if program is None:
@@ -73,7 +74,7 @@ def _found(kernel: Kernel, code: Code, driver: Driver, routine: Routines) -> Com
         return Failed(kernel, str(error))
 
 
-def _compiled(kernel: Kernel, code: Code) -> Program | None:
+def _compiled(kernel: Kernel, code: Code[Binary]) -> Program | None:
     """The kernel as it was printed when it was compiled: under the first schedule, or another one where that did not fit."""
     schedule = None
     for tried in range(TRIES):

@@ -13,9 +13,10 @@ pytest.importorskip("triton")
 from fake_driver import FakeGpu
 from test_program import assert_same
 from test_triton_launch import chain, product
+from tilewright.codegen.code import Code
 from tilewright.codegen.program import CompiledElsewhere, compile_program, list_program
 from tilewright.codegen.triton import offline, prebuilt
-from tilewright.codegen.triton.binary import SHARED_BYTES, Code
+from tilewright.codegen.triton.binary import SHARED_BYTES
 from tilewright.codegen.triton.cross import cross_target
 
 pytestmark = NATIVE
