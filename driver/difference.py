@@ -122,7 +122,7 @@ def _formats(a: Receipt, b: Receipt) -> Iterator[Difference]:
 
 
 def _kernels(a: Receipt, b: Receipt) -> Iterator[Difference]:
-    yield from _counts("kernels", *(_calls((_NUMBER.sub("", k.name), k.uses) for k in r.kernels) for r in (a, b)), "calls")
+    yield from _counts("kernels", "calls", *(_calls((_NUMBER.sub("", k.name), k.uses) for k in r.kernels) for r in (a, b)))
 
 
 def _calls(uses: Iterator[tuple[str, int]]) -> Counter[str]:
@@ -133,11 +133,11 @@ def _calls(uses: Iterator[tuple[str, int]]) -> Counter[str]:
 
 
 def _library(a: Receipt, b: Receipt) -> Iterator[Difference]:
-    yield from _counts("library", *(Counter(c.node for c in r.library) for r in (a, b)), "calls")
+    yield from _counts("library", "calls", *(Counter(c.node for c in r.library) for r in (a, b)))
 
 
 def _fallbacks(a: Receipt, b: Receipt) -> Iterator[Difference]:
-    yield from _counts("eager", *(Counter(f"{f.node}, because {f.reason}" for f in r.fallbacks) for r in (a, b)), "times")
+    yield from _counts("eager", "times", *(Counter(f"{f.node}, because {f.reason}" for f in r.fallbacks) for r in (a, b)))
 
 
 def _trials(a: Receipt, b: Receipt) -> Iterator[Difference]:
@@ -146,14 +146,14 @@ def _trials(a: Receipt, b: Receipt) -> Iterator[Difference]:
 
 
 def _applied(a: Receipt, b: Receipt) -> Iterator[Difference]:
-    yield from _counts("rewrites", *(Counter(f"{x.rule}: {x.what}" for x in r.applied) for r in (a, b)), "times")
+    yield from _counts("rewrites", "times", *(Counter(f"{x.rule}: {x.what}" for x in r.applied) for r in (a, b)))
 
 
 def _declined(a: Receipt, b: Receipt) -> Iterator[Difference]:
-    yield from _counts("declined", *(_calls((f"{x.rule}, because {x.reason}", x.count) for x in r.refused) for r in (a, b)), "times")
+    yield from _counts("declined", "times", *(_calls((f"{x.rule}, because {x.reason}", x.count) for x in r.refused) for r in (a, b)))
 
 
-def _counts(section: str, a: Counter[str], b: Counter[str], unit: str) -> Iterator[Difference]:
+def _counts(section: str, unit: str, a: Counter[str], b: Counter[str]) -> Iterator[Difference]:
     one, other = ({name: f"{n} {unit}" if n != 1 else f"1 {unit.removesuffix('s')}" for name, n in c.items()} for c in (a, b))
     yield from _texts(section, one, other)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Union
 
 from ..outline import Outline, Row
 
-LIMIT = 36
+LIMIT = 24
 """Boxes of a view, but for what comes from outside."""
 OUTSIDE = 6
 """Values from outside that are drawn one by one."""
@@ -122,7 +123,8 @@ def _tidied(member: int | Group) -> int | Group:
 def _in_runs(group: Group) -> Group:
     """With at most LIMIT members: neighbours become groups of their own where there are more."""
     while len(group.members) > LIMIT:
-        runs = [group.members[i : i + LIMIT] for i in range(0, len(group.members), LIMIT)]
+        length = math.ceil(len(group.members) / math.ceil(len(group.members) / LIMIT))  # of runs of about equal length
+        runs = [group.members[i : i + length] for i in range(0, len(group.members), length)]
         group.members = [Group(f"{group.base}.{_run_name(run)}".lstrip("."), group.base, run) for run in runs]
     return group
 
