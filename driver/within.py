@@ -72,13 +72,14 @@ Stages = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class _Tried:
-    """A candidate that keeps all limits."""
+    """A candidate that keeps all limits. exact_seconds: of the exact model, called in turn with it."""
 
     allocation: Allocation
     compiled: Compiled
     optimized: Optimized
     error: float
     seconds: float
+    exact_seconds: float
 
 
 class _Within:
@@ -233,7 +234,7 @@ class _Within:
         if nbytes > most_bytes:
             return self._missed(allocation, "bytes", most_bytes / nbytes, error, seconds)
         self._note(allocation, error, seconds, "kept")
-        return _Tried(allocation, compiled, with_speed(made, verdict, "ours"), error, seconds), "", self._room(error)
+        return _Tried(allocation, compiled, with_speed(made, verdict, "ours"), error, seconds, exact.seconds), "", self._room(error)
 
     def _missed(self, allocation: Allocation, cost: str, room: float, error: float, seconds: float = 0.0) -> tuple[None, str, float]:
         self._note(allocation, error, seconds, f"declined: over the {cost}")
@@ -300,7 +301,7 @@ class _Within:
             bytes=constant_bytes(tried.compiled.graph) if tried else self.exact_bytes,
             exact_bytes=self.exact_bytes,
             seconds=tried.seconds if tried else self.exact_seconds,
-            exact_seconds=self.exact_seconds,
+            exact_seconds=tried.exact_seconds if tried else self.exact_seconds,
             held_out=self.held_out,
             layers=tuple(map(self._line, self.choices, allocation.names)),
             attempts=tuple(self.attempts),
