@@ -145,7 +145,7 @@ def main() -> None:
     loss = loss_on(batches)
     calibration = [windows(learned, torch.randint(0, len(learned) - LENGTH - 1, (16,)))[0] for _ in range(4)]
     formats = ("int8-bf16", "int4-g32", "int4-g32-bf16", "int4-g64", "int4-g64-bf16", "int8")
-    limit = {"max_error": math.log(1.01), "metric": loss, "memory": "30%", "formats": formats}
+    limit = {"max_error": math.log(1.01), "metric": loss, "memory": "20%", "formats": formats}
     small = tilewright.optimize(model, (batches[0][0],), budget=tilewright.Budget(**limit, calibration=[(c,) for c in calibration]))
     small.receipt.render(console)
 
