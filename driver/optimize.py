@@ -79,7 +79,7 @@ def optimize_model(
     convention = replace(convention_of(model.program, captured), names=model.names)
     _require_fitting(model, captured, convention)
     if target is not None:
-        return _outlined(_compiled_for(target, model, captured, convention, options, stage), captured)
+        return _outlined(_compiled_for(target, model, captured, convention, options, stage), captured, stage)
     with stage("rewriting, building kernels and measuring them" if options.tunes else "rewriting and building kernels"):
         compiled = _compiled(model, captured, convention, options)
     optimized = Optimized(compiled.graph, convention, compiled.program, compiled.receipt, captured.state)
@@ -88,17 +88,18 @@ def optimize_model(
     if budget is not None:
         optimized = optimize_within(model, captured, convention, budget, optimized, stage)
         if budget.allowed_relative is None:
-            return _outlined(optimized, captured, options.tunes)  # verified by another metric
+            return _outlined(optimized, captured, stage, options.tunes)  # verified by another metric
     with stage("checking against float64"):
         allowed = None if budget is None else budget.allowed_relative
         error = error_check(apart(model, captured), captured, convention, optimized.with_own_state(), allowed)
-    return _outlined(replace(optimized, receipt=replace(optimized.receipt, error=error)), captured, options.tunes)
+    return _outlined(replace(optimized, receipt=replace(optimized.receipt, error=error)), captured, stage, options.tunes)
 
 
-def _outlined(made: Optimized, captured: CapturedModule, measure: bool = False) -> Optimized:
+def _outlined(made: Optimized, captured: CapturedModule, stage: Stages, measure: bool = False) -> Optimized:
     """With both graphs in outline on the receipt, and, measured or of a data sheet, what the machine can do at most."""
     target, fallbacks = made.receipt.target, {f.node for f in made.receipt.fallbacks}
-    machine = machine_of(made.graph, target) if target or measure else None
+    with stage("measuring what the machine can do") if measure else nullcontext():
+        machine = machine_of(made.graph, target) if target or measure else None
     receipt = replace(made.receipt, before=outline(captured.graph), after=outline(made.graph, fallbacks), machine=machine)
     return replace(made, receipt=receipt)
 
