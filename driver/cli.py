@@ -214,10 +214,10 @@ def bisect(
             read = load_model(model, parse_inputs(inputs), trust_pickle)
         with stage(f"searching {model}"):
             found = bisect_model(read, passes, max_error)
-    console.print(found.summary, markup=False, highlight=False)
+    console.print(found.summary, markup=False, highlight=False, soft_wrap=True)
     if found.case is not None:
         written = " and ".join(map(str, write_case(reproducer, found.case, found.fault)))
-        console.print(f"wrote {written}; it exits with status 1 while the fault is there", markup=False, highlight=False)
+        console.print(f"wrote {written}; it exits with status 1 while the fault is there", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(0 if found.step is None else 1)
 
 

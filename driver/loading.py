@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from ..ir.capture import CapturedModule, from_exported
+from ..ir.errors import CaptureError
 from .containers import stand_in_for_unknown
 from .errors import BadInputs, CannotOptimize, ModelFails, ModelNotFound, NoInputs, NotAModel, PickleRefused, first_line
 from .inputs import Example, copied
@@ -38,6 +40,14 @@ class Model:
     module: torch.nn.Module
     example: Example
     names: tuple[str, ...]
+
+
+def captured_of(model: Model) -> CapturedModule:
+    """The graph of a model; raises CannotOptimize."""
+    try:
+        return from_exported(model.program, model.name)
+    except CaptureError as error:
+        raise CannotOptimize(path=model.name, reason=error.fields["reason"]) from error
 
 
 def load_model(path: str, example: Example | None, trust_pickle: bool = False) -> Model:

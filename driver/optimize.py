@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 
-from ..ir.capture import CapturedModule, from_exported
-from ..ir.errors import CaptureError
+from ..ir.capture import CapturedModule
 from ..search.tuner import decide
 from .artifact import Optimized
 from .budget import Budget
 from .calling import CallingConvention, convention_of
 from .compile import Compiled, Options, compile_graph
-from .errors import BadOption, CannotOptimize, ModelFails
+from .errors import BadOption, ModelFails
 from .inputs import Example
-from .loading import Model, export_module
+from .loading import Model, captured_of, export_module
 from .measure import apart, error_check, flat_example, timed, with_speed
 from .outline import machine_of, outline
 from .receipt import Trial
@@ -75,7 +74,7 @@ def optimize_model(
         raise BadOption(option="target", reason="a budget is kept by measuring, which takes the GPU itself; leave out one of the two")
     options = Options(passes=passes, max_autotune=tuning_seconds > 0, tuning_seconds=tuning_seconds)
     with stage("capturing the graph"):
-        captured = _captured(model)
+        captured = captured_of(model)
     convention = replace(convention_of(model.program, captured), names=model.names)
     _require_fitting(model, captured, convention)
     if target is not None:
@@ -138,13 +137,6 @@ def _never_slower(model: Model, captured: CapturedModule, optimized: Optimized, 
     chosen = optimized if trial.kept else plain
     receipt = replace(chosen.receipt, trials=(*optimized.receipt.trials, trial))
     return with_speed(replace(chosen, receipt=receipt), verdict, name)
-
-
-def _captured(model: Model) -> CapturedModule:
-    try:
-        return from_exported(model.program, model.name)
-    except CaptureError as error:
-        raise CannotOptimize(path=model.name, reason=error.fields["reason"]) from error
 
 
 def _require_fitting(model: Model, captured: CapturedModule, convention: CallingConvention) -> None:

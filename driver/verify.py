@@ -1,0 +1,169 @@
+"""`tilewright verify`: what an artifact computes on given inputs, against float64: its own graph's meaning, and the original model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils import _pytree as pytree
+
+from ..ir.graph import Node
+from ..ir.types import TensorType
+from ..search.metrics import METRICS, Metric
+from .accuracy import TIMES_EAGER
+from .artifact import Optimized, load
+from .budget import Spent
+from .calling import convention_of
+from .errors import BadInputs, BadOption, ModelFails, first_line
+from .inputs import Example, copied
+from .loading import Model, captured_of
+from .measure import apart, flattened
+from .reproduce import FLOOR, interpreted, observed
+from .shrink import departing
+
+RELATIVE = METRICS["relative"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One output against one reference: its error, that of eager, and what is allowed."""
+
+    output: str
+    against: str
+    ours: float
+    eager: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.ours <= self.allowed
+
+
+@dataclass(frozen=True)
+class Verification:
+    """metric: what errors against the model are of. culprit: the first kernel or call whose own result is wrong, "" if none is."""
+
+    lines: tuple[Line, ...]
+    metric: str = RELATIVE.name
+    culprit: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return all(line.ok for line in self.lines)
+
+    def render(self, console: Console) -> None:
+        table = Table(box=None, pad_edge=False)
+        for name in ("output", "against", "error", "eager", "allowed", ""):
+            table.add_column(name, justify="right" if name in ("error", "eager", "allowed") else "left")
+        for line in self.lines:
+            verdict = "[green]ok[/green]" if line.ok else "[bold red]too far[/bold red]"
+            table.add_row(line.output, line.against, *(f"{x:.1e}" for x in (line.ours, line.eager, line.allowed)), verdict)
+        console.print(table)
+        if self.metric != RELATIVE.name:
+            console.print(f"errors against the model are by {self.metric}")
+        if self.culprit:
+            console.print(f"the first whose own result is wrong: {self.culprit}", markup=False, highlight=False)
+
+
+def verify(path: Path, example: Example, model: Model | None = None, max_error: float | None = None) -> Verification:
+    """Runs an artifact on an example, which is the model's too.
+
+    Its kernels are held to its own graph in float64, by the rule of `driver.accuracy`; its results to the model's, by that rule, or by
+    the budget on the receipt. max_error: instead of that budget. Raises BadArtifact, BadInputs, BadOption, ModelFails.
+    """
+    artifact = load(path)
+    metric, allowed = (RELATIVE, FLOOR) if model is None else _limit(artifact.receipt.spent, max_error)
+    inputs = _inputs(artifact, example)
+    try:
+        ours = observed(artifact.graph, artifact.program.run, inputs)
+        found = artifact.convention.pack(ours)
+    except RuntimeError as error:  # an assertion of the model, or an op that these inputs are not for
+        raise ModelFails(path=path, inputs=example.described(), reason=first_line(error)) from error
+    lines = _own_graph(artifact, inputs, ours)
+    culprit = "" if all(line.ok for line in lines) else departing(artifact.graph, inputs)
+    if model is not None:
+        lines += _original(model, found, metric, allowed)
+    return Verification(tuple(lines), metric.name, culprit)
+
+
+def _limit(spent: Spent | None, max_error: float | None) -> tuple[Metric, float]:
+    """The metric of the errors against the model, and what they may be beside the rule of eager."""
+    name = RELATIVE.name if spent is None else spent.metric
+    if name not in METRICS:
+        raise BadOption(option="model", reason=f"the artifact keeps a budget of {name}, which only its maker can measure; leave it out")
+    limit = max_error if max_error is not None else FLOOR if spent is None else spent.limits.get("error")
+    if limit is None:
+        raise BadOption(option="max-error", reason="say how large it may be; the budget that the artifact was made within leaves it open")
+    return METRICS[name], limit
+
+
+def _inputs(artifact: Optimized, example: Example) -> list[Any]:
+    """The example as the graph takes it, where the graph is, with the artifact's state."""
+    convention, graph = artifact.convention, artifact.graph
+    try:
+        flat = convention.bind(example.args, dict(example.kwargs))
+        flat = [*copied(flat), *(artifact.state[name].clone() for name in convention.state)]
+        placed = [_placed(node, value) for node, value in zip(graph.inputs, flat, strict=True)]
+        return convention.checked(placed, graph)
+    except TypeError as error:
+        raise BadInputs(spec=", ".join(example.kwargs) or "of the model", reason=first_line(error)) from error
+
+
+def _placed(node: Node, value: Any) -> Any:
+    return value.to(node.tensor.device) if isinstance(node.type, TensorType) and isinstance(value, torch.Tensor) else value
+
+
+def _own_graph(artifact: Optimized, inputs: Sequence[Any], ours: Sequence[Any]) -> list[Line]:
+    """Against the meaning of the artifact's graph: results, and what it writes back."""
+    graph, convention = artifact.graph, artifact.convention
+    count = len(graph.outputs)
+
+    def named(values: Sequence[Any]) -> dict[str, torch.Tensor]:
+        written = {f"{target.hint} (updated)": value for (target, _), value in zip(graph.writes, values[count:])}
+        return _leaves(convention.pack(values[:count])) | written
+
+    eager, reference = (named(interpreted(graph, inputs, dtype)) for dtype in (None, torch.float64))
+    return _lines("its graph", named(ours), eager, reference, RELATIVE, FLOOR)
+
+
+def _original(model: Model, found: Any, metric: Metric, allowed: float) -> list[Line]:
+    """Against the model: the results of a call, in float64 and by eager."""
+    captured = captured_of(model)
+    convention = convention_of(model.program, captured)
+    args, kwargs = model.example.args, dict(model.example.kwargs)
+    exact = interpreted(captured.graph, flattened(convention, captured, args, kwargs), torch.float64)
+    reference = list(_leaves(convention.pack(exact)).values())
+    with torch.no_grad():
+        eager = list(_leaves(apart(model, captured).module(*copied(args), **copied(kwargs))).values())
+    named = {name: value.cpu() for name, value in _leaves(found).items()}
+    if not len(named) == len(eager) == len(reference):
+        raise BadOption(
+            option="model", reason=f"it has {len(reference)} outputs, and the artifact {len(named)}: they are not the same model"
+        )
+    return _lines("the model", named, dict(zip(named, eager)), dict(zip(named, reference)), metric, allowed)
+
+
+def _leaves(tree: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a result by where they are in it: `["logits"]`, `[0]`."""
+    found = pytree.tree_flatten_with_path(tree)[0]
+    return {pytree.keystr(path) or "result": value for path, value in found if isinstance(value, torch.Tensor)}
+
+
+def _lines(
+    against: str,
+    ours: dict[str, torch.Tensor],
+    eager: dict[str, torch.Tensor],
+    reference: dict[str, torch.Tensor],
+    metric: Metric,
+    floor: float,
+) -> list[Line]:
+    found: list[Line] = []
+    for name, value in ours.items():
+        by_eager = metric.of(eager[name], reference[name])
+        found.append(Line(name, against, metric.of(value, reference[name]), by_eager, max(TIMES_EAGER * by_eager, floor)))
+    return found
