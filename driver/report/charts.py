@@ -11,7 +11,7 @@ from markupsafe import Markup
 from .marks import clipped, mark
 
 WIDTH = 340.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 20.0, 10.0, 34.0
 COLOURS = 8
 
 Words = Callable[[float], str]

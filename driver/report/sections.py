@@ -69,7 +69,7 @@ def _front(receipt: Receipt) -> Iterator[Section]:
     if spent is None or not spent.front:
         return
     about = (
-        "Choices of formats that nothing beats in time, bytes and error at once, as predicted; ringed, what was chosen, as measured. "
+        "Choices of formats that nothing beats in time, bytes and error at once, as predicted; larger, what was chosen, as measured. "
         "Dashed lines are limits."
     )
     exact = (("bound", "no error, at the foot"),) if any(p.error <= 0 for p in spent.front) else ()
@@ -192,7 +192,9 @@ def _trials(receipt: Receipt) -> Iterator[Section]:
     ]  # fmt: skip
     if rows:
         about = "A call with each group of rewrites, and one without, in turn; medians. What is slower beyond noise is taken back."
-        yield Section("measured", "Measured rewrites", about, tables=(Table("groups", ("group", "", "with", "without", ""), rows),))
+        yield Section(
+            "measured", "Measured rewrites", about, tables=(Table("groups", ("group", "change", "with", "without", "verdict"), rows),)
+        )
 
 
 def _time(receipt: Receipt) -> Iterator[Section]:
@@ -240,7 +242,8 @@ def _unmeasured(receipt: Receipt) -> Iterator[Section]:
 
 
 def _memory(receipt: Receipt) -> Iterator[Section]:
-    lines = [f"Intermediate results lie in one arena of {receipt.arena} bytes."]
+    size = nbytes(int(receipt.arena)) if receipt.arena.isdecimal() else f"{receipt.arena} bytes"
+    lines = [f"Intermediate results lie in one arena of {size}."]
     if receipt.copies:
         lines.append(f"Laid out anew if they do not come row by row: {', '.join(receipt.copies)}.")
     shares = receipt.coverage.bytes
