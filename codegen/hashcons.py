@@ -56,8 +56,8 @@ def folded(value: Scalar) -> Scalar:
         return value.args[0]
     if value.op in ("shl", "shr") and isinstance(value.args[1], Const) and value.args[1].value == 0:
         return value.args[0]
-    if value.op == "and" and _left_by_shift(value):
-        return value.args[0]
+    if value.op == "and":
+        return _and(value)
     if value.op == "add" and isinstance(value.args[1], Const) and value.args[1].value == 0 and not value.dtype.is_floating_point:
         return value.args[0]
     return _position(value)
@@ -77,6 +77,13 @@ def _index(value: Scalar) -> sympy.Expr | None:
     if isinstance(value, Position):
         return sympy.sympify(value.index)
     return sympy.Integer(int(value.value)) if isinstance(value, Const) and abs(value.value) < 1 << 30 else None
+
+
+def _and(value: Apply) -> Scalar:
+    a, b = value.args
+    if isinstance(a, Const) and isinstance(b, Const) and value.dtype != torch.bool:
+        return Const(value.dtype, int(a.value) & int(b.value))
+    return a if _left_by_shift(value) else value
 
 
 def _where(value: Apply) -> Scalar:

@@ -1,4 +1,4 @@
-"""Weights of few bits as kernels on a CPU read them: what `pack-weights` makes of their constants.
+"""Weights of few bits as kernels on a CPU read them: what `pack-weights` makes of the constants that they are computed from.
 
     q = constant : u8[n, k / 2]                             p = constant : u8[n / 48, k / 8, 48, 4]
     s = constant : f32[n, g]                                t = constant : f32[n / 48, g, 48]
@@ -15,20 +15,19 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ..ir.dims import hint
-from ..ir.graph import Graph, Node
+from ..ir.graph import Graph, Node, is_scalar
 from ..ir.op import Category
 from ..ir.ops import OPS
 from .base import Reason, describe
 from .contractions import PRODUCTS, panel_of
-from .weights import ConstantMaker, constant_under, is_constant
+from .weights import GENERATED, ConstantMaker, constant_under, is_constant
 
 WORD_BYTES, WORD_BITS = 4, 32
 Form = Callable[[Node, ConstantMaker], Node]
 Parts = Mapping[Node, Form]
 """Constants of a weight -> what is laid out in their place: a view of equal value."""
 
-BETWEEN = frozenset({"unpack", "dequantize", "cast"})
-"""Ops between the constants of a weight and its contraction, beside views."""
+HALVES = frozenset({torch.bfloat16, torch.float16})
 
 PICK = 8
 """To pick an element out of words takes so many times longer than to make a number of one where they are not laid out, which every call of
@@ -44,27 +43,51 @@ def parts_of(node: Node) -> Parts | None:
         weight = weight.inputs[0]
     if weight.tensor.rank != 2 or node.dtype != torch.float32:
         return None
-    if weight.op.name == "cast":
-        (stored,) = weight.inputs
-        return {stored: panels} if is_constant(stored) and stored.dtype in (torch.bfloat16, torch.float16) else None
-    return _of_levels(weight) if weight.op.name == "dequantize" and weight.dtype == torch.float32 else None
+    if weight.op.name == "cast" and weight.inputs[0].dtype in HALVES:
+        return {weight.inputs[0]: panels} if is_constant(weight.inputs[0]) else None
+    return _of_levels(weight) if _is_computed(weight) and weight.dtype == torch.float32 else None
+
+
+def _is_computed(node: Node) -> bool:
+    return node.op.category in (Category.POINTWISE, Category.VIEW) or node.op.name in ("unpack", "dequantize")
 
 
 def _of_levels(weight: Node) -> Parts | None:
-    levels, *affine = weight.inputs
+    """Bytes of which each holds terms become words, other constants with several numbers for a column panels."""
+    parts: dict[Node, Form] = {}
+    stack, seen = [weight], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node in seen or is_scalar(node):
+            continue
+        seen.add(node)
+        form = _form(node, weight) if is_constant(node) else None
+        if form is not None:
+            parts[node] = form
+        elif _is_computed(node):
+            stack.extend(node.inputs)
+        elif node.op.name not in GENERATED and not is_constant(node):
+            return None
+    return parts if words in parts.values() and _groups_are_words(weight) else None
+
+
+def _form(part: Node, weight: Node) -> Form | None:
+    if part.tensor.rank != 2 or part.shape[0] != weight.shape[0] or part.shape[1] == 1:
+        return None
+    held = {weight.shape[1] // terms for terms in (1, 2, 4, 8)} if isinstance(weight.shape[1], int) else set[int]()
+    return words if part.dtype in (torch.int8, torch.uint8) and part.shape[1] in held else panels
+
+
+def _groups_are_words(weight: Node) -> bool:
+    """Whether scales change between words only, where there is nothing else but levels."""
+    if weight.op.name != "dequantize":
+        return True
+    levels, scale = weight.inputs[:2]
     bits = levels.attrs["bits"] if levels.op.name == "unpack" else 8
-    levels = levels.inputs[0] if levels.op.name == "unpack" else levels
-    depth, groups = weight.shape[1], affine[0].shape[1]
-    if (
-        levels.dtype not in (torch.int8, torch.uint8)
-        or not is_constant(levels)
-        or not isinstance(depth, int)
-        or not isinstance(groups, int)
-    ):
-        return None
-    if groups > 1 and depth // groups % (WORD_BITS // bits):
-        return None
-    return {levels: words} | {a: panels for a in affine if groups > 1 and is_constant(a)}
+    depth, groups = weight.shape[1], scale.shape[1]
+    if not isinstance(depth, int) or not isinstance(groups, int):
+        return False
+    return groups == 1 or depth // groups % (WORD_BITS // bits) == 0
 
 
 def words(levels: Node, maker: ConstantMaker) -> Node:
@@ -125,7 +148,7 @@ def _other_reader(part: Node, readers: Mapping[Node, Sequence[Node]], graph: Gra
         if value in graph.roots:
             return "the result"
         for reader in readers[value]:
-            if reader.op.category is Category.VIEW or reader.op.name in BETWEEN:
+            if _is_computed(reader):
                 stack.append(reader)
             elif not _reads_it(reader, value, part):
                 return describe(reader)

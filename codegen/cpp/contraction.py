@@ -12,17 +12,20 @@ What is printed is what differs between kernels: these three. How tiles are walk
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import sympy
 import torch
 
 from ...ir.dims import Dim, FloorDiv, Mod, free_symbols, product, symbol
 from ...ir.scalar import Scalar
 from ..errors import Unsupported
+from ..hashcons import shared
 from ..kernel import Axis, Buffer, Kernel, Load, Position, Reduce, Scan, Store, cone, operands
 from .body import Scope, row_index
 from .expressions import ADD, STORAGE, index_text, wrap
+from .integers import in_int32, words_of
 from .lanes import stride_along
 from .plan import Phase, plan_block
 from .printer import KernelPrinter, print_kernel
@@ -30,8 +33,9 @@ from .product import Rewrite, Right, dots, find_product, flatten, merge, plan_ri
 from .runs import Runs, find_images, find_runs
 from .schedule import CpuTarget, Schedule, default_schedule
 from .windows import print_reduction
-from .words import Words
+from .words import Words, word_axes
 
+WORD_ROWS = 8  # of a right operand that are computed at once where bytes of words are read
 FEW_TILE_ROWS = 4  # of a tile whose right operand is turned into numbers as it is read
 UNALIGNED = 1 << 40  # lanes of a block that may begin anywhere: no modulus is a multiple
 
@@ -54,12 +58,18 @@ class ContractionPrinter(KernelPrinter):
         self.target = target
         self.found = find_product(kernel, target)
         self.plan = plan_right(kernel, self.found, target)
+        self.words_read: tuple[Buffer, ...] = ()
+        if self.plan.kind in ("from_rows", "from_columns"):
+            right, self.words_read = in_int32(self.found.right, kernel)
+            self.found = replace(self.found, right=right)
+            self.plan = plan_right(kernel, self.found, target)
         self.left_runs = find_runs(kernel, self.found, self.plan)
         if self.plan.kind == "bytes":  # the walk takes them as they are
             self.found = replace(self.found, left=operands(self.found.left)[0])
         self.kind = STORAGE[self.found.dot.dtype]
         self.m, self.n, self.k = (self.names.fresh(name) for name in "mnk")
         self.names.buffers |= {name: name for name in ("to", "sums")}  # of the lambdas
+        self.names.buffers |= {words_of(b.name): f"((const int32_t*){self.names.buffers[b.name]})" for b in kernel.inputs}
 
     def grid(self) -> None:
         """The body of the function: one product, or one for each point of the batch."""
@@ -126,7 +136,7 @@ class ContractionPrinter(KernelPrinter):
     ) -> KernelPrinter:
         """A printer of stores over some axes, all others being bound, whose lines go here. lanes: 1 for scalar code."""
         axes = tuple(replace(a, inner=True) for a in axes)
-        kernel = replace(self.kernel, axes=axes, stores=tuple(stores), inputs=(*self.kernel.inputs, *inputs))
+        kernel = replace(self.kernel, axes=axes, stores=tuple(stores), inputs=(*self.kernel.inputs, *self.words_read, *inputs))
         kernel = replace(kernel, outputs=tuple(outputs), inplace=()) if outputs else kernel
         schedule = Schedule(vector=None, lanes=1) if lanes == 1 else replace(default_schedule(kernel, self.target), split=False)
         printer = KernelPrinter(kernel, schedule)
@@ -180,10 +190,21 @@ class ContractionPrinter(KernelPrinter):
         if plan.kind == "from_columns":
             self.whole("column", found.right, found.columns, self.n, found.depth)
         else:
-            self.ranged("row", found.right, found.depth, self.k, found.columns)
+            several = word_axes(found.depth, WORD_ROWS) if self.words_read else None
+            if several is not None:
+                return self.word_rows(blocks, *several) + tile
+            self.ranged("row", [found.right], found.depth, self.k, found.columns)
         sizes = f"{self.size(*found.columns)}, {self.size(*found.depth)}"
         self.line(f"const auto right = {plan.kind}<{blocks}>({sizes}, {plan.kind.removeprefix('from_').removesuffix('s')});")
         return "product_packed" + tile
+
+    def word_rows(self, blocks: str, axes: Sequence[Axis], places: Sequence[Mapping[str, sympy.Expr]]) -> str:
+        """Declares a right operand of which several rows are computed at once, from the words that hold all of them."""
+        values = [Rewrite({}, place)(self.found.right) for place in places]
+        self.ranged("rows", values, axes, self.k, self.found.columns, self.plan.blocks.columns)
+        sizes = f"{self.size(*self.found.columns)}, {self.size(*self.found.depth)}"
+        self.line(f"const auto right = from_word_rows<{blocks}, {WORD_ROWS}>({sizes}, rows);")
+        return "product_packed"
 
     def words(self, plan: Right, words: Words, blocks: str) -> None:
         """Declares a right operand of levels in words."""
@@ -197,7 +218,7 @@ class ContractionPrinter(KernelPrinter):
         move, parts = Rewrite({}, words.places), {"scale": words.scale, "zero": words.zero}
         for name, value in parts.items():
             if value is not None:
-                self.ranged(name, move(value), words.axes, "group", self.found.columns)
+                self.ranged(name, [move(value)], words.axes, "group", self.found.columns)
         sizes = f"{self.size(*self.found.columns)}, {self.size(*self.found.depth)}, {words.group}, {ld}"
         level = f"{words.level.bits}, {'true' if words.level.signed else 'false'}"
         zero = "Nothing{}" if words.zero is None else "zero"
@@ -238,21 +259,28 @@ class ContractionPrinter(KernelPrinter):
         printer.phases(block.phases, Scope(frozenset()))
         self.close("};")
 
-    def ranged(self, name: str, value: Scalar, fixed: Sequence[Axis], flat: str, along: Sequence[Axis]) -> None:
-        """A lambda (to, position over `fixed`, begin, end) that writes the value at flat positions begin .. end over `along`."""
-        value, along = merge(value, along)
-        if any(isinstance(v, (Reduce, Scan)) for v in cone([value])):
+    def ranged(self, name: str, values: Sequence[Scalar], fixed: Sequence[Axis], flat: str, along: Sequence[Axis], apart: int = 0) -> None:
+        """A lambda (to, position over `fixed`, begin, end) that writes values at flat positions begin .. end over `along`.
+
+        apart: how far behind each other in memory one value's are and the next one's.
+        """
+        if len(values) == 1:
+            value, along = merge(values[0], along)
+            values = [value]
+        if any(isinstance(v, (Reduce, Scan)) for v in cone(values)):
             raise Unsupported(reason="a right operand with a reduction")
         at = self.flat_name(fixed, flat)
         inner = along[-1] if along else Axis(self.n, 1)
         several = len(along) > 1
         first, last = ("first", "last") if several else ("begin", "end")
-        self.open(f"const auto {name} = [=]({STORAGE[value.dtype]}* to, int64_t {at}, int64_t begin, int64_t end)")
-        self.bind(fixed, at, [value])
+        dtype = values[0].dtype
+        self.open(f"const auto {name} = [=]({STORAGE[dtype]}* to, int64_t {at}, int64_t begin, int64_t end)")
+        self.bind(fixed, at, values)
         if several:
-            self.segments(along[:-1], inner, [value])
+            self.segments(along[:-1], inner, values)
         index = inner.symbol - symbol(first) + (symbol("at") if several else 0)
-        printer = self.part([inner], [Store("to", index, value)], outputs=[self.written(along, value.dtype)])
+        stores = shared([Store("to", index + apart * n, value) for n, value in enumerate(values)])
+        printer = self.part([inner], stores, outputs=[self.written(along, dtype)])
         self.row_loop(printer, inner.name, first, last, symbol("end") if several else inner.extent, aligned=not several)
         if several:
             self.close("});")

@@ -240,6 +240,25 @@ template <int N, int L, class Write> FromRows<N, L, Write> from_rows(int64_t col
   return {columns, depth, row};
 }
 
+// The same, T rows at a time, which divides the depth: rows(to, k, begin, end) writes rows T * k, T * k + 1, ...
+template <int N, int L, int T, class Write> struct FromWordRows {
+  static constexpr int vectors = N, lanes = L;
+  int64_t columns, depth;
+  Write rows;
+  const void* source(int64_t, const void* other) const { return other; }
+  template <class E> void pack(E* to, int64_t n) const {
+    const int64_t end = least_of(n + N * L, columns);
+    for (int64_t k = 0; k < depth / T; k++) {
+      rows(to, k, n, end);
+      for (int64_t t = 0; t < T; t++, to += N * L)
+        for (int64_t j = end - n; j < N * L; j++) to[j] = E(0);
+    }
+  }
+};
+template <int N, int L, int T, class Write> FromWordRows<N, L, T, Write> from_word_rows(int64_t columns, int64_t depth, Write rows) {
+  return {columns, depth, rows};
+}
+
 // column(to, n) writes column n.
 template <int N, int L, class Write> struct FromColumns {
   static constexpr int vectors = N, lanes = L;

@@ -130,9 +130,11 @@ def _is_exp(value: Scalar) -> bool:
 
 
 def _shifts_inside(value: Apply) -> bool:
-    """By a literal for which C++ defines its operator."""
-    count = value.args[1]
-    return isinstance(count, Const) and 0 <= count.value < 8 * value.dtype.itemsize
+    """By a literal for which C++ defines its operator, or by a few bits of something."""
+    count, width = value.args[1], 8 * value.dtype.itemsize
+    if isinstance(count, Apply) and count.op == "and" and isinstance(count.args[1], Const):
+        return 0 <= count.args[1].value < width
+    return isinstance(count, Const) and 0 <= count.value < width
 
 
 def _fit(dtype: torch.dtype, text: Text) -> Text:

@@ -174,13 +174,24 @@ def _term_places(depth: Sequence[Axis], terms: int) -> tuple[list[dict[Any, Any]
             for t, place in enumerate(places):
                 place[axis.symbol] = t // stride % extent
         elif axis is depth[0] or stride * extent % terms == 0:
-            word = sympy.Dummy("word", integer=True, nonnegative=True)
-            steps.append((word, 1))
+            steps.append((axis.symbol, 1))  # what counts from now on is words
             for t, place in enumerate(places):
-                place[axis.symbol] = terms // stride * word + t // stride
+                place[axis.symbol] = terms // stride * axis.symbol + t // stride
         else:
             return None
     return places, steps
+
+
+def word_axes(depth: Sequence[Axis], terms: int) -> tuple[tuple[Axis, ...], list[dict[str, sympy.Expr]]] | None:
+    """(axes of words of so many terms, what the axes of the depth are at each term of a word), where words are whole."""
+    known = all(isinstance(a.extent, int) and a.extent > 0 for a in depth)
+    at = _term_places(depth, terms) if known and _size(depth) % terms == 0 else None
+    if at is None:
+        return None
+    places, steps = at
+    words = {s: count for s, count in steps}
+    axes = [replace(a, extent=int(a.extent) * stride // (terms * words[a.symbol])) for a, stride in _strides(depth) if a.symbol in words]  # type: ignore[arg-type]
+    return tuple(reversed(axes)), [{s.name: sympy.sympify(v) for s, v in place.items()} for place in places]
 
 
 def _groups(values: Sequence[Scalar], depth: Sequence[Axis]) -> tuple[int, tuple[Axis, ...], dict[str, sympy.Expr]] | None:

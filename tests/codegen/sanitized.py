@@ -27,7 +27,8 @@ CONTRACTIONS = (
 )  # fmt: skip
 WORDS = (
     "int8_1", "int4_5", "int4_70", "int4_odd", "int4_padded_depth", "int4_padded_bytes", "int8_one_column_more", "uint8_zeros_3",
-    "dynamic_3", "dynamic_40", "epilogue_3", "bf16_3", "f16_40", "no_rows", "one_of_some_rows",
+    "dynamic_3", "dynamic_40", "epilogue_3", "bf16_3", "f16_40", "bfp6_odd", "split_3", "split_odd", "narrow_odd", "no_rows",
+    "one_of_some_rows",
 )  # fmt: skip
 ATTENTIONS = ("causal, fewer keys than queries", "narrow heads", "padding", "decode, grouped", "bfloat16", "sizes known at run time")
 CONVOLUTIONS = ("stem", "border_only", "longer_than_registers", "tiles_beyond_the_image")

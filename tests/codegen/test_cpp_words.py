@@ -60,7 +60,7 @@ def test_words_give_what_the_meaning_gives(name: str, compiled: dict[str, tuple[
         assert torch.equal(out, results(made, tensors, threads)), f"{threads} threads differ"
 
 
-SPECIAL = ("int8_5", "int4_5", "int4_1", "uint8_zeros_3", "int8_21", "dynamic_3", "bf16_3")
+SPECIAL = ("int8_5", "int4_5", "int4_1", "uint8_zeros_3", "int8_21", "dynamic_3", "bf16_3", "bfp6_3", "split_3")
 
 
 @pytest.mark.parametrize("name", SPECIAL)
@@ -102,7 +102,8 @@ EXPECTED = {
     "int8_5": "product_of_words", "int4_20": "product_of_words", "int4_70": "product_of_runs_packed", "int4_odd": "product_of_words",
     "int4_padded_depth": "product_of_words", "int4_padded_bytes": "product_of_words", "dynamic_3": "product_of_bytes",
     "bf16_40": "product_of_runs", "heads_few": "product_of_words", "matmul_by_the_turned_weight": "product_of_words",
-    "some_rows": "product_of_words", "int2_3": "product_of_words", "int1_3": "product_of_words",
+    "some_rows": "product_of_words", "int2_3": "product_of_words", "int1_3": "product_of_words", "bfp6_3": "product_packed",
+    "split_40": "product_packed",
 }  # fmt: skip
 
 

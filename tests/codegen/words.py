@@ -15,6 +15,7 @@ from tilewright.ir.graph import Data, Graph, Node, graph_input, make_graph, orde
 from tilewright.ir.interpret import interpret
 from tilewright.ir.types import TensorType
 from tilewright.passes.contractions import PRODUCTS
+from tilewright.passes.formats import FORMATS, columns
 from tilewright.passes.fuse_regions import FuseRegions
 from tilewright.passes.pack_weights import PackWeights
 
@@ -49,6 +50,26 @@ def packed_of(bits: int, groups: int = 1, zero: bool = False, more: int = 0) -> 
         return ops.slice(w, dim=1, start=0, stop=k, step=1) if more else w
 
     return make
+
+
+def in_format(name: str) -> Weight:
+    """As one of the formats that have more to compute than a level, a zero and a scale."""
+
+    def make(n: int, k: int) -> Node:
+        kind = FORMATS[name]
+        assert kind.weight is not None
+        parts = {part: constant(part, value) for part, value in kind.encode(x(n, k), None).items()}
+        return columns(kind.weight(parts, F32), k)
+
+    return make
+
+
+def of_narrow_integers(n: int, k: int) -> Node:
+    """Sums, products and shifts of bytes that wrap where bytes do."""
+    q, p = constant("q", integers(n, k)), constant("p", packed(n, k))
+    mixed = ops.add(ops.mul(q, 3), ops.cast(ops.bitwise_left_shift(p, 1), dtype=I8))
+    large = ops.where(ops.gt(mixed, 5), ops.bitwise_right_shift(p, 3), ops.bitwise_or(ops.bitwise_and(p, 129), 2))
+    return ops.mul(ops.cast(ops.sub(large, 7), dtype=F32), constant("s", steps(n, 1)))
 
 
 def stored(dtype: torch.dtype) -> Weight:
@@ -133,6 +154,10 @@ for rows in (1, 3, 40):
     add(f"int8_zeros_{rows}", bytes_of(I8, 1, True), 50, (rows, 1100))
     add(f"int2_{rows}", packed_of(2, 2, True), 40, (rows, 64))
     add(f"int1_{rows}", packed_of(1), 40, (rows, 96))
+    add(f"bfp6_{rows}", in_format("bfp6"), 50, (rows, 80))
+    add(f"split_{rows}", in_format("int4-split3"), 50, (rows, 80))
+    add(f"split2_{rows}", in_format("int2-split3"), 33, (rows, 64))
+    add(f"narrow_{rows}", of_narrow_integers, 100, (rows, 40))
     add(f"bf16_{rows}", stored(BF16), 100, (rows, 50))
     add(f"f16_{rows}", stored(F16), 100, (rows, 50))
     add(f"dynamic_{rows}", bytes_of(), 100, (rows, 66), integers_times)
@@ -140,6 +165,10 @@ add("int4_odd", packed_of(4), 51, (3, 50))
 add("int4_long_channels", packed_of(4), 16, (2, 9000))
 add("int4_padded_depth", packed_of(4, 4, True, more=28), 33, (6, 100))
 add("int4_padded_bytes", packed_of(4, 1, False, more=1), 33, (6, 101))
+add("bfp6_odd", in_format("bfp6"), 51, (3, 100))
+add("split_odd", in_format("int4-split3"), 51, (3, 41), layer, ((51,), (3, 51)))
+add("split_heads", in_format("int4-split3"), 96, (2, 5, 64), heads)
+add("narrow_odd", of_narrow_integers, 9, (5, 13))
 add("int8_one_column_more", bytes_of(), 49, (4, 64))
 add("int8_deep_few_columns", bytes_of(groups=5), 8, (2, 6500))
 add("batch", packed_of(4, 2, True), 40, (2, 3, 64))
