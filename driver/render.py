@@ -160,7 +160,7 @@ def _spent(spent: Spent, details: bool) -> Iterator[RenderableType]:
         ("time", spent.exact_seconds, spent.seconds, duration),
     ):
         limit = spent.limits.get(name)
-        _row(table, name, show(before), show(now), "" if limit is None else show(limit), f"{now / before:.0%}")
+        _row(table, name, show(before), show(now), "" if limit is None else show(limit), f"{now / before:.0%}" if before else "")
     yield table
     yield Text()
     yield _formats(spent, details)
