@@ -30,9 +30,9 @@ from ..ir.graph import Graph, constants
 from ..ir.retarget import retarget
 from ..ir.text import parse
 from .calling import CallingConvention
-from .compile import build_program
 from .errors import BadArtifact, CannotWrite, first_line
 from .native_code import (
+    build_program,
     code_of,
     compiled_for_levels,
     described,

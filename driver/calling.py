@@ -8,18 +8,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
-from torch.export import ExportedProgram
 from torch.utils._pytree import TreeSpec, register_pytree_node
 
-from ..ir.capture import CapturedModule
-from ..ir.capture.fx import assert_checks
+from ..ir.checks import assert_checks
 from ..ir.dims import SymbolRange
 from ..ir.graph import Graph
 from ..ir.types import TensorType, Type
+
+if TYPE_CHECKING:  # loading a model captures none
+    from torch.export import ExportedProgram
+
+    from ..ir.capture import CapturedModule
 
 Tree = Any  # JSON: "leaf" | "none" | {"kind": tuple|list|dict|record, "keys": [...], "items": [Tree, ...]}
 

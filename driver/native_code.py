@@ -31,7 +31,6 @@ from ..codegen.triton.binary import SHARED_BYTES, Binary, runs_on
 from ..codegen.triton.driver import Driver, driver_of
 from ..ir.graph import Graph, constants
 from ..ir.text import parse
-from .compile import build_program
 from .errors import BadArtifact, CodeNotTrusted, WrongMachine
 
 VENDORS = {"sm": "NVIDIA", "gfx": "AMD"}
@@ -74,6 +73,11 @@ def _name(key: str) -> str:
 
 def _about(binary: Library | Binary) -> dict[str, Any]:
     return {name: value for name, value in asdict(binary).items() if name != "image"}
+
+
+def build_program(graph: Graph) -> Program:
+    """Compiled on this machine, for it."""
+    return compile_program(graph)
 
 
 # -- for CPUs

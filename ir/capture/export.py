@@ -11,10 +11,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from ..checks import assert_checks
 from ..errors import CaptureError, TilewrightError
 from ..graph import Data, Graph
 from .decompositions import decompositions
-from .fx import Binding, Captured, assert_checks, capture_fx
+from .fx import Binding, Captured, capture_fx
 
 
 class CallError(TilewrightError):

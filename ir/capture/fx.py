@@ -12,6 +12,7 @@ import torch
 import torch.fx
 from torch._ops import HigherOrderOperator, OpOverload
 
+from ..checks import assert_checks
 from ..dims import Dim, contiguous_strides, free_symbols, same
 from ..errors import CaptureError, TypeInferenceError
 from ..graph import Data, Graph, Node, graph_input, lift, make_graph, order, visit
@@ -62,12 +63,6 @@ class Captured:
         """The fx graph's return values from those of the graph; raises RuntimeError where an assertion of the model fails."""
         assert_checks(self.checks, outputs)
         return [None if i is None else outputs[i] for i in self.returns]
-
-
-def assert_checks(checks: Sequence[tuple[int, str]], outputs: Sequence[Any]) -> None:
-    """Raises RuntimeError for an output among `checks` that is false; on a GPU when the device gets there, as torch does."""
-    for i, message in checks:
-        torch.ops.aten._assert_async.msg(outputs[i], message)
 
 
 def from_fx(gm: torch.fx.GraphModule, example_inputs: Sequence[Any] = (), name: str = "graph", binding: Binding | None = None) -> Graph:
