@@ -63,6 +63,7 @@
     // the other graph shows the same module, or what there is around it
     open(at) {
       this.show(at);
+      this.stage.focus({ preventScroll: true }); // what had the focus is gone
       sides.forEach((side) => side === this || side.show(side.nearest(this.places[at][0])));
     }
 
@@ -93,11 +94,9 @@
         event.preventDefault();
         this.dragged = false;
         this.follow(event);
-        this.stage.focus();
       } else if ((event.key === "Escape" || event.key === "Backspace") && this.at) {
         event.preventDefault();
         this.open(this.parents.get(this.at));
-        this.stage.focus();
       }
     }
 

@@ -91,11 +91,11 @@ def test_modules_open_and_close(browse) -> None:
       stage("before").dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
       say.push(state());
       document.querySelector("[data-side=after] .crumbs button").click();
-      say.push(state());
+      say.push(state(), document.activeElement.closest("[data-side]").dataset.side);
       document.title = say.join(";");
     """
-    closed, first, second, up, again = _title(browse(_with_script(large, script))).replace("encoder.layer.", "").split(";")
-    assert closed == "model|model" == again
+    closed, first, second, up, again, focus = _title(browse(_with_script(large, script))).replace("encoder.layer.", "").split(";")
+    assert closed == "model|model" == again and focus == "after"
     assert first == "model / (0-19)|model / (0-19)"
     assert second == "model / (0-19) / 0|model / (0-19) / 0"
     assert up == first
