@@ -15,14 +15,15 @@ from .accuracy import ErrorCheck, check
 from .calling import CallingConvention, convention_of
 from .errors import CannotOptimize, first_line
 from .inputs import copied
-from .ladder import HOST, Ladder
+from .ladder import CODEGEN, HOST, Ladder
 from .loading import Model, captured_of
 from .measure import EAGER_TRUST, apart, flat_example
 from .pipeline import passes_from
 from .reproduce import FLOOR, Case, interpreted
 from .shrink import smallest_case
 
-Progress = Callable[[str], object]
+Progress = Callable[[int, int], object]
+"""Told how many runs are done, and of how many at most."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Finding:
         """The step in one line: pass, rule, node, source."""
         assert self.step is not None
         step = self.step
-        rule = f", rule {step.rule}" if step.rule and step.rule != step.item else ""
+        kind = "kernel" if step.item == CODEGEN else "rule"
+        rule = f", {kind} {step.rule}" if step.rule and step.rule != step.item else ""
         what = f" at {step.what}" if step.what else ": what it does to every graph"
         return f"{step.item}{rule}{what}{f' ({step.source})' if step.source else ''}"
 
@@ -65,7 +67,9 @@ class Finding:
         return "\n".join(lines)
 
 
-def bisect_model(model: Model, passes: str | None = None, allowed: float | None = None, say: Progress = lambda text: None) -> Finding:
+def bisect_model(
+    model: Model, passes: str | None = None, allowed: float | None = None, told: Progress = lambda done, total: None
+) -> Finding:
     """Searches between the captured model and its program, on its example.
 
     passes: as on the command line. allowed: the relative error that results may have, beside the rule of `driver.accuracy`.
@@ -75,7 +79,7 @@ def bisect_model(model: Model, passes: str | None = None, allowed: float | None 
     captured = captured_of(model)
     convention = convention_of(model.program, captured)
     _require_same(model, captured, convention)
-    return bisect_graph(captured.graph, chosen, flat_example(model, captured, convention), allowed, say)
+    return bisect_graph(captured.graph, chosen, flat_example(model, captured, convention), allowed, told)
 
 
 def _require_same(model: Model, captured: CapturedModule, convention: CallingConvention) -> None:
@@ -92,12 +96,15 @@ def _require_same(model: Model, captured: CapturedModule, convention: CallingCon
 
 
 def bisect_graph(
-    graph: Graph, passes: Sequence[Pass], inputs: Sequence[Any], allowed: float | None = None, say: Progress = lambda text: None
+    graph: Graph,
+    passes: Sequence[Pass],
+    inputs: Sequence[Any],
+    allowed: float | None = None,
+    told: Progress = lambda done, total: None,
 ) -> Finding:
     """Searches the states of a graph for a step from right to wrong. Where errors come and go several steps may be one; it finds one."""
-    say("rewriting")
     ladder = Ladder(graph, passes)
-    search = _Search(ladder, inputs, FLOOR if allowed is None else max(allowed, FLOOR), say)
+    search = _Search(ladder, inputs, FLOOR if allowed is None else max(allowed, FLOOR), told)
     wrong = search.judged(len(ladder.steps))
     if wrong.ok:
         return Finding(search.runs, len(ladder.steps), wrong.error)
@@ -109,7 +116,6 @@ def bisect_graph(
             good, right = middle, verdict
         else:
             bad, wrong = middle, verdict
-    say("looking for the smallest graph that shows it")
     case = smallest_case(ladder, bad, inputs, search.allowed, bool(wrong.failure))
     return Finding(search.runs, len(ladder.steps), wrong.error, _named(ladder.steps[bad - 1], case), right.error, wrong.failure, case)
 
@@ -137,8 +143,8 @@ class _Verdict:
 class _Search:
     """Runs states and judges them by float64 and by the captured graph as it is, run op by op."""
 
-    def __init__(self, ladder: Ladder, inputs: Sequence[Any], allowed: float, say: Progress) -> None:
-        self.ladder, self.inputs, self.allowed, self.say = ladder, inputs, allowed, say
+    def __init__(self, ladder: Ladder, inputs: Sequence[Any], allowed: float, told: Progress) -> None:
+        self.ladder, self.inputs, self.allowed, self.told = ladder, inputs, allowed, told
         self.reference = interpreted(ladder.graph, inputs, torch.float64)
         self.eager = interpreted(ladder.graph, inputs)
         self.runs = 0
@@ -147,8 +153,8 @@ class _Search:
         return check(ours, self.eager, self.reference, budget=self.allowed)
 
     def judged(self, state: int) -> _Verdict:
+        self.told(self.runs, 1 + len(self.ladder.steps).bit_length())
         self.runs += 1
-        self.say(f"run {self.runs}: {state} of {len(self.ladder.steps)} steps")
         try:
             if state == len(self.ladder.steps) and self.ladder.failure is not None:
                 raise self.ladder.failure

@@ -6,7 +6,6 @@ A reproducer that `bisect` writes is a Python file that holds one `Case` and che
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,16 +152,12 @@ def _source(case: Case, fault: str, beside: str) -> str:
     """The file's text. What came from a model stands in it as literals only."""
     fields = {"passes": case.passes, "before": case.before, "after": case.after, "program": case.program,
               "sizes": dict(case.sizes), "allowed": case.allowed}  # fmt: skip
-    rows = [f"    {name}={value!r}," for name, value in fields.items() if value]
-    values = [f"    values=Path(__file__).with_name({beside!r}),"] if beside else []
-    text = "\n".join(f"    {_quoted(line)}" for line in case.text.splitlines())
+    rows = [f"    {name}={value!a}," for name, value in fields.items() if value]
+    values = [f"    values=Path(__file__).with_name({beside!a}),"] if beside else []
+    text = "\n".join("    " + ascii(f"{line}\n") for line in case.text.rstrip("\n").split("\n"))
     imports = ["from pathlib import Path", ""] if beside else []
     return "\n".join(
         ['"""Made by `tilewright bisect`: exits with status 1 while the fault is there."""', "", *imports,
-         "from tilewright.driver.reproduce import Case", "", f"FAULT = {_quoted(fault)}", "GRAPH = (", text, ")", "",
+         "from tilewright.driver.reproduce import Case", "", f"FAULT = {fault!a}", "GRAPH = (", text, ")", "",
          "case = Case(", "    GRAPH,", *rows, *values, ")", "print(FAULT)", "case.require()", 'print("it is gone")', ""]
     )  # fmt: skip
-
-
-def _quoted(line: str) -> str:
-    return json.dumps(f"{line}\n")

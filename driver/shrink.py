@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..ir.analysis.primitives import expanded
-from ..ir.graph import Graph, Node, constants, graph_input, is_scalar, order, users
+from ..ir.graph import Data, Graph, Node, constants, graph_input, is_scalar, order, users
 from ..ir.interpret import interpret
 from ..ir.op import Category
 from ..ir.rewrite import attr_key
@@ -52,8 +52,10 @@ class _Trial:
 
 def smallest_case(ladder: Ladder, state: int, inputs: Sequence[Any], allowed: float, fails: bool) -> Case | None:
     """What reproduces the step to `state`, which makes results wrong, or `fails`; None where only tensors too large to keep show it."""
-    for trial, graph, nodes in _sources(ladder, state, allowed):
-        for part, values in _parts(graph, nodes, inputs):
+    sources = list(_sources(ladder, state, allowed))
+    wholes = [(trial, graph, [order(graph)]) for trial, graph, _ in sources]
+    for trial, graph, places in (*sources, *wholes):
+        for part, values in _parts(graph, places, inputs):
             found = _reproducing(trial.cases(part, values), fails)
             if found is not None:
                 return found
@@ -89,11 +91,11 @@ def _around(graph: Graph, node: Node | None) -> list[list[Node]]:
     """Growing neighbourhoods of the node in the graph: what it is computed from, so deep; then also what reads that."""
     node = _equal(graph, node) if node is not None else None
     if node is None:
-        return [list(order(graph))]
+        return []
     readers = users(graph)
     found = [_neighbours(node, radius, lambda n: n.inputs) for radius in RADII]
     found += [_neighbours(node, radius, lambda n: (*n.inputs, *readers[n])) for radius in RADII[1:]]
-    return sorted([*found, list(order(graph))], key=len)
+    return sorted(found, key=len)
 
 
 def _neighbours(node: Node, radius: int, near: Any) -> list[Node]:
@@ -105,17 +107,21 @@ def _neighbours(node: Node, radius: int, near: Any) -> list[Node]:
 
 
 def _equal(graph: Graph, node: Node) -> Node | None:
-    """The node of the graph that computes the same: it is another object where a later sweep made it anew."""
+    """The node of the graph that computes the same: it is another object where a later sweep made it anew. Else the one node that is
+    called the same and came from the same: on other operands, where what they are was rewritten."""
     numbers: dict[Any, int] = {}
     here = {_number(n, numbers): n for n in order(graph)}
-    return here.get(_number(node, numbers))
+    equal = here.get(_number(node, numbers))
+    alike = [n for n in here.values() if (n.op, n.hint, n.prov, str(n.type)) == (node.op, node.hint, node.prov, str(node.type))]
+    return equal or (alike[0] if len(alike) == 1 else None)
 
 
 def _number(root: Node, numbers: dict[Any, int]) -> int:
     """A number for what is computed: the same op on equal operands."""
     for node in order(Graph("", (), (root,))):
         if node not in numbers:
-            attrs = tuple((k, attr_key(v)) for k, v in node.attrs.items()) if node.op.name != "input" else id(node)
+            attrs = tuple((k, v.name if isinstance(v, Data) else attr_key(v)) for k, v in node.attrs.items())  # constants are made anew
+            attrs = id(node) if node.op.name == "input" else attrs
             key = (node.op.name, attrs, str(node.type), tuple(numbers[i] for i in node.inputs))
             numbers[node] = numbers.setdefault(key, len(numbers))
     return numbers[root]

@@ -70,13 +70,16 @@ class Verification:
             console.print(f"the first whose own result is wrong: {self.culprit}", markup=False, highlight=False)
 
 
-def verify(path: Path, example: Example, model: Model | None = None, max_error: float | None = None) -> Verification:
+def verify(
+    path: Path, example: Example, model: Model | None = None, max_error: float | None = None, trust_code: bool = False
+) -> Verification:
     """Runs an artifact on an example, which is the model's too.
 
     Its kernels are held to its own graph in float64, by the rule of `driver.accuracy`; its results to the model's, by that rule, or by
-    the budget on the receipt. max_error: instead of that budget. Raises BadArtifact, BadInputs, BadOption, ModelFails.
+    the budget on the receipt. max_error: instead of that budget. trust_code: as for `load`.
+    Raises BadArtifact, BadInputs, BadOption, ModelFails.
     """
-    artifact = load(path)
+    artifact = load(path, trust_code=trust_code)
     metric, allowed = (RELATIVE, FLOOR) if model is None else _limit(artifact.receipt.spent, max_error)
     inputs = _inputs(artifact, example)
     try:

@@ -45,7 +45,7 @@ class Declined:
 
 @dataclass(frozen=True)
 class Step:
-    """What a pass does at one place: by which rule, to what (in words), where in the user's source.
+    """What a pass does at one place: by which rule, to what (in words), where in the user's source and in which module.
 
     rule: "" for entering the pass: what it does to every graph, beside its rewrites.
     """
@@ -78,7 +78,8 @@ class Steps:
         if self.limit is not None and len(self.taken) >= self.limit:
             self.node = self.node or node
             return False
-        self.taken.append(Step(self._item, rule, what or (describe(node) if node else ""), node.prov.source if node else ""))
+        where = (*node.prov.sources[:1], *node.prov.modules[:1]) if node else ()
+        self.taken.append(Step(self._item, rule, what or (describe(node) if node else ""), " ".join(where)))
         return True
 
 
