@@ -11,6 +11,7 @@ stands in the way, and the nearest there is.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,9 @@ from ..passes.base import Notes
 from ..passes.layers import layers
 from ..passes.manager import run_passes
 from ..passes.quantize import Quantize
+from ..passes.scale_channels import ScaleChannels
 from ..search.allocate import Allocation, Infeasible, allocate
+from ..search.channels import channel_scales, tried
 from ..search.choices import LayerChoices, layer_choices, plan_of
 from ..search.database import Database
 from ..search.layer_times import EXACT, layer_times
@@ -55,6 +58,9 @@ MARGIN = 0.97
 
 ROOM, MOST_ROOM = 1.3, 16.0
 """So much room is worth another attempt; what one attempt says of the next does not reach further."""
+
+NEARLY = 0.95
+"""A candidate that misses its time by less may do with a little less predicted time."""
 
 TINY = 1e-30
 """An error that is none."""
@@ -93,12 +99,13 @@ class _Within:
         self.database, self.notes = Database(), Notes()
         with torch.no_grad():
             self.graph = run_passes(captured.graph, PREPARING, self.notes)
-        self.layers = [x for x in layers(self.graph) if x.weight.tensor.numel >= LEAST_WEIGHTS]
         self.metric = budget.of_outputs
         batches = [flat_example(model, captured, convention), *self._calibration()]
         held = max(1, len(batches) // HELD_OUT) if len(batches) > 1 else 0
         self.chosen_on, self.judged_on = (batches[:-held], batches[-held:]) if held else (batches, batches)
         self.held_out = held > 0
+        self.graph = self._scaled()
+        self.layers = [x for x in layers(self.graph) if x.weight.tensor.numel >= LEAST_WEIGHTS]
         self.exact_bytes = constant_bytes(self.graph)
         self.attempts: list[Attempt] = []
 
@@ -112,6 +119,14 @@ class _Within:
             except TypeError as error:
                 raise BadInputs(spec="for calibration", reason=str(error)) from error
         return found
+
+    def _scaled(self) -> Graph:
+        """The graph with channels that round better scaled; as it is where no format rounds so coarsely that it would matter."""
+        if not tried(self.budget.formats):
+            return self.graph
+        with self._progress("looking for channels that are hard to round"), torch.no_grad():
+            scales = channel_scales(self.graph, self.chosen_on, self.budget.formats)
+            return ScaleChannels(scales).run(self.graph, self.notes)
 
     # -- what is measured first
 
@@ -173,7 +188,7 @@ class _Within:
         limits = self.limits() | {"error": self.allowed()}
         best: tuple[_Tried | None, Allocation] | None = None
         forbidden: list[tuple[str, ...]] = []
-        while len(forbidden) < ATTEMPTS:
+        while len(self.attempts) < ATTEMPTS:
             try:
                 allocation = self._allocated(limits, forbidden)
             except Infeasible as error:
@@ -188,11 +203,24 @@ class _Within:
                 best = tried, allocation
                 if room < ROOM:
                     break
-            limits = self._moved(limits, missed or "error", room, allocation)
+            if missed == "time" and room < NEARLY:
+                slow = self._withdraw(allocation)
+                forbidden = [names for names in forbidden if slow not in names]
+            else:
+                limits = self._moved(limits, missed or "error", room, allocation)
         if best is None:
-            reason = f"none of {len(forbidden)} candidates kept the budget when it was measured"
+            reason = f"none of {len(self.attempts)} candidates kept the budget when it was measured"
             raise CannotOptimize(path=self.model.name, reason=reason)
         return best
+
+    def _withdraw(self, allocation: Allocation) -> str:
+        """What measures far slower than foretold is rolled back: the format that most weights are in is no choice any more."""
+        taken: Counter[str] = Counter()
+        for c, name in zip(self.choices, allocation.names):
+            taken[name] += c.layer.nbytes if name != EXACT else 0
+        slow = max(taken, key=lambda name: taken[name])
+        self.choices = [replace(c, choices=tuple(x for x in c.choices if x.name != slow)) for c in self.choices]
+        return slow
 
     def _allocated(self, limits: Mapping[str, float], forbidden: Sequence[Sequence[str]]) -> Allocation:
         return allocate([c.choices for c in self.choices], OBJECTIVES[self.budget.objective], limits, forbidden=forbidden)

@@ -17,7 +17,7 @@ from tilewright.search.layer_times import EXACT
 from tilewright.search.metrics import UnknownMetric, relative_error
 
 FORMATS = ("bf16", "int8", "int4-g32")
-CHEAP = {EXACT: 3.0, "bf16": 2.5, "int8": 2.0, "int4-g32": 1.5}
+CHEAP = {EXACT: 3.0, "bf16": 2.5, "int8": 2.0, "int8-dynamic": 1.8, "int4-g32": 1.5}
 
 
 class Net(torch.nn.Module):
@@ -149,6 +149,15 @@ def test_a_loss_of_the_users_own(ids) -> None:
     budget = Budget(max_error=0.02, metric=wrong, formats=FORMATS, objective="memory", calibration=ids[1:])
     made = tilewright.optimize(exact, (ids[0],), tuning_seconds=0, budget=budget)
     assert made.receipt.spent.metric == "loss" and wrong(made) <= 0.02 and made.receipt.spent.bytes < made.receipt.spent.exact_bytes
+
+
+def test_channels_that_are_hard_to_round_are_scaled() -> None:
+    """Large channels behind a norm: inputs of 8 bits keep an error that they else would not."""
+    inputs = [torch.randn(64, 128) * torch.where(torch.arange(128) % 64 == 0, 30.0, 1.0) for _ in range(5)]
+    model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(128, 256), torch.nn.GELU(), torch.nn.Linear(256, 32)).eval()
+    budget = Budget(max_error=0.3, formats=("int8-dynamic",), objective="memory", calibration=inputs[1:])
+    found = tilewright.optimize(model, (inputs[0],), tuning_seconds=0, budget=budget).receipt
+    assert any(a.rule == "scale-channels" for a in found.applied) and found.spent.error < 0.008
 
 
 @pytest.mark.parametrize("metric", ["max-abs", "cosine", "kl", "argmax"])
