@@ -48,6 +48,19 @@ from .trust import unsafe_in_graph
 
 FORMAT = 1
 MEMBERS = ("graph", "receipt", "kernels")
+DAMAGE = (
+    SafetensorError,
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
+)
+"""What reading and checking a file may raise that is none of ours, if it is not what `save` wrote."""
 KNOWN_CALLS = 1024  # kinds of calls that are remembered as checked
 STATE = "state "  # what the names of updated buffers begin with
 
@@ -104,6 +117,7 @@ def save(path: str | Path, model: Optimized, levels: Collection[str] = tuple(LEV
         manifest["code"] = described(code)
         manifest["sha256"] |= sums(code)
         tensors |= images(code)
+    manifest["sha256"]["manifest"] = _manifest_digest(manifest)
     try:
         with replacing(Path(path)) as temporary:
             save_file(tensors, temporary, metadata=members | {"tilewright": json.dumps(manifest)})
@@ -178,6 +192,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Of all but the sums."""
+    return _digest(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}, sort_keys=True))
+
+
 def _tensor_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
@@ -202,7 +221,7 @@ def _reported(path: str | Path) -> Iterator[None]:
         raise
     except TilewrightError as error:
         raise BadArtifact(path=path, reason=first_line(error)) from error
-    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGE as error:
         raise BadArtifact(path=path, reason=f"it is damaged or no artifact at all ({first_line(error)})") from error
 
 
@@ -210,7 +229,7 @@ def _load(path: Path, operators: Collection[str], trust_code: bool) -> Optimized
     metadata, tensors = _read(path)
     manifest = _manifest(path, metadata)
     code = code_of(manifest, tensors)
-    _verify(path, manifest["sha256"], metadata, tensors, code)
+    _verify(path, manifest, metadata, tensors, code)
     values = {name: tensors[stored] for name, stored in manifest["weights"].items()}
     graph = parse(metadata["graph"], values)
     unsafe = unsafe_in_graph(graph, operators)
@@ -246,15 +265,19 @@ def _manifest(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if found != FORMAT:
         hint = "a newer tilewright wrote it" if isinstance(found, int) and found > FORMAT else "optimize the model again"
         raise BadArtifact(path=path, reason=f"it has format {found!r}, this version reads {FORMAT}; {hint}")
+    foreign = next((name for name in metadata if name not in ("tilewright", *MEMBERS)), None)
+    if foreign is not None:
+        raise BadArtifact(path=path, reason=f"it has a member {foreign[:40]!r}, which tilewright never writes")
     return manifest
 
 
 def _verify(
-    path: Path, expected: Mapping[str, str], metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor], code: Code | None
+    path: Path, manifest: Mapping[str, Any], metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor], code: Code | None
 ) -> None:
     binaries = sums(code) if code is not None else {}
     weights = {f"weight {n}": _tensor_digest(t) for n, t in tensors.items() if n not in binaries}
-    found = {m: _digest(metadata[m]) for m in MEMBERS} | weights | binaries
+    found = {m: _digest(metadata[m]) for m in MEMBERS} | {"manifest": _manifest_digest(manifest)} | weights | binaries
+    expected = manifest["sha256"]
     wrong = [m for m, digest in expected.items() if found.get(m) != digest] + [m for m in found if m not in expected]
     if wrong:
         raise BadArtifact(path=path, reason=f"its {wrong[0]} does not match the recorded sha256; the file was damaged or changed")

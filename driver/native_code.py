@@ -19,6 +19,7 @@ import torch
 
 from ..codegen.build import BuildError, compiler_available
 from ..codegen.code import Code
+from ..codegen.cpp.levels import LEVELS
 from ..codegen.cpp.prebuilt import TARGET as CPU
 from ..codegen.cpp.prebuilt import Library, best, compile_for_levels
 from ..codegen.cpp.prebuilt import prebuilt as prebuilt_for_cpu
@@ -31,7 +32,7 @@ from ..codegen.triton.binary import SHARED_BYTES, Binary, runs_on
 from ..codegen.triton.driver import Driver, driver_of
 from ..ir.graph import Graph, constants
 from ..ir.text import parse
-from .errors import BadArtifact, CodeNotTrusted, WrongMachine
+from .errors import BadArtifact, BadOption, CodeNotTrusted, WrongMachine
 
 VENDORS = {"sm": "NVIDIA", "gfx": "AMD"}
 
@@ -81,6 +82,18 @@ def build_program(graph: Graph) -> Program:
 
 
 # -- for CPUs
+
+
+def levels_from(text: str) -> tuple[str, ...]:
+    """Names of LEVELS from what the command line says: "v2,v3", or "none". Raises BadOption."""
+    known: dict[str, list[str]] = {}
+    for name in LEVELS:
+        known.setdefault(name.split("-")[2], []).append(name)
+    words = [] if text == "none" else [word.strip() for word in text.split(",")]
+    unknown = next((word for word in words if word not in known), None)
+    if unknown is not None:
+        raise BadOption(option="--levels", reason=f"there is no level {unknown!r}; give some of {', '.join(known)}, or none")
+    return tuple(name for word in dict.fromkeys(words) for name in known[word])
 
 
 def is_for_cpu(graph: Graph, code: Code[Any] | None) -> bool:

@@ -40,7 +40,7 @@ def changed(path, **members):
     with safe_open(str(path), framework="pt") as file:
         metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     manifest = json.loads(metadata["tilewright"]) | members.pop("manifest", {})
-    manifest["sha256"] |= {k: artifact._digest(v) for k, v in members.items()}
+    manifest["sha256"] |= {k: artifact._digest(v) for k, v in members.items()} | {"manifest": artifact._manifest_digest(manifest)}
     save_file(tensors, path, metadata=metadata | members | {"tilewright": json.dumps(manifest)})
     return path
 
