@@ -139,6 +139,7 @@ class _Within:
         with self._progress("measuring how long layers take in each format") as progress:
             seconds = layer_times(self.layers, formats, _runner, self.database, progress)
         self.choices = layer_choices(self.graph, self.layers, formats, effects, seconds, self.metric.power)
+        self.offered = [c.choices for c in self.choices]
         with torch.no_grad():
             self.references = [interpret(self.captured.graph, copied(flat), torch.float64) for flat in self.judged_on]
             own = [interpret(self.captured.graph, copied(flat)) for flat in self.judged_on]
@@ -219,11 +220,11 @@ class _Within:
         for c, name in zip(self.choices, allocation.names):
             taken[name] += c.layer.nbytes if name != EXACT else 0
         slow = max(taken, key=lambda name: taken[name])
-        self.choices = [replace(c, choices=tuple(x for x in c.choices if x.name != slow)) for c in self.choices]
+        self.offered = [tuple(choice for choice in choices if choice.name != slow) for choices in self.offered]
         return slow
 
     def _allocated(self, limits: Mapping[str, float], forbidden: Sequence[Sequence[str]]) -> Allocation:
-        return allocate([c.choices for c in self.choices], OBJECTIVES[self.budget.objective], limits, forbidden=forbidden)
+        return allocate(self.offered, OBJECTIVES[self.budget.objective], limits, forbidden=forbidden)
 
     def _moved(self, limits: Mapping[str, float], cost: str, room: float, allocation: Allocation) -> dict[str, float]:
         """The limits, with that on one cost where measuring says it should be: room is what there may be, over what there was."""
