@@ -31,7 +31,7 @@ RESERVED = frozenset(
     short signed sizeof static struct switch template this throw true try typedef typename union unsigned using virtual void
     left right finish row column turned to sums outer last at batch product product_packed product_turned product_of_runs panels from_rows
     from_columns segments batches RowMajor Columns P Checked Span span strips slide plain within met fault inside shl shr volatile
-    scale zero group words rows from_word_rows byte_panels product_of_words product_of_bytes Nothing
+    scale zero group words rows from_word_rows widened_panels byte_panels product_of_words product_of_bytes Nothing
     fetch inverse while xor or and not index remove main asm y0 y1 yn j0 j1 jn""",
     )
 ) | CALLS | frozenset(STORAGE.values())  # fmt: skip

@@ -97,7 +97,7 @@ class ContractionPrinter(KernelPrinter):
             self.line(f"{call}({', '.join(sizes)}, threads, left, right, finish);")
             return
         data = self.names.buffers[runs.load.buffer]
-        images = find_images(found, runs)
+        images = find_images(found, runs) if self.plan.kind == "panels" else None
         if images is not None:
             points = ", ".join(map(str, images))
             self.line(f"winograd<{rows}>(Images{{{points}}}, {sizes[1]}, {runs.size}, threads, {data}, left, right, finish);")
@@ -186,7 +186,8 @@ class ContractionPrinter(KernelPrinter):
             return f"product_of_{plan.kind}<{tiles}>"
         if plan.load is not None:
             self.plain(plan, blocks)
-            return ("product" if plan.kind != "turned" else "product_packed" if isinstance(rows, int) else "product_turned") + tile
+            walk = {"turned": "product_packed" if isinstance(rows, int) else "product_turned", "widened": "product_packed"}
+            return walk.get(plan.kind, "product") + tile
         if plan.kind == "from_columns":
             self.whole("column", found.right, found.columns, self.n, found.depth)
         else:
@@ -230,12 +231,15 @@ class ContractionPrinter(KernelPrinter):
         found, buffer = self.found, self.names.buffers[plan.load.buffer]
         storage = STORAGE[self.kernel.buffer(plan.load.buffer).dtype]
         ld = index_text(plan.ld, {})[0]
-        at = symbol(self.n) if plan.kind == "panels" else 0
+        at = symbol(self.n) if plan.kind in ("panels", "widened") else 0
         start = index_text(plan.start.subs(plan.n, at), {})  # type: ignore[arg-type]
         place = buffer if start[0] == "0" else f"{buffer} + {wrap(start, ADD)}"
         sizes = f"{self.size(*found.columns)}, {self.size(*found.depth)}"
         if plan.kind == "panels":
             self.line(f"const auto right = panels<{blocks}>({ld}, [=](int64_t {self.n}) {{ return {place}; }});")
+        elif plan.kind == "widened":
+            depth = self.size(*found.depth)
+            self.line(f"const auto right = widened_panels<{blocks}>({ld}, {depth}, [=](int64_t {self.n}) {{ return {place}; }});")
         elif plan.kind == "turned":
             self.line(f"const auto right = turned<{blocks}>({place}, {ld}, {sizes});")
         elif plan.kind == "row_major":

@@ -222,6 +222,20 @@ template <int N, int L, class B> Turned<N, L, B> turned(const B* data, int64_t l
   return {data, ld, columns, depth};
 }
 
+// Panels of narrower elements: panel(n) is where the one at column n begins, its rows are ld apart.
+template <int N, int L, class At> struct WidenedPanels {
+  static constexpr int vectors = N, lanes = L;
+  int64_t ld, depth;
+  At panel;
+  const void* source(int64_t, const void* other) const { return other; }
+  template <class T> void pack(T* to, int64_t n) const {
+    const auto from = panel(n);
+    for (int64_t k = 0; k < depth; k++)
+      UNROLL for (int j = 0; j < N * L; j += L) store<L>(to + k * N * L + j, as<T>(load<L>(from + k * ld + j)));
+  }
+};
+template <int N, int L, class At> WidenedPanels<N, L, At> widened_panels(int64_t ld, int64_t depth, At panel) { return {ld, depth, panel}; }
+
 // row(to, k, begin, end) writes columns begin .. end of row k.
 template <int N, int L, class Write> struct FromRows {
   static constexpr int vectors = N, lanes = L;

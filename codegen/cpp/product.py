@@ -30,6 +30,7 @@ COMPACT = 128  # rows of a panel no further apart are near each other
 WIDE_TILES, TILES = ((3, 8), (4, 6), (2, 12), (1, 14)), ((2, 6), (1, 8))
 PADDING = {3: 1.0, 4: 1.27, 2: 1.04, 1: 1.35}  # time for one column, by vectors of a tile; wider ones wait for the second-level cache
 FEW_ROWS = 8  # so few read the right operand as it lies, though its rows are far apart
+MOST_WIDENING = 32  # rows up to which a narrow panel is not widened once for all of them
 MOST_IN_COLUMNS = 8  # rows up to which sums along contiguous columns are no slower than turning them
 
 
@@ -143,7 +144,7 @@ def _move(kernel: Kernel, index: sympy.Expr, axis: Axis) -> int:
 
 def _preference(kernel: Kernel, found: Product, target: CpuTarget) -> tuple[bool, bool, int]:
     """A packed right operand beats all; then contiguous stores; then few rows rather than few columns."""
-    packed = plan_right(kernel, found, target).kind in ("panels", "words", "bytes")
+    packed = plan_right(kernel, found, target).kind in ("panels", "widened", "words", "bytes")
     last = found.columns[-1] if found.columns else None
     contiguous = last is not None and all(_move(kernel, s.index, last) == 1 for s in kernel.stores)
     sizes = [product(a.extent for a in side) for side in (found.columns, found.rows)]
@@ -236,8 +237,8 @@ class Right:
     """How the micro-kernel gets at the right operand.
 
     kind: "panels" and "row_major" are read in place, row by row of a tile's columns, "columns" by contiguous columns; "turned" copies
-    contiguous columns into panels, "from_rows" and "from_columns" what is computed, along what is contiguous. "words" are levels of few
-    bits in panels, "bytes" such of 8 bits that meet bytes.
+    contiguous columns into panels, "widened" panels of narrower elements, "from_rows" and "from_columns" what is computed, along what is
+    contiguous. "words" are levels of few bits in panels, "bytes" such of 8 bits that meet bytes.
     start: index of column `n` (a symbol) at depth 0 in the buffer of `load`, ld: how far its rows (columns, if these are contiguous) are
     apart; of plain loads and of `words`.
     """
@@ -277,7 +278,9 @@ def _in_place(kernel: Kernel, found: Product, load: Load, rows: Dim, shapes: Seq
         for vectors, most in shapes:
             width = vectors * lanes
             if stride_along(index, n, width) == 1 and _is_compact(down) and _overrun(kernel, found, load, index, n, k, width):
-                return Right("panels", Blocks(_tile_rows(rows, most), vectors, lanes), load, n, start, down)
+                narrow = kernel.buffer(load.buffer).dtype.itemsize < found.dot.dtype.itemsize
+                kind = "widened" if narrow and isinstance(rows, int) and rows > MOST_WIDENING else "panels"
+                return Right(kind, Blocks(_tile_rows(rows, most), vectors, lanes), load, n, start, down)
         if across == 1 and (few or _is_compact(down)):
             vectors, most = shapes[0]
             vectors = vectors * most // int(rows) if few and rows else vectors  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ class Runs:
 def find_runs(kernel: Kernel, found: Product, right: Right) -> Runs | None:
     """The runs of a left operand against panels; None where it is computed, or too short to be worth it."""
     value, axes = merge(found.left, found.depth)
-    if right.kind not in ("panels", "turned", "words") or not _worth(found, right) or not isinstance(value, Load) or not axes:
+    if right.kind not in ("panels", "turned", "widened", "words") or not _worth(found, right) or not isinstance(value, Load) or not axes:
         return None
     if value.indirect or value.other != 0 or kernel.buffer(value.buffer).dtype != found.dot.dtype or not _is_of_positions(value.mask):
         return None

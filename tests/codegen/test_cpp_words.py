@@ -101,7 +101,7 @@ def test_levels_of_several_axes_are_found() -> None:
 EXPECTED = {
     "int8_5": "product_of_words", "int4_20": "product_of_words", "int4_70": "product_of_runs_packed", "int4_odd": "product_of_words",
     "int4_padded_depth": "product_of_words", "int4_padded_bytes": "product_of_words", "dynamic_3": "product_of_bytes",
-    "bf16_40": "product_of_runs", "heads_few": "product_of_words", "matmul_by_the_turned_weight": "product_of_words",
+    "bf16_40": "product_of_runs_packed", "heads_few": "product_of_words", "matmul_by_the_turned_weight": "product_of_words",
     "some_rows": "product_of_words", "int2_3": "product_of_words", "int1_3": "product_of_words", "bfp6_3": "product_packed",
     "split_40": "product_packed",
 }  # fmt: skip
