@@ -39,6 +39,9 @@ TuneOption = Annotated[float, typer.Option("--tune", min=0, help="seconds for me
 TargetOption = Annotated[
     str | None, typer.Option("--target", help="compile for a GPU that need not be here: sm_80, sm_90 or gfx942; nothing is timed")
 ]
+LevelsOption = Annotated[
+    str, typer.Option("--levels", help="levels of x86-64 that the artifact gets code for: v2, v3, v4; none: compiled where it is loaded")
+]
 ErrorOption = Annotated[float | None, typer.Option("--max-error", min=0, help="how far results may be off: weights are kept in fewer bits")]
 MemoryOption = Annotated[str | None, typer.Option(help='what weights may take: "50%" of what they do, "200MB"')]
 LatencyOption = Annotated[str | None, typer.Option(help='what a call may take: "80%" of eager\'s time, "5ms"')]
@@ -72,6 +75,7 @@ def optimize(
     formats: FormatsOption = None,
     calibration: CalibrationOption = [],  # noqa: B006 (typer reads the default)
     target: TargetOption = None,
+    levels: LevelsOption = "v2,v3,v4",
     trust_pickle: TrustOption = False,
     json: JsonOption = None,
     report: ReportOption = None,
@@ -89,8 +93,10 @@ def optimize(
             from .budget import budget_from
             from .inputs import parse_inputs
             from .loading import load_model
+            from .native_code import levels_from
             from .optimize import optimize_model
 
+            stored = levels_from(levels)
             limits = {"max_error": max_error, "memory": memory, "latency": latency, "bits": bits, "bops": bops}
             budget = budget_from(limits, objective, metric, formats, calibration)
         _check_passes(passes)
@@ -98,8 +104,8 @@ def optimize(
         with stage(f"reading {model}"):
             read = load_model(model, parse_inputs(inputs), trust_pickle)
         optimized = optimize_model(read, passes, stage, tune, target, budget)
-        with stage(f"writing {artifact}"):
-            optimized.save(artifact)
+        with stage(f"writing {artifact}, with code for {levels}" if stored and not target else f"writing {artifact}"):
+            optimized.save(artifact, stored)
     if json:
         from .artifact import replacing
 
