@@ -61,6 +61,7 @@ DAMAGE = (
     MemoryError,
 )
 """What reading and checking a file may raise that is none of ours, if it is not what `save` wrote."""
+LONGEST = 400  # characters of a reason, which may quote the file
 KNOWN_CALLS = 1024  # kinds of calls that are remembered as checked
 STATE = "state "  # what the names of updated buffers begin with
 
@@ -220,9 +221,9 @@ def _reported(path: str | Path) -> Iterator[None]:
     except (BadArtifact, DeviceLost):
         raise
     except TilewrightError as error:
-        raise BadArtifact(path=path, reason=first_line(error)) from error
+        raise BadArtifact(path=path, reason=first_line(error)[:LONGEST]) from error
     except DAMAGE as error:
-        raise BadArtifact(path=path, reason=f"it is damaged or no artifact at all ({first_line(error)})") from error
+        raise BadArtifact(path=path, reason=f"it is damaged or no artifact at all ({first_line(error)[:LONGEST]})") from error
 
 
 def _load(path: Path, operators: Collection[str], trust_code: bool) -> Optimized:
@@ -232,6 +233,9 @@ def _load(path: Path, operators: Collection[str], trust_code: bool) -> Optimized
     _verify(path, manifest, metadata, tensors, code)
     values = {name: tensors[stored] for name, stored in manifest["weights"].items()}
     graph = parse(metadata["graph"], values)
+    missing = next((name for name, data in constants(graph).items() if not data.known), None)
+    if missing is not None:
+        raise BadArtifact(path=path, reason=f"its graph needs {_shown(missing)}, which is not among its weights")
     unsafe = unsafe_in_graph(graph, operators)
     if unsafe:
         raise BadArtifact(path=path, reason=unsafe)
@@ -267,7 +271,7 @@ def _manifest(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise BadArtifact(path=path, reason=f"it has format {found!r}, this version reads {FORMAT}; {hint}")
     foreign = next((name for name in metadata if name not in ("tilewright", *MEMBERS)), None)
     if foreign is not None:
-        raise BadArtifact(path=path, reason=f"it has a member {foreign[:40]!r}, which tilewright never writes")
+        raise BadArtifact(path=path, reason=f"it has a member {_shown(foreign)!r}, which tilewright never writes")
     return manifest
 
 
@@ -280,7 +284,12 @@ def _verify(
     expected = manifest["sha256"]
     wrong = [m for m, digest in expected.items() if found.get(m) != digest] + [m for m in found if m not in expected]
     if wrong:
-        raise BadArtifact(path=path, reason=f"its {wrong[0]} does not match the recorded sha256; the file was damaged or changed")
+        raise BadArtifact(path=path, reason=f"its {_shown(wrong[0])} does not match the recorded sha256; the file was damaged or changed")
+
+
+def _shown(name: str) -> str:
+    """A name from the file, as it may stand in a sentence."""
+    return "".join(c if c.isprintable() else " " for c in name[:100])
 
 
 def member(path: str | Path, name: str) -> str:

@@ -191,6 +191,8 @@ class ValueReader:
 
     def _tensor_type(self, dtype: torch.dtype) -> TensorType:
         shape = self._items("[", "]", self.dim)[0]
+        if any(isinstance(size, int) and size < 0 for size in shape):
+            self.cursor.fail("a size is negative")
         return TensorType(dtype, tuple(shape), self._place() or "cpu")
 
     def _place(self) -> str:
