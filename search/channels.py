@@ -25,7 +25,7 @@ TRIED = (("int2-g64", "int2-g32", "int4-g128", "int4-g64", "int4-g32"), ("int8-d
 """Of each row the first that is among the formats to choose from: coarse weights, and rounded inputs."""
 
 GAIN = 0.9
-"""Scaling is done where errors get as much smaller, with GPTQ; of all formats that are tried, by the geometric mean."""
+"""Scaling is done where errors get as much smaller, with GPTQ, by the geometric mean over formats; and where none gets larger."""
 
 ROWS = 512
 """Of the inputs, by which scales are judged; GPTQ gets others."""
@@ -66,8 +66,9 @@ def best_scale(weight: torch.Tensor, x: torch.Tensor, formats: Sequence[str]) ->
     if ratio > GAIN:
         return None
     gram = (known.double().T @ known.double()).float()
-    after = _errors(weight * scale, judged / scale, formats, gram / scale / scale[:, None])
-    return scale if _ratio(after, _errors(weight, judged, formats, gram)) <= GAIN else None
+    before, after = _errors(weight, judged, formats, gram), _errors(weight * scale, judged / scale, formats, gram / scale / scale[:, None])
+    worse = any(after[name] > before[name] for name in before)
+    return scale if not worse and _ratio(after, before) <= GAIN else None
 
 
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,13 +9,15 @@ The model is run once; then, for each layer and format, what follows from that l
 and the inputs, each as soon as it is known: who is interrupted goes on.
 
 Where running all of them would take long, scores by gradients (`fisher.py`) come first. Of each layer then only those formats are run that
-have least error for their bytes by score, and the others' errors are the scores, times what measuring makes of those that are run.
+have least error for their bytes by score, and the others' errors are the scores, times what measuring makes of those that are run. Where
+there are no scores, priors (`priors.py`) keep the layers that matter most from formats of few bits.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +32,7 @@ from ..passes.quantize import Encoded, Known, encoded, requantized
 from .database import Database
 from .fisher import Fisher
 from .metrics import Metric
+from .priors import LEAST_BITS, important
 from .replay import Replay
 
 LADDERS = (("fp16", "int8", "int4-g32", "int4-g64", "int4-g128"), ("int8", "int8-dynamic"), ("int4-split3", "int2-split3"))
@@ -45,13 +48,23 @@ Progress = Callable[[int, int], object]
 class Effect:
     """error: of the outputs, by the metric, if nothing but this layer is in that format; bytes: of its parts. Declined: why not.
 
-    estimated: by score, rather than measured.
+    estimated: by score, rather than measured. pruned: the prior by which it was declined unmeasured.
     """
 
     error: float
     bytes: int
     declined: str = ""
     estimated: bool = False
+    pruned: str = ""
+
+
+@dataclass(frozen=True)
+class _Short:
+    """Time is short. scores: where there are any. most: variants of each layer that may be run. important: layers that matter most."""
+
+    scores: Fisher | None
+    most: int
+    important: Mapping[str, str]
 
 
 class Sensitivity:
@@ -74,10 +87,7 @@ class Sensitivity:
         """(layer, format) -> what the format does there."""
         found: dict[tuple[str, str], Effect] = {}
         total = len(self.layers) * len(formats)
-        each = sum(replay.seconds for replay in self.replays) / 2  # half of a graph follows a layer, on average
-        scored = (total - len(self.known)) * each > seconds and all(replay.whole for replay in self.replays)
-        scores = Fisher(self.graph, self.layers, self.replays, self.metric) if scored else None
-        most = max(1, int(seconds / each / len(self.layers))) if scored else len(formats)
+        short = self._short(total - len(self.known), seconds)
         for layer in self.layers:
             progress(len(found), total)
             parts: Known = {}
@@ -85,27 +95,42 @@ class Sensitivity:
             fits = {name: m for name, m in made.items() if isinstance(m, Encoded)}
             declined = {name: m for name, m in made.items() if not isinstance(m, Encoded)}
             found |= {(layer.name, name): Effect(math.inf, layer.nbytes, f"{m[0].value} ({m[1]})") for name, m in declined.items()}
-            found |= self._of_layer(layer, fits, scores, most)
+            found |= {(layer.name, name): effect for name, effect in self._of_layer(layer, fits, short).items()}
         progress(total, total)
         return monotone(found, [layer.name for layer in self.layers])
+
+    def _short(self, runs: int, seconds: float) -> _Short | None:
+        """What there is to save time by, where so many runs would take longer."""
+        each = sum(replay.seconds for replay in self.replays) / 2  # half of a graph follows a layer, on average
+        if runs * each <= seconds:
+            return None
+        whole = all(replay.whole for replay in self.replays)  # else gradients would take too much memory
+        scores = Fisher(self.graph, self.layers, self.replays, self.metric) if whole else None
+        return _Short(scores, max(1, int(seconds / each / len(self.layers))), important(self.graph, self.layers, self.replays))
 
     def error_of(self, variant: Graph) -> float:
         """Of the worst batch."""
         return max(self.metric(replay.run(variant), replay.outputs) for replay in self.replays)
 
-    def _of_layer(self, layer: Layer, made: Mapping[str, Encoded], scores: Fisher | None, most: int) -> dict[tuple[str, str], Effect]:
-        """Of the formats that serve a layer; by scores, where there are any, only so many are run."""
+    def _of_layer(self, layer: Layer, made: Mapping[str, Encoded], short: _Short | None) -> dict[str, Effect]:
+        """By format, of those that serve a layer."""
+        scores = None if short is None else short.scores
         guesses = {} if scores is None else {name: error for name, m in made.items() if (error := scores.error(m)) is not None}
-        chosen = efficient({name: (made[name].nbytes, error**self.metric.power) for name, error in guesses.items()})[-most:]
+        prior = "" if short is None else short.important.get(layer.name, "")
+        pruned = {name for name, m in made.items() if prior and name not in guesses and _bits(m) < LEAST_BITS}
+        hull = efficient({name: (made[name].nbytes, error**self.metric.power) for name, error in guesses.items()})
+        chosen = hull[-short.most :] if short is not None else []
         errors: dict[str, float] = {}  # by what is computed
-        measured = {name: self._measured(m, errors) for name, m in made.items() if name not in guesses or name in chosen}
-        measured |= {name: self.known[layer.name, name] for name in guesses if (layer.name, name) in self.known}
-        pairs = [(measured[name], guesses[name]) for name in guesses if name in measured]
-        ratios = [math.log(error / guess) for error, guess in pairs if min(error, guess) > 0 and error < math.inf]
-        off = math.exp(math.fsum(ratios) / len(ratios)) if ratios else 1.0
-        found = {(layer.name, name): Effect(error, made[name].nbytes) for name, error in measured.items()}
-        others = {name: guess * off for name, guess in guesses.items() if name not in measured}
-        return found | {(layer.name, name): Effect(error, made[name].nbytes, estimated=True) for name, error in others.items()}
+        known = {name for name in made if (layer.name, name) in self.known}
+        run = [name for name in made if name in known or name in chosen or name not in guesses and name not in pruned]
+        measured = {name: self._measured(made[name], errors) for name in run}
+        others = {name: error for name, error in guesses.items() if name not in measured}
+        off = _off([(measured[name], error) for name, error in guesses.items() if name in measured])
+        return {
+            **{name: Effect(error, made[name].nbytes) for name, error in measured.items()},
+            **{name: Effect(error * off, made[name].nbytes, estimated=True) for name, error in others.items()},
+            **{name: Effect(math.inf, layer.nbytes, f"it matters most, says {prior}", pruned=prior) for name in pruned - known},
+        }
 
     def _measured(self, made: Encoded, errors: dict[str, float]) -> float:
         place = made.layer.name, made.format.name
@@ -125,6 +150,26 @@ class Sensitivity:
         rows = [x.reshape(-1, x.shape[-1]).double() for x in inputs]
         total = sum(x.T @ x for x in rows)
         return total if isinstance(total, torch.Tensor) and bool(total.isfinite().all()) else None
+
+
+def _bits(made: Encoded) -> float:
+    """Of a weight, on average."""
+    return 8 * made.nbytes * made.layer.weight.dtype.itemsize / made.layer.nbytes
+
+
+def _off(pairs: Sequence[tuple[float, float]]) -> float:
+    """By what factor measured errors differ from scores, on the geometric mean."""
+    ratios = [math.log(error / score) for error, score in pairs if min(error, score) > 0 and error < math.inf]
+    return math.exp(math.fsum(ratios) / len(ratios)) if ratios else 1.0
+
+
+def counts(effects: Mapping[tuple[str, str], Effect]) -> dict[str, int]:
+    """How what is known of pairs of a layer and a format came to be known."""
+    found = Counter(
+        f"pruned by {e.pruned}" if e.pruned else "declined" if e.declined else "estimated" if e.estimated else "measured"
+        for e in effects.values()
+    )
+    return dict(found)
 
 
 def alone(chosen: Sequence[Encoded]) -> tuple[Graph, list[Encoded]]:

@@ -41,10 +41,10 @@ class Block(torch.nn.Module):
 
 
 class Transformer(torch.nn.Module):
-    def __init__(self, width: int = 32, words: int = 64) -> None:
+    def __init__(self, width: int = 32, words: int = 64, depth: int = 2) -> None:
         super().__init__()
         self.table, self.head = torch.nn.Embedding(words, width), torch.nn.Linear(width, words)
-        self.blocks, self.last = torch.nn.ModuleList(Block(width) for _ in range(2)), torch.nn.LayerNorm(width)
+        self.blocks, self.last = torch.nn.ModuleList(Block(width) for _ in range(depth)), torch.nn.LayerNorm(width)
 
     def forward(self, ids):
         x = self.table(ids)
