@@ -154,6 +154,7 @@ class Attempt:
 class Spent:
     """limits: as numbers, by cost. error, bytes, seconds: of the result, measured; `exact_`: of the model before. held_out: whether the
     inputs that error was measured on had no part in choosing. prices: by how much the objective would fall with one more unit of a limit.
+    candidates: how many pairs of a layer and a format were measured, estimated, declined, or pruned by a prior.
     """
 
     metric: str
@@ -169,3 +170,4 @@ class Spent:
     attempts: tuple[Attempt, ...] = ()
     front: tuple[Point, ...] = ()
     prices: Mapping[str, float] = field(default_factory=dict)
+    candidates: Mapping[str, int] = field(default_factory=dict)

@@ -33,7 +33,7 @@ from ..search.choices import LayerChoices, layer_choices, plan_of
 from ..search.database import Database
 from ..search.layer_times import EXACT, layer_times
 from ..search.pareto import pareto
-from ..search.sensitivity import Progress, Sensitivity
+from ..search.sensitivity import Progress, Sensitivity, counts
 from ..search.tuner import CERTAINTY
 from .artifact import Optimized
 from .budget import OBJECTIVES, Attempt, Budget, LayerLine, Point, Spent, quantity
@@ -136,6 +136,7 @@ class _Within:
         with self._progress("measuring what formats do to the results") as progress:
             self.sensitivity = Sensitivity(self.graph, self.layers, self.chosen_on, self.metric, self.database)
             effects = self.sensitivity.effects(formats, progress)
+            self.candidates = counts(effects)
         with self._progress("measuring how long layers take in each format") as progress:
             seconds = layer_times(self.layers, formats, _runner, self.database, progress)
         self.choices = layer_choices(self.graph, self.layers, formats, effects, seconds, self.metric.power)
@@ -336,6 +337,7 @@ class _Within:
             attempts=tuple(self.attempts),
             front=self._front(),
             prices=dict(allocation.prices),
+            candidates=self.candidates,
         )
 
     def _user_limits(self) -> dict[str, float | None]:

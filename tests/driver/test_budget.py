@@ -181,6 +181,7 @@ def test_receipt_and_artifact(ids, tmp_path) -> None:
     with console.capture() as captured:
         made.receipt.render(console)
     assert "error (relative)" in captured.get() and "on held-out inputs" in captured.get() and "int8" in captured.get()
+    assert spent.candidates["measured"] >= 9 and sum(spent.candidates.values()) == len(FORMATS) * len(spent.layers)
     assert [p for p in spent.front if p.error == 0] and all(math.isfinite(p.seconds) for p in spent.front)
 
 
