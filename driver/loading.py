@@ -10,8 +10,10 @@ import importlib
 import inspect
 import io
 import os
+import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -26,6 +28,9 @@ from .containers import stand_in_for_unknown
 from .errors import BadInputs, CannotOptimize, ModelFails, ModelNotFound, NoInputs, NotAModel, PickleRefused, first_line
 from .inputs import Example, copied
 from .trust import unsafe_in_program
+
+MOST_UNPACKED = 256 << 20
+"""Bytes that unpacking an archive may add to its own."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,16 @@ def _archive_kind(path: str) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [n.split("/", 1)[-1] for n in archive.namelist()]
-            damaged = archive.testzip()
+            bomb = _bomb(archive, os.path.getsize(path))
+            damaged = None if bomb else archive.testzip()
     except zipfile.BadZipFile as error:
         raise NotAModel(path=path, reason="it is no torch archive, or it is cut short") from error
     except OSError as error:
         raise NotAModel(path=path, reason=f"it cannot be read ({error.strerror})") from error
+    except (RuntimeError, ValueError, EOFError, zlib.error, struct.error) as error:  # a kind of compression that torch never writes
+        raise NotAModel(path=path, reason=f"it cannot be unpacked ({first_line(error)})") from error
+    if bomb:
+        raise NotAModel(path=path, reason=bomb)
     if damaged:
         raise NotAModel(path=path, reason=f"its member {damaged} is damaged")
     if "archive_format" in names or any(n.startswith("models/") for n in names):
@@ -95,6 +105,26 @@ def _archive_kind(path: str) -> str:
     if "data.pkl" in names:
         return "pickle"
     raise NotAModel(path=path, reason="it is a zip file without a torch model in it")
+
+
+def _bomb(archive: zipfile.ZipFile, size: int) -> str:
+    """Why an archive of `size` bytes must not be unpacked, by what it says of its members and of archives among them; "" if it may.
+
+    torch stores tensors as they are, and deflates the text of TorchScript only.
+    """
+    rows = archive.infolist()
+    if sum(row.compress_size for row in rows) > size:
+        return "its members overlap"
+    more = sum(row.file_size - row.compress_size for row in rows)
+    if more > MOST_UNPACKED:
+        return f"it would unpack to {more / 1e6:.0f} MB more than it takes"
+    for row in rows:
+        if row.filename.endswith(".pt") and row.compress_type == zipfile.ZIP_STORED:
+            with archive.open(row) as file:
+                inner = _bomb(zipfile.ZipFile(file), row.file_size) if zipfile.is_zipfile(file) else ""
+            if inner:
+                return f"{inner} (in {row.filename})"
+    return ""
 
 
 def _load_program(path: str, trust_pickle: bool) -> torch.export.ExportedProgram:

@@ -1,5 +1,6 @@
 """Reading models: every kind of file, and files that are damaged or hostile."""
 
+import copy
 import dataclasses
 import json
 import pickle
@@ -13,7 +14,7 @@ import pytest
 import tilewright
 import torch
 from offline import Mlp, Nested, Running, Tokens, Whole, run, save_program, sentence
-from tilewright.driver import measure
+from tilewright.driver import loading, measure
 from tilewright.driver.errors import CannotOptimize, ModelFails, NoInputs, NotAModel, PickleRefused
 from tilewright.driver.inputs import parse_inputs
 from tilewright.driver.loading import load_model
@@ -330,3 +331,45 @@ def test_results_that_are_no_tensors(tmp_path):
     y, *fixed, positions = tilewright.load(tmp_path / "a.tw")(X)
     assert torch.equal(y, X + 1) and positions.tolist() == [0, 1, 2]
     assert [(type(v), v) for v in fixed] == [(int, 1), (bool, True), (float, 1.0), (str, "text"), (type(None), None)]
+
+
+def bomb(path, name, content=bytes(4 << 20)):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+    return path.read_bytes()
+
+
+def test_archives_that_unpack_to_far_more(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "MOST_UNPACKED", 1 << 20)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", None)  # nothing is unpacked
+    path = tmp_path / "m.pt2"
+    content = bomb(path, "m/archive_format")
+    with pytest.raises(NotAModel, match="it would unpack to 4 MB more than it takes$"):
+        opened(path)
+    rewritten(program, path, lambda name, data: {name: data} | ({"m/evil.pt": content} if "archive_format" in name else {}))
+    with pytest.raises(NotAModel, match="unpack to 4 MB more than it takes .in m/evil.pt"):
+        opened(path)
+
+
+def test_archives_whose_members_overlap(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", None)
+    path = tmp_path / "m.pt2"
+    with zipfile.ZipFile(program) as old, zipfile.ZipFile(path, "w") as new:
+        for row in old.infolist():
+            new.writestr(row.filename, old.read(row))
+        largest = max(new.filelist, key=lambda row: row.compress_size)
+        for i in range(100):
+            row = copy.copy(largest)
+            row.filename = f"m/again{i}"
+            new.filelist.append(row)
+    with pytest.raises(NotAModel, match="its members overlap$"):
+        opened(path)
+
+
+def test_kinds_of_compression_that_torch_never_writes(program, tmp_path):
+    data = bytearray(program.read_bytes())
+    where = data.rindex(b"PK\x01\x02")
+    data[where + 10 : where + 12] = (99).to_bytes(2, "little")
+    (tmp_path / "m.pt2").write_bytes(data)
+    with pytest.raises(NotAModel, match="it cannot be unpacked|is damaged|cut short"):
+        opened(tmp_path / "m.pt2")
