@@ -7,17 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ..ir.capture import CapturedModule
+from ..ir.errors import DeviceLost
 from ..ir.graph import Graph, order
 from ..passes.base import Pass, Step, describe
+from ..search.metrics import METRICS
 from .accuracy import ErrorCheck, check
-from .calling import CallingConvention, convention_of
+from .calling import CallingConvention
 from .errors import CannotOptimize, first_line
 from .inputs import copied
 from .ladder import CODEGEN, HOST, Ladder
 from .loading import Model, captured_of
-from .measure import EAGER_TRUST, apart, flat_example
+from .measure import EAGER_TRUST, apart, convention_for, flat_example
 from .pipeline import passes_from
 from .reproduce import FLOOR, Case, interpreted
 from .shrink import smallest_case
@@ -73,11 +76,11 @@ def bisect_model(
     """Searches between the captured model and its program, on its example.
 
     passes: as on the command line. allowed: the relative error that results may have, beside the rule of `driver.accuracy`.
-    Raises CannotOptimize where the model cannot be captured.
+    Raises CannotOptimize where the model cannot be captured, ModelFails for an example that it is not for, and StageError.
     """
     chosen = passes_from(passes)
     captured = captured_of(model)
-    convention = convention_of(model.program, captured)
+    convention = convention_for(model, captured)
     _require_same(model, captured, convention)
     return bisect_graph(captured.graph, chosen, flat_example(model, captured, convention), allowed, told)
 
@@ -88,10 +91,10 @@ def _require_same(model: Model, captured: CapturedModule, convention: CallingCon
     reference = interpreted(captured.graph, inputs, torch.float64)[: len(captured.graph.outputs)]
     with torch.no_grad():
         eager = apart(model, captured).module(*copied(model.example.args), **copied(dict(model.example.kwargs)))
-    packed = convention.pack(reference)
-    found = check(packed, eager, packed)
-    if found.eager > EAGER_TRUST:
-        reason = f"the captured graph does not compute what the model does (they differ by {found.eager:.1e})"
+    values, exact = ([x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)] for tree in (eager, convention.pack(reference)))
+    error = METRICS["relative"](values, exact)
+    if error > EAGER_TRUST:
+        reason = f"the captured graph does not compute what the model does (they differ by {error:.1e})"
         raise CannotOptimize(path=model.name, reason=reason)
 
 
@@ -159,5 +162,7 @@ class _Search:
             if state == len(self.ladder.steps) and self.ladder.failure is not None:
                 raise self.ladder.failure
             return _Verdict(self.rule(self.ladder.observed(state, self.inputs)))
+        except DeviceLost:
+            raise
         except Exception as error:  # a wrong rewrite may fail in any way, in the graph or in what it became
             return _Verdict(ErrorCheck(float("inf"), 0.0, self.allowed), f"{type(error).__name__}: {first_line(error)}")

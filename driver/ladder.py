@@ -16,7 +16,7 @@ from ..codegen.regions import lowered_regions
 from ..codegen.target import TARGETS, Compiled, Failed, Target
 from ..ir.graph import Graph, Node
 from ..passes.base import Notes, Pass, Step, Steps
-from ..passes.manager import run_passes
+from ..passes.manager import StageError, run_passes
 from ..passes.plan_memory import PlanMemory
 from .compile import kept_apart
 from .reproduce import interpreted, observed
@@ -28,7 +28,7 @@ HOST = Step(CODEGEN, "", "what is called around the kernels")
 class Ladder:
     """The states of a graph under some passes. `steps[i]` leads from state i to state i + 1.
 
-    Where a pass or code generation raises, the steps end there; `failure` says why.
+    Where a pass raises, the steps end there; `failure` says why. Raises StageError.
     """
 
     def __init__(self, graph: Graph, passes: Sequence[Pass]) -> None:
@@ -51,6 +51,8 @@ class Ladder:
         steps = Steps()
         try:
             return steps.taken, run_passes(graph, passes, Notes(steps=steps))
+        except StageError:  # the user's order of passes
+            raise
         except Exception as error:  # whatever a wrong rewrite leads to: the search finds which it was
             self.failure = error
             return steps.taken, graph

@@ -15,8 +15,8 @@ from ..ir.interpret import interpret
 from ..search.tuner import Verdict, fastest
 from .accuracy import ErrorCheck, check
 from .artifact import Optimized
-from .calling import CallingConvention
-from .errors import CannotOptimize
+from .calling import CallingConvention, convention_of
+from .errors import CannotOptimize, ModelFails
 from .inputs import copied
 from .loading import Model, with_own_buffers
 from .receipt import Speed
@@ -29,6 +29,16 @@ MEASURE_ROUNDS = 1000
 def apart(model: Model, captured: CapturedModule) -> Model:
     """Measuring runs the model, which may update its buffers: that happens on copies."""
     return replace(model, module=with_own_buffers(model.module)) if captured.state else model
+
+
+def convention_for(model: Model, captured: CapturedModule) -> CallingConvention:
+    """How the model is called. Raises ModelFails where its example is no call that the graph is for."""
+    convention = replace(convention_of(model.program, captured), names=model.names)
+    try:
+        convention.checked(convention.bind(model.example.args, dict(model.example.kwargs)), captured.graph)
+    except TypeError as error:
+        raise ModelFails(path=model.name, inputs=model.example.described(), reason=error) from error
+    return convention
 
 
 def flat_example(model: Model, captured: CapturedModule, convention: CallingConvention) -> list[Any]:

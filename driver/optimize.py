@@ -13,12 +13,12 @@ from ..ir.capture import CapturedModule
 from ..search.tuner import decide
 from .artifact import Optimized
 from .budget import Budget
-from .calling import CallingConvention, convention_of
+from .calling import CallingConvention
 from .compile import Compiled, Options, compile_graph
-from .errors import BadOption, ModelFails
+from .errors import BadOption
 from .inputs import Example
 from .loading import Model, captured_of, export_module
-from .measure import apart, error_check, flat_example, timed, with_speed
+from .measure import apart, convention_for, error_check, flat_example, timed, with_speed
 from .outline import machine_of, outline
 from .receipt import Trial
 from .targets import UNMEASURED, compile_for, interpreted, require_portable, require_target
@@ -75,8 +75,7 @@ def optimize_model(
     options = Options(passes=passes, max_autotune=tuning_seconds > 0, tuning_seconds=tuning_seconds)
     with stage("capturing the graph"):
         captured = captured_of(model)
-    convention = replace(convention_of(model.program, captured), names=model.names)
-    _require_fitting(model, captured, convention)
+    convention = convention_for(model, captured)
     if target is not None:
         return _outlined(_compiled_for(target, model, captured, convention, options, stage), captured, stage)
     with stage("rewriting, building kernels and measuring them" if options.tunes else "rewriting and building kernels"):
@@ -137,11 +136,3 @@ def _never_slower(model: Model, captured: CapturedModule, optimized: Optimized, 
     chosen = optimized if trial.kept else plain
     receipt = replace(chosen.receipt, trials=(*optimized.receipt.trials, trial))
     return with_speed(replace(chosen, receipt=receipt), verdict, name)
-
-
-def _require_fitting(model: Model, captured: CapturedModule, convention: CallingConvention) -> None:
-    """The example must be a call that the graph is for; raises ModelFails."""
-    try:
-        convention.checked(convention.bind(model.example.args, dict(model.example.kwargs)), captured.graph)
-    except TypeError as error:
-        raise ModelFails(path=model.name, inputs=model.example.described(), reason=error) from error

@@ -89,19 +89,20 @@ class Case:
         assert found.ok, f"off by {found.ours:.1e} where {found.allowed:.1e} is allowed\n{graphs}"
 
     @functools.cached_property
-    def _values(self) -> Mapping[str, torch.Tensor]:
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """`values`, read."""
         return load_file(self.values) if isinstance(self.values, (str, Path)) else self.values
 
     @functools.cached_property
     def _graph(self) -> Graph:
         bare = parse(self.text)
         made = {name: seeded(kind, i, self.sizes) for i, (name, kind) in enumerate(sorted(constant_types(bare).items()))}
-        return parse(self.text, {**made, **{name: value for name, value in self._values.items() if name in made}})
+        return parse(self.text, {**made, **{name: value for name, value in self.tensors.items() if name in made}})
 
     def _input(self, number: int, node: Node, name: str) -> Any:
         if isinstance(node.type, ScalarType):
             return self.sizes[str(node.type.value)]
-        value = self._values.get(f"{INPUT}{name}")
+        value = self.tensors.get(f"{INPUT}{name}")
         value = seeded(node.tensor, number, self.sizes) if value is None else value
         strides = node.attrs["strides"]
         return value if strides is None else laid_out(value, tuple(evaluate(s, self.sizes) for s in strides))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..ir.analysis.primitives import expanded
-from ..ir.graph import Data, Graph, Node, constants, graph_input, is_scalar, order, users
+from ..ir.graph import Data, Graph, Node, graph_input, is_scalar, order, users
 from ..ir.interpret import interpret
 from ..ir.op import Category
 from ..ir.rewrite import attr_key
-from ..passes.base import Notes, Pass, Step, Steps, describe
+from ..passes.base import Notes, Pass, Steps, describe
 from ..passes.manager import pass_text, run_passes
 from .inputs import copied
 from .ladder import HOST, Ladder
@@ -22,63 +22,73 @@ from .reproduce import Case, case_of, interpreted
 
 LARGEST = 1 << 28  # bytes of tensors that a reproducer may need
 RADII = (0, 1, 2, 3, 4, 6, 9)
-PLACES = 4  # of one rule on a small graph, and of one kernel in the graph
+PLACES = 4  # of one kernel, at which it is tried
 _LOOSE = (Category.VIEW, Category.CONSTANT)
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """How the step is looked for on a part of a graph."""
+    """How a fault is looked for on a part of a graph. fails: it raises, else results are wrong."""
 
     passes: Sequence[Pass]
-    step: Step
     program: bool
     allowed: float
+    fails: bool
 
-    def cases(self, graph: Graph, inputs: Sequence[Any]) -> Iterator[Case]:
-        """The graph before and after each place at which the pass takes such a step there."""
-        fields: dict[str, Any] = {"program": self.program, "allowed": self.allowed}
-        if not self.passes:
-            yield case_of(graph, inputs, **fields)
-            return
+    def case(self, graph: Graph, inputs: Sequence[Any]) -> Case | None:
+        """The one step of the passes that is wrong there, found by halving; with all before it where it is not wrong alone."""
+        text = ",".join(map(pass_text, self.passes))
+        case = case_of(graph, inputs, passes=text, after=self._count(graph), program=self.program, allowed=self.allowed)
+        if sum(v.nbytes for v in case.tensors.values()) > LARGEST or not _shows(case, self.fails):
+            return None
+        good, bad = 0, case.after
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (good, middle) if _shows(replace(case, after=middle), self.fails) else (middle, bad)
+        alone = replace(case, before=max(bad - 1, 0), after=bad)
+        return self._seeded(alone if _shows(alone, self.fails) else replace(case, after=bad))
+
+    def _count(self, graph: Graph) -> int:
         steps = Steps()
         with contextlib.suppress(Exception):  # what it did until then is looked at
             run_passes(graph, self.passes, Notes(steps=steps))
-        found = [i for i, s in enumerate(steps.taken) if (s.item, s.rule) == (self.step.item, self.step.rule)]
-        text = ",".join(map(pass_text, self.passes))
-        for i in found[:PLACES]:
-            yield case_of(graph, inputs, passes=text, before=i, after=i + 1, **fields)
+        return len(steps.taken)
+
+    def _seeded(self, case: Case) -> Case:
+        """With seeded numbers where these show it too."""
+        bare = replace(case, values={})
+        return bare if _finite(bare) and _shows(bare, self.fails) else case
 
 
 def smallest_case(ladder: Ladder, state: int, inputs: Sequence[Any], allowed: float, fails: bool) -> Case | None:
     """What reproduces the step to `state`, which makes results wrong, or `fails`; None where only tensors too large to keep show it."""
-    sources = list(_sources(ladder, state, allowed))
+    sources = list(_sources(ladder, state, allowed, fails))
     wholes = [(trial, graph, [order(graph)]) for trial, graph, _ in sources]
-    for trial, graph, places in (*sources, *wholes):
+    captured = (_Trial((*ladder.rewriting, *ladder.planning), state > ladder.rewrites, allowed, fails), ladder.graph, [order(ladder.graph)])
+    for trial, graph, places in (*sources, *wholes, captured):
         for part, values in _parts(graph, places, inputs):
-            found = _reproducing(trial.cases(part, values), fails)
+            found = trial.case(part, values)
             if found is not None:
                 return found
-    whole = _whole(ladder, state, inputs, allowed)
-    return None if whole is None else _reproducing([whole], fails)
+    return None
 
 
-def _sources(ladder: Ladder, state: int, allowed: float) -> Iterator[tuple[_Trial, Graph, list[list[Node]]]]:
+def _sources(ladder: Ladder, state: int, allowed: float, fails: bool) -> Iterator[tuple[_Trial, Graph, list[list[Node]]]]:
     """How the step is looked for, in which graph, around which nodes: each list of them stands for one place."""
     step = ladder.steps[state - 1]
     if state > ladder.plan_from:
         graph, node = ladder.planned(state - 1)
-        yield _Trial(ladder.planning, step, True, allowed), ladder.fused, _around(graph, node)
+        yield _Trial(ladder.planning, True, allowed, fails), ladder.fused, _around(graph, node)
     elif step is HOST:
         calls = [n for n in order(ladder.fused) if n.op.category not in _LOOSE and n.op.name not in ("region", "item", "input")]
-        yield _Trial((), step, True, allowed), ladder.fused, [[n] for n in calls]
+        yield _Trial((), True, allowed, fails), ladder.fused, [[n] for n in calls]
     elif state > ladder.rewrites:
         _, places = ladder.kernels[state - ladder.rewrites - 2]
-        yield _Trial((), step, True, allowed), ladder.fused, [[n] for n in places[:PLACES]]
+        yield _Trial((), True, allowed, fails), ladder.fused, [[n] for n in places[:PLACES]]
     else:
         entry = ladder.entry(state)
         item = ladder.rewriting[sum(not s.rule for s in ladder.steps[:state]) - 1]
-        trial = _Trial((item,), step, False, allowed)
+        trial = _Trial((item,), False, allowed, fails)
         graph, node = ladder.rewritten(state - 1)
         if state - 1 > entry:
             yield trial, graph, _around(graph, node)
@@ -95,7 +105,7 @@ def _around(graph: Graph, node: Node | None) -> list[list[Node]]:
     readers = users(graph)
     found = [_neighbours(node, radius, lambda n: n.inputs) for radius in RADII]
     found += [_neighbours(node, radius, lambda n: (*n.inputs, *readers[n])) for radius in RADII[1:]]
-    return sorted(found, key=len)
+    return sorted({frozenset(nodes): nodes for nodes in found}.values(), key=len)
 
 
 def _neighbours(node: Node, radius: int, near: Any) -> list[Node]:
@@ -107,8 +117,10 @@ def _neighbours(node: Node, radius: int, near: Any) -> list[Node]:
 
 
 def _equal(graph: Graph, node: Node) -> Node | None:
-    """The node of the graph that computes the same: it is another object where a later sweep made it anew. Else the one node that is
-    called the same and came from the same: on other operands, where what they are was rewritten."""
+    """The node of the graph that computes the same: it is another object where a later sweep made it anew.
+
+    Else the one that is called the same and came from the same: on other operands, where these were rewritten.
+    """
     numbers: dict[Any, int] = {}
     here = {_number(n, numbers): n for n in order(graph)}
     equal = here.get(_number(node, numbers))
@@ -132,6 +144,8 @@ def _number(root: Node, numbers: dict[Any, int]) -> int:
 
 def _parts(graph: Graph, places: Sequence[Sequence[Node]], inputs: Sequence[Any]) -> Iterator[tuple[Graph, list[Any]]]:
     """The graph cut down to each of the places, with what its inputs are when the whole graph runs."""
+    if not places:
+        return
     readers = users(graph)
     cuts = [_cut(graph, set(nodes), readers) for nodes in places]
     wanted = {n for _, edge in cuts for n in edge}
@@ -190,15 +204,6 @@ def departing(graph: Graph, inputs: Sequence[Any]) -> str:
 # -- trying
 
 
-def _reproducing(cases: Iterable[Case], fails: bool) -> Case | None:
-    """The first that shows the fault, with seeded numbers where these do."""
-    for case in cases:
-        if isinstance(case.values, Mapping) and sum(v.nbytes for v in case.values.values()) <= LARGEST and _shows(case, fails):
-            bare = replace(case, values={})
-            return bare if _finite(bare) and _shows(bare, fails) else case
-    return None
-
-
 def _shows(case: Case, fails: bool = False) -> bool:
     """Whether results are wrong or, where the fault `fails`, the step does that. What cannot be read or run before it shows nothing."""
     try:
@@ -219,14 +224,3 @@ def _finite(case: Case) -> bool:
     except Exception:  # indices out of range, for example
         return False
     return all(bool(r.isfinite().all()) for r in results if isinstance(r, torch.Tensor))
-
-
-def _whole(ladder: Ladder, state: int, inputs: Sequence[Any], allowed: float) -> Case | None:
-    """The captured graph and everything done to it up to the step, where no part shows what is wrong."""
-    if sum(data.value.nbytes for data in constants(ladder.graph).values() if data.value is not None) > LARGEST:
-        return None
-    if state > ladder.rewrites:
-        text = ",".join(map(pass_text, (*ladder.rewriting, *ladder.planning)))
-        return case_of(ladder.graph, inputs, passes=text, after=len(ladder.steps), program=True, allowed=allowed)  # all steps
-    text = ",".join(map(pass_text, ladder.rewriting))
-    return case_of(ladder.graph, inputs, passes=text, after=state, allowed=allowed)

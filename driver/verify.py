@@ -18,11 +18,10 @@ from ..search.metrics import METRICS, Metric
 from .accuracy import TIMES_EAGER
 from .artifact import Optimized, load
 from .budget import Spent
-from .calling import convention_of
 from .errors import BadInputs, BadOption, ModelFails, first_line
 from .inputs import Example, copied
 from .loading import Model, captured_of
-from .measure import apart, flattened
+from .measure import apart, convention_for, flat_example
 from .reproduce import FLOOR, interpreted, observed
 from .shrink import departing
 
@@ -127,7 +126,7 @@ def _own_graph(artifact: Optimized, inputs: Sequence[Any], ours: Sequence[Any]) 
     count = len(graph.outputs)
 
     def named(values: Sequence[Any]) -> dict[str, torch.Tensor]:
-        written = {f"{target.hint} (updated)": value for (target, _), value in zip(graph.writes, values[count:])}
+        written = {f"{target.hint} (updated)": value.cpu() for (target, _), value in zip(graph.writes, values[count:])}
         return _leaves(convention.pack(values[:count])) | written
 
     eager, reference = (named(interpreted(graph, inputs, dtype)) for dtype in (None, torch.float64))
@@ -137,13 +136,13 @@ def _own_graph(artifact: Optimized, inputs: Sequence[Any], ours: Sequence[Any]) 
 def _original(model: Model, found: Any, metric: Metric, allowed: float) -> list[Line]:
     """Against the model: the results of a call, in float64 and by eager."""
     captured = captured_of(model)
-    convention = convention_of(model.program, captured)
-    args, kwargs = model.example.args, dict(model.example.kwargs)
-    exact = interpreted(captured.graph, flattened(convention, captured, args, kwargs), torch.float64)
+    convention = convention_for(model, captured)
+    exact = interpreted(captured.graph, flat_example(model, captured, convention), torch.float64)
     reference = list(_leaves(convention.pack(exact)).values())
     with torch.no_grad():
-        eager = list(_leaves(apart(model, captured).module(*copied(args), **copied(kwargs))).values())
-    named = {name: value.cpu() for name, value in _leaves(found).items()}
+        result = apart(model, captured).module(*copied(model.example.args), **copied(dict(model.example.kwargs)))
+    eager = list(_leaves(result).values())
+    named = _leaves(found)
     if not len(named) == len(eager) == len(reference):
         raise BadOption(
             option="model", reason=f"it has {len(reference)} outputs, and the artifact {len(named)}: they are not the same model"
@@ -152,9 +151,9 @@ def _original(model: Model, found: Any, metric: Metric, allowed: float) -> list[
 
 
 def _leaves(tree: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a result by where they are in it: `["logits"]`, `[0]`."""
+    """The tensors of a result by where they are in it: `['logits']`, `[0]`."""
     found = pytree.tree_flatten_with_path(tree)[0]
-    return {pytree.keystr(path) or "result": value for path, value in found if isinstance(value, torch.Tensor)}
+    return {pytree.keystr(path) or "result": value.cpu() for path, value in found if isinstance(value, torch.Tensor)}
 
 
 def _lines(
