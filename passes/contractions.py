@@ -37,6 +37,7 @@ RAGGED = frozenset({"grouped_matmul", "block_sparse_linear"})
 """Products of uneven parts. The library multiplies one part after the other, when it has waited for their limits; a kernel of ours reads
 them where they are."""
 
+
 def panel_of(columns: int, times: Mapping[int, float] = PANELS) -> int:
     """The panel that wastes least: padding, and registers that narrower blocks leave unused."""
     return min(times, key=lambda width: -(-columns // width) * width * times[width])
