@@ -83,7 +83,7 @@ def build(sources: Sequence[Source], level: str = "native") -> list[Loaded]:
     found: dict[str, Loaded | None] = {k: _cached(directory, k, s) for k, s in zip(keys, sources)}
     missing = {k: s for k, s in zip(keys, sources) if found[k] is None}
     if missing:
-        _remove_stale(directory)
+        remove_stale(directory)
         found.update(_compile_all(directory, missing, tools))
     return [typed(found[k], s) for k, s in zip(keys, sources)]
 
@@ -256,7 +256,7 @@ def write(path: Path, data: bytes) -> None:
         raise
 
 
-def _remove_stale(directory: Path) -> None:
+def remove_stale(directory: Path) -> None:
     """What compilers that were killed left behind, a day later."""
     for path in directory.glob("tmp-*"):
         try:

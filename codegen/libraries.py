@@ -29,6 +29,7 @@ from .build import (
     entry_text,
     first_lines,
     function_of,
+    remove_stale,
     renamed,
     source_key,
     typed,
@@ -60,6 +61,7 @@ def _compiled(sources: Sequence[Source], tools: Toolchain, pool: ThreadPoolExecu
     known = _known(directory, note)
     if known is not None:
         return known
+    remove_stale(directory)
     units = [list(unit.values()) for unit in units_of({symbol_of(s): s for s in sources}, min(UNITS, -(-len(sources) // FUNCTIONS)))]
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix="tmp-") as scratch:
