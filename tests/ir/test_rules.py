@@ -140,6 +140,20 @@ def test_equal_nodes_are_one_before_readers_are_counted():
     assert len(tracer.missed) == 1
 
 
+def test_what_may_not_be_applied_stays():
+    asked: list[str] = []
+
+    def may(rule: str, node: Node) -> bool:
+        asked.append(f"{rule} at {node.hint}")
+        return len(asked) == 1
+
+    graph = graph_of("a = neg(x) b = neg(a) c = exp(b) d = neg(c) y = neg(d)", "y")
+    tracer = Tracer(may=may)
+    done = apply_rules(graph, [CAREFUL], tracer)
+    assert [n.op.name for n in order(done) if n.op.name != "input"] == ["exp", "neg", "neg"]
+    assert asked[:2] == ["careful at b", "careful at y"] and len(tracer.applied) == 1 and not tracer.missed
+
+
 def test_only_refusals_that_stand_at_the_end_are_reported():
     """The inner negation has a second reader until the product with it is rewritten away."""
     drop = pattern_rule("drop", pat("mul", Var("x"), Var("y")), lambda m: ops.abs(m["x"]))
