@@ -85,8 +85,9 @@ class Case:
     def require(self) -> None:
         """Raises AssertionError, with both graphs in it, while the fault is there."""
         found = self.check()
-        graphs = "\n".join(map(str, dict.fromkeys((self.graph(self.before), self.graph(self.after)))))
-        assert found.ok, f"off by {found.ours:.1e} where {found.allowed:.1e} is allowed\n{graphs}"
+        if not found.ok:
+            graphs = "\n".join(map(str, dict.fromkeys((self.graph(self.before), self.graph(self.after)))))
+            raise AssertionError(f"off by {found.ours:.1e} where {found.allowed:.1e} is allowed\n{graphs}")
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -103,7 +104,7 @@ class Case:
         if isinstance(node.type, ScalarType):
             return self.sizes[str(node.type.value)]
         value = self.tensors.get(f"{INPUT}{name}")
-        value = seeded(node.tensor, number, self.sizes) if value is None else value
+        value = seeded(node.tensor, number, self.sizes) if value is None else value.to(node.tensor.device)
         strides = node.attrs["strides"]
         return value if strides is None else laid_out(value, tuple(evaluate(s, self.sizes) for s in strides))
 
@@ -140,7 +141,7 @@ def case_of(graph: Graph, inputs: Sequence[Any], **fields: Any) -> Case:
 def write_case(path: Path, case: Case, fault: str) -> list[Path]:
     """Writes the file that runs the case, and its tensors beside it where it has any; gives what was written. Raises CannotWrite."""
     assert not isinstance(case.values, (str, Path)), "a case that was read stands in a file already"
-    beside = path.with_suffix(".safetensors")
+    beside = path.with_name(f"{path.name}.safetensors")
     if case.values:
         with replacing(beside) as temporary:
             save_file({name: value.detach().cpu().contiguous().clone() for name, value in case.values.items()}, temporary)

@@ -162,7 +162,7 @@ def test_a_rule_that_is_wrong_for_some_weights(monkeypatch, tmp_path) -> None:
     found = search(text, constants={"v": torch.ones(8), "w": torch.full((8,), 5.0)})
     assert found.step is not None and found.step.rule == "canonicalize.fives"
     assert found.case is not None and sorted(found.case.values) == ["input b", "w"]
-    assert reproduces(found, tmp_path) and (tmp_path / "case.safetensors").stat().st_size < 1000
+    assert reproduces(found, tmp_path) and (tmp_path / "case.py.safetensors").stat().st_size < 1000
 
 
 def test_fusion(monkeypatch, tmp_path) -> None:

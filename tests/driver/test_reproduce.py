@@ -26,7 +26,7 @@ def test_names_are_data(tmp_path) -> None:
     plain = parse("graph g(x: f32[2]) {\nreturn x\n}")
     weight = OPS["constant"](data=Data(HOSTILE, torch.ones(2)), hint="w")
     case = case_of(make_graph("g", plain.inputs, [OPS["add"](plain.inputs[0], weight)]), [torch.ones(2)])
-    assert [p.name for p in write_case(tmp_path / "a.py", case, HOSTILE)] == ["a.py", "a.safetensors"]
+    assert [p.name for p in write_case(tmp_path / "a.py", case, HOSTILE)] == ["a.py", "a.py.safetensors"]
     again = ran(tmp_path / "a.py")
     assert again.text == case.text and torch.equal(interpreted(again.graph(0), again.inputs())[0], torch.full((2,), 2.0))
 
