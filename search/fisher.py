@@ -4,7 +4,9 @@
 
 Y is what a layer computes; probes v are random, and of such a kind that the left side is the metric: signs over the norm of the outputs
 for the relative error; for a divergence, p - onehot(a class drawn by p), whose covariance is the Fisher information of the softmax. Errors
-of different rows are taken to be independent. After Fisher scores as in HAWQ-V3's and ModelOpt's searches, without labels.
+of different rows are taken to be independent, unless the probes tell that they go together (a mean over rows follows the layer): the sum is
+squared then, which is right for all, but by few probes uncertain. After Fisher scores as in HAWQ-V3's and ModelOpt's searches, without
+labels.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ from ..passes.quantize import Encoded, requantized
 from .metrics import Metric
 from .replay import Replay
 
-DRAWS = 4
-"""Probes for each batch: rows of all batches are averaged over, so few will do."""
+DRAWS = 8
+"""Probes for each batch."""
+
+DEVIATIONS = 3.0
+"""By so many the squares of sums must be more than those of their terms, for the terms not to be independent."""
 
 Draw = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
@@ -84,21 +89,25 @@ class Fisher:
             return None
         exact = replace(self.graph, outputs=readers, writes=())
         changed = requantized(exact, [made])
-        scores = [self._score(r.run(exact), r.run(changed), [found[n] for n in readers]) for r, found in zip(self.replays, self.found)]
-        worst = max(scores)
-        return worst ** (1 / self.power) if math.isfinite(worst) else None
+        scores = [_squares(r.run(exact), r.run(changed), [found[n] for n in readers]) for r, found in zip(self.replays, self.found)]
+        terms, sums = (math.fsum(column) for column in zip(*scores))
+        chance = 1 + DEVIATIONS * math.sqrt(2 / (DRAWS * len(scores)))
+        worst = max(alone for alone, _ in scores) * (sums / terms if sums > chance * terms else 1.0)
+        return worst ** (1 / self.power) if math.isfinite(terms + worst) else None
 
-    def _score(self, exact: Sequence[Any], changed: Sequence[Any], gradients: Sequence[torch.Tensor]) -> float:
-        """Of the rows of all readers; NaN where one of them is."""
-        total = 0.0
-        for y, y_q, g in zip(exact, changed, gradients, strict=True):
-            off = (y_q - y).to(g.dtype)
-            total += float(((g * off).sum(-1) ** 2).sum(dtype=torch.float64)) / g.shape[0]
-        return total
+
+def _squares(exact: Sequence[Any], changed: Sequence[Any], gradients: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """Of g . (Y_q - Y) of the rows of all readers, on average over probes: added up, and of their sum."""
+    alone, together = 0.0, torch.zeros(DRAWS, dtype=torch.float64)
+    for y, y_q, g in zip(exact, changed, gradients, strict=True):
+        rows = (g * (y_q - y)).sum(-1, dtype=torch.float64).reshape(DRAWS, -1)
+        alone += float(rows.square().sum()) / DRAWS
+        together += rows.sum(1)
+    return alone, float(together.square().mean())
 
 
 def _gradients(graph: Graph, replay: Replay, readers: Sequence[Node], draw: Draw) -> dict[Node, torch.Tensor]:
-    """Reader -> [draws, *shape of its result]; of those that some output depends on in a way that can be differentiated."""
+    """Reader -> bf16[draws, *shape of its result]; of those that some output depends on in a way that can be differentiated."""
     source = torch.Generator().manual_seed(0)
     values: dict[Node, torch.Tensor] = {}
     wanted = set(readers)
@@ -117,7 +126,7 @@ def _gradients(graph: Graph, replay: Replay, readers: Sequence[Node], draw: Draw
     except (RuntimeError, NotImplementedError):
         return {}  # an op without a derivative: everything is measured
     columns = {node: [g[i] for g in drawn] for i, node in enumerate(values)}
-    return {node: torch.stack([g for g in gs if g is not None]) for node, gs in columns.items() if gs[0] is not None}
+    return {node: torch.stack([g.bfloat16() for g in gs if g is not None]) for node, gs in columns.items() if gs[0] is not None}
 
 
 def _probed(ends: Sequence[torch.Tensor], values: Sequence[torch.Tensor], draw: Draw, source: torch.Generator) -> tuple[Any, ...]:

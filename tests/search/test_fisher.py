@@ -107,6 +107,17 @@ def test_errors_of_the_result_itself_are_what_the_score_says(tmp_path) -> None:
         assert score == pytest.approx(found.effects([place[1]])[place].error, rel=0.05)
 
 
+def test_errors_that_go_together_are_told_from_those_that_do_not(tmp_path) -> None:
+    """A mean over 256 rows with a common part: what rounding does to that part stays, independent errors would be 16 times less."""
+    torch.manual_seed(0)
+    text = 'graph g(x: f32[b, 64]) {\n w = constant "w"\n h = linear(x, w)\n y = mean(h, dims=[0])\n return y\n}'
+    graph = parse(text, {"w": torch.randn(48, 64)})
+    batches = [[torch.randn(256, 64) + torch.randn(64)] for _ in range(2)]
+    found = Sensitivity(graph, layers(graph), batches, metric("relative"), Database(tmp_path / "t.sqlite"))
+    for place, score in _scores(found, ("bf16", "int8", "int2-g32")).items():
+        assert score == pytest.approx(found.effects([place[1]])[place].error, rel=0.5)
+
+
 def test_without_derivatives_there_is_no_score(transformer) -> None:
     graph, batches = transformer
     replays = [Replay(graph, batch) for batch in batches]
