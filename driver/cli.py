@@ -1,4 +1,4 @@
-"""The command line: `optimize MODEL` (also `tilewright optimize`), `tilewright explain` and `tilewright diff`."""
+"""The command line: `optimize MODEL` (also `tilewright optimize`); `tilewright explain`, `diff`, `verify` and `bisect`."""
 
 from __future__ import annotations
 
