@@ -113,12 +113,12 @@ def _undividable(x: Node, readers: Mapping[Node, list[Node]]) -> Refusal | None:
 
 
 class _Scaling:
-    """rows, columns: linear -> what to multiply outputs and inputs of its weight by, in float64."""
+    """divided: value -> what its channels are multiplied by; columns: weight -> what its inputs are; in float64, on the CPU."""
 
     def __init__(self, graph: Graph, chosen: Sequence[tuple[Shared, torch.Tensor]]) -> None:
         self.maker = ConstantMaker(graph)
-        self.divided = {one.x: 1 / s.double() for one, s in chosen}
-        self.columns = {layer.weight: s.double() for one, s in chosen for layer in one.layers}
+        self.divided = {one.x: 1 / s.double().cpu() for one, s in chosen}
+        self.columns = {layer.weight: s.double().cpu() for one, s in chosen for layer in one.layers}
         self.weights: dict[Node, Node] = {}
 
     def node(self, node: Node, inputs: tuple[Node, ...]) -> Node | None:
@@ -141,8 +141,8 @@ class _Scaling:
             columns = self.columns.get(weight)
 
             def fill(out: torch.Tensor, value: torch.Tensor) -> None:
-                wide = value.double() if columns is None else value.double() * columns
-                out.copy_(wide if rows is None else wide * rows[:, None])
+                wide = value.double() if columns is None else value.double() * columns.to(value.device)
+                out.copy_(wide if rows is None else wide * rows[:, None].to(value.device))
 
             self.weights[weight] = self.maker.later([weight], "scaled", fill, weight.shape, node.prov)
         return self.weights[weight]
@@ -150,7 +150,7 @@ class _Scaling:
     def _times(self, vector: Node, scale: torch.Tensor | None, node: Node) -> Node:
         if scale is None:
             return vector
-        return self.maker.derived([vector], "scaled", lambda v: (v.double() * scale).to(v.dtype), node.prov)
+        return self.maker.derived([vector], "scaled", lambda v: (v.double() * scale.to(v.device)).to(v.dtype), node.prov)
 
     def _gain(self, node: Node, scale: torch.Tensor) -> Node:
-        return self.maker.make(f"{node.hint or node.op.name}.channels", scale.to(node.dtype), node.prov)
+        return self.maker.make(f"{node.hint or node.op.name}.channels", scale.to(node.tensor.device, node.dtype), node.prov)

@@ -47,12 +47,12 @@ def tried(formats: Sequence[str]) -> list[str]:
 
 
 def _matrix(place: Shared) -> torch.Tensor:
-    return torch.cat([layer.matrix() for layer in place.layers])
+    return torch.cat([layer.matrix().cpu() for layer in place.layers])
 
 
 def _rows(place: Shared, replays: Sequence[Replay]) -> torch.Tensor:
     values = [replay.value(place.x) for replay in replays]
-    return torch.cat([v.reshape(-1, v.shape[-1]).float() for v in values])
+    return torch.cat([v.reshape(-1, v.shape[-1]).float().cpu() for v in values])
 
 
 def best_scale(weight: torch.Tensor, x: torch.Tensor, formats: Sequence[str]) -> torch.Tensor | None:
