@@ -91,7 +91,7 @@ def test_dequantize(groups: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(plain.double(), q * wide[0], rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.parametrize("q", [torch.int8, torch.uint8, torch.int16, torch.int32, *FLOAT8], ids=str)
+@pytest.mark.parametrize("q", [torch.int8, torch.uint8, torch.int16, torch.int32, *sorted(FLOAT8, key=str)], ids=str)
 def test_dequantize_of_every_storage(q: torch.dtype) -> None:
     values = integers(3, 8, low=-8 if q != torch.uint8 else 0, high=8, dtype=torch.int64).to(torch.float32).to(q)
     for scale in (randoms(3, 2, dtype=torch.float32), randoms(1, 1, dtype=torch.bfloat16), randoms(1, 8, dtype=torch.float64)):
@@ -179,7 +179,7 @@ def test_a_layer_of_8_bits() -> None:
 # -- 8-bit floats
 
 
-@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
+@pytest.mark.parametrize("dtype", sorted(FLOAT8, key=str), ids=str)
 def test_8_bit_floats_are_stored_printed_and_cast(dtype: torch.dtype) -> None:
     w = randoms(4, 8, dtype=torch.float32).to(dtype)
     x, scale = graph_input("x", TensorType(torch.float32, (3, 8))), graph_input("scale", TensorType(torch.float32, (4, 1)))
