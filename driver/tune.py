@@ -24,15 +24,16 @@ import torch
 
 from ..codegen.regions import internal_error
 from ..ir.errors import is_lost
-from ..ir.graph import Graph, Node
+from ..ir.graph import Graph, Node, order
 from ..passes.base import Notes, Pass
+from ..passes.contractions import can_be_offered, signature
 from ..passes.fuse_regions import FuseRegions
 from ..passes.pack_weights import PackWeights
 from ..search.bench import Searched, bench_of
 from ..search.database import Database, Key
 from ..search.providers import VENDOR, Provided, providers
 from ..search.tuner import LEAST_ROUNDS, Run, Verdict, remembered
-from .compile import Compiled, Options, compile_graph
+from .compile import Compiled, Options, compile_graph, rewritten
 from .memory import constant_bytes, return_free_memory
 from .offload import offload
 from .pipeline import passes_from
@@ -135,18 +136,24 @@ class _Tuner:
             return
         from ..search.schedules import by_measuring  # Triton need not be there where there is no GPU
 
+        offered = _left_to_the_library(self.current.graph)
         try:
-            found = by_measuring(self.current.graph, bench, self.start + SEARCHING * self.options.tuning_seconds, self.database)
+            graph = rewritten(self.graph, Options(), self.fusing(offered=offered), Notes(), {}) if offered else self.current.graph
+            found = by_measuring(graph, bench, self.start + SEARCHING * self.options.tuning_seconds, self.database)
         except Exception as error:  # a fault of what we do not need
             if is_lost(error):
                 raise
             self.trials.append(Trial(SCHEDULES, True, note=internal_error("the search for schedules", error)))
             return
         self.searched = tuple(found.lines)
-        if found.schedules or found.library:
-            library = tuple(sorted(found.library))
-            passes = tuple(replace(p, library=library) if isinstance(p, FuseRegions) else p for p in self.passes)
+        ours = tuple(name for name in offered if name in found.measured - found.library)
+        if found.schedules or found.library or ours:
+            passes = self.fusing(library=tuple(sorted(found.library.difference(offered))), offered=ours)
             self.try_passes(SCHEDULES, passes, schedules=found.schedules)
+
+    def fusing(self, **options: tuple[str, ...]) -> tuple[Pass, ...]:
+        """The passes, with these options of the one that decides the kernels."""
+        return tuple(replace(p, **options) if isinstance(p, FuseRegions) else p for p in self.passes)
 
     def try_passes(self, what: str, passes: tuple[Pass, ...], always: bool = False, schedules: dict[str, str] | None = None) -> None:
         """Goes over to these passes if they are faster than the current ones, beyond noise. always: however little time is left.
@@ -203,6 +210,11 @@ def _trial(what: str, verdict: Verdict) -> Trial:
         return Trial(what, True, note=f"nothing to compare with: {verdict.failed[WITHOUT]}")
     timings = verdict.timings
     return Trial(what, verdict.winner == WITH, timings[WITH].seconds, timings[WITHOUT].seconds, timings[WITHOUT].noise)
+
+
+def _left_to_the_library(graph: Graph) -> tuple[str, ...]:
+    """Signatures of the contractions of a fused graph on a GPU that are in no kernel, and could be."""
+    return tuple(sorted({signature(node) for node in order(graph) if can_be_offered(node)}))
 
 
 def _vendor_weights(found: Sequence[Provided]) -> list[str]:

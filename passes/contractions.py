@@ -79,6 +79,13 @@ def needs_follower(node: Node) -> bool:
     return device_type(node) == "cuda" and node.op.name not in {"int_linear", *RAGGED} and not is_low_bit(node.inputs[1])
 
 
+def can_be_offered(node: Node) -> bool:
+    """Whether a contraction that a GPU's library computes by default may be a kernel of ours there, if that is measured to be faster."""
+    if node.op.name not in PRODUCTS or device_type(node) != "cuda" or node.dtype not in GPU_DTYPES:
+        return False
+    return node.op.name != "conv" or not node.attrs["transposed"] and node.attrs["groups"] == 1
+
+
 def takes_computed(node: Node, operand: Node) -> bool:
     """Whether a kernel of ours may compute the operand of a contraction where it multiplies it."""
     rule = COMPUTED.get(device_type(node))

@@ -36,19 +36,20 @@ class FuseRegions(Pass):
     not ours stay library calls; views stay outside, unless read by a region, where they vanish into its indices. The reshape that joins
     the heads of an attention is in its kernel.
     max_values, max_buffers: limits on one kernel's scalars and tensors. library: contractions and attentions that were measured to be
-    faster by the library, by their `signature`.
+    faster by the library, by their `signature`. offered: such as are the library's unless measured, and are ours here (`contractions.py`).
     """
 
     max_values: int = 400
     max_buffers: int = 32
     library: tuple[str, ...] = ()
+    offered: tuple[str, ...] = ()
 
     name: ClassVar[str] = "fuse-regions"
     leaves: ClassVar[Stage | None] = Stage.FUSED
 
     def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
         notes = notes if notes is not None else Notes()
-        units = find_units(expanded(graph), self.library)
+        units = find_units(expanded(graph), self.library, self.offered)
         partition = _Partition(units, self.max_values, self.max_buffers)
         partition.grow(notes)
         partition.note(notes)

@@ -15,7 +15,7 @@ from ..ir.op import Category
 from ..ir.reasons import Reason
 from ..ir.types import FLOAT8
 from .attentions import ATTENTIONS, attention_refusal, is_native_attention, merging_reshapes
-from .contractions import is_native, needs_follower, signature
+from .contractions import can_be_offered, is_native, needs_follower, signature
 from .facts import readers_through
 from .windows import is_native_window
 
@@ -59,11 +59,13 @@ class Units:
         return tuple(found)
 
 
-def find_units(graph: Graph, library: Sequence[str] = ()) -> Units:
-    """Classifies every node of an expanded graph. library: signatures of contractions and attentions that are not ours."""
+def find_units(graph: Graph, library: Sequence[str] = (), offered: Sequence[str] = ()) -> Units:
+    """Classifies every node of an expanded graph. library: signatures of contractions and attentions that are not ours. offered: of those
+    that are, though by default they would not be."""
     units = Units(graph, order(graph), users(graph))
     updates = in_place(graph, units.nodes).target
     given = {n for n in units.nodes if signature(n) in library} if library else set[Node]()
+    taken = {n for n in units.nodes if can_be_offered(n) and signature(n) in offered} if offered else set[Node]()
     merging = merging_reshapes([n for n in units.nodes if n not in given], units.readers, set(graph.roots))
     for node in units.nodes:
         if node in updates or node in given:  # a kernel would copy all of what is updated
@@ -71,11 +73,12 @@ def find_units(graph: Graph, library: Sequence[str] = ()) -> Units:
         elif _is_transparent(node) and node not in merging:
             units.transparent.add(node)
         else:
-            refusal = _refusal(node)
-            if refusal is not None or not _computes(node) and node not in merging:
+            computes = node in taken or _computes(node)
+            refusal = _refusal(node, computes)
+            if refusal is not None or not computes and node not in merging:
                 units.barriers[node] = refusal
     for node in units.nodes:
-        if is_native(node) and units.computes(node) and needs_follower(node) and not _is_followed(node, units):
+        if node not in taken and is_native(node) and units.computes(node) and needs_follower(node) and not _is_followed(node, units):
             units.barriers[node] = None
     _inline_cheap(units)
     for node in units.nodes:
@@ -101,13 +104,13 @@ def _computes(node: Node) -> bool:
     return is_native(node) or is_native_window(node) or is_native_attention(node)
 
 
-def _refusal(node: Node) -> Refusal | None:
-    """Why a node that could be fused by its kind cannot by its types or layout."""
+def _refusal(node: Node, computes: bool) -> Refusal | None:
+    """Why a node that could be fused by its kind, as `computes` says, cannot by its types or layout."""
     if node.op.name == "as_strided":
         return Refusal(Reason.LAYOUT, node, f"strides {list(node.attrs['of'])} of {node.inputs[0].type}")
     if node.op.name in ATTENTIONS:
         return attention_refusal(node)
-    if not _computes(node):
+    if not computes:
         return None
     try:
         check_native(node)

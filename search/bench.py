@@ -60,8 +60,10 @@ class Searched:
 
 @dataclass
 class Found:
-    """schedules: of regions, by `region_name`; library: signatures of contractions and attentions that it computes faster."""
+    """schedules: of regions, by `region_name`; library: signatures of contractions and attentions that it computes faster; measured: of all
+    that were measured."""
 
     schedules: dict[str, str] = field(default_factory=dict)
     library: set[str] = field(default_factory=set)
+    measured: set[str] = field(default_factory=set)
     lines: list[Searched] = field(default_factory=list)

@@ -172,6 +172,7 @@ def _run(make: Callable[[], Graph], bench: Bench, ours: bool = False) -> Run:
 def _by_verdict(place: _Place, legal: Candidates, made: Sequence[Candidate], verdict: Verdict, found: Found) -> Searched:
     start, took = verdict.timings[START].seconds, verdict.timings[verdict.winner].seconds
     failed = "".join(f"; {name} failed: {why}" for name, why in verdict.failed.items())
+    found.measured.update(place.contractions)
     if verdict.winner == START:
         return place.line(legal, made, "", f"no other of {len(verdict.timings)} measured is faster{failed}", took, start, True)
     if verdict.winner == LIBRARY:

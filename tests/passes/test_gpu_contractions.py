@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from fusion_checks import kernels
 from tilewright.codegen.lower import lower
+from tilewright.codegen.triton.templates import build
 from tilewright.ir.graph import order
 from tilewright.ir.text import parse
-from tilewright.passes.contractions import NATIVE
+from tilewright.passes.contractions import NATIVE, signature
 from tilewright.passes.fuse_regions import FuseRegions
 
 LAYER = """
@@ -52,6 +53,35 @@ def test_other_dtypes_and_convolutions_are_the_librarys() -> None:
           return y
         }""")
     assert kernels(after) == ["relu"]
+
+
+CONV = """
+    graph g(x: f32[2, 8, 16, 16]@cuda:0, w: f32[8, {c}, 3, 3]@cuda:0) stage canonical {{
+      h = conv(x, w, stride=[1, 1], padding=[1, 1], dilation=[1, 1], groups={g})
+      y = relu(h)
+      return y
+    }}"""
+
+
+def _signatures(text: str) -> tuple[str, ...]:
+    return tuple(signature(n) for n in order(parse(text)) if n.op.name in ("conv", "linear"))
+
+
+def test_what_is_offered_is_a_kernel_of_ours() -> None:
+    """For a search, which measures it against the library's."""
+    text = CONV.format(c=8, g=1)
+    after = FuseRegions(offered=_signatures(text)).run(parse(text))
+    (region,) = [n for n in order(after) if n.op.name == "region"]
+    assert kernels(after) == ["conv+relu"] and "tl.dot" in build(lower(region.attrs["body"], "conv")).source
+    plain = LAYER.format(t="bf16").split("g = gelu")[0] + "return h\n}"
+    assert kernels(on_gpu(plain)) == [] and kernels(FuseRegions(offered=_signatures(plain)).run(parse(plain))) == ["linear"]
+
+
+def test_groups_other_devices_and_other_signatures_are_not() -> None:
+    grouped, here = CONV.format(c=4, g=2), CONV.format(c=8, g=1).replace("@cuda:0", "")
+    for text in (grouped, here):
+        assert kernels(FuseRegions(offered=_signatures(text)).run(parse(text))) == ["relu"]
+    assert kernels(FuseRegions(offered=_signatures(grouped)).run(parse(CONV.format(c=8, g=1)))) == ["relu"]
 
 
 def test_the_cpu_has_its_own_rule() -> None:

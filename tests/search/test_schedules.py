@@ -26,6 +26,7 @@ from tilewright.driver.receipt import Receipt
 from tilewright.driver.tune import SCHEDULES, compile_tuned
 from tilewright.ir.graph import order
 from tilewright.ir.text import parse
+from tilewright.passes import fusion_units
 from tilewright.passes.base import Notes
 from tilewright.passes.fuse_regions import FuseRegions
 from tilewright.passes.manager import run_passes
@@ -295,8 +296,33 @@ def test_a_chosen_one_that_does_not_work_here_gives_way_to_the_start(gpu, monkey
 
 @NATIVE
 def test_the_tuner_takes_schedules_that_gain(gpu, compiler, database, monkeypatch) -> None:
-    """Everything on the fake device, by its clock: what has fewest programs is fastest, and what launches nothing is slow."""
-    on_gpu = bench(gpu, lambda launched: 1e-2 * launched.grid[0])
+    """What has fewest programs is fastest."""
+    made = tuned("graph g(x: f32[64, 1024]) {\n  y = softmax(x, dim=1)\n  return y\n}", gpu, database, monkeypatch)
+    (line,) = made.receipt.schedules
+    trial = next(t for t in made.receipt.trials if t.what == SCHEDULES)
+    assert line.schedule and line.measured and not trial.kept and f'schedule="{line.schedule}"' in str(made.graph)
+    assert Receipt.from_json(made.receipt.to_json()) == made.receipt
+
+
+@NATIVE
+@pytest.mark.parametrize("faster", [True, False])
+def test_the_tuner_offers_what_is_the_librarys(gpu, compiler, database, monkeypatch, faster) -> None:
+    """A convolution becomes a kernel of ours if that is measured to be faster."""
+    for place in (tune, fusion_units):
+        monkeypatch.setattr(place, "can_be_offered", lambda node: node.op.name == "conv")
+    text = """graph g(x: f32[2, 8, 16, 16], w: f32[16, 8, 3, 3]) {
+      h = conv(x, w, stride=[1, 1], padding=[1, 1], dilation=[1, 1])
+      y = relu(h)
+      return y
+    }"""
+    ours = 1e-5 if faster else 1e-1
+    made = tuned(text, gpu, database, monkeypatch, lambda launched: ours if "conv" in launched.name else 1e-2)
+    assert ("conv" in [n.op.name for n in order(made.graph)]) != faster, str(made.graph)
+
+
+def tuned(text: str, gpu, database, monkeypatch, seconds=lambda launched: 1e-2 * launched.grid[0]):
+    """Everything on the fake device, by its clock; what launches nothing is slow."""
+    on_gpu = bench(gpu, seconds)
     extra, last = 0.0, -1.0
 
     def clock() -> float:
@@ -310,9 +336,5 @@ def test_the_tuner_takes_schedules_that_gain(gpu, compiler, database, monkeypatc
     monkeypatch.setattr(tune, "Database", lambda: database)
     monkeypatch.setattr(tune, "remembered", partial(remembered, clock=clock))
     monkeypatch.setitem(TARGETS, "cpu", gpu.targets["cpu"])
-    graph = parse("graph g(x: f32[64, 1024]) {\n  y = softmax(x, dim=1)\n  return y\n}")
-    made = compile_tuned(graph, Options(max_autotune=True, tuning_seconds=120.0), example_inputs(graph))
-    (line,) = made.receipt.schedules
-    trial = next(t for t in made.receipt.trials if t.what == SCHEDULES)
-    assert line.schedule and line.measured and not trial.kept and f'schedule="{line.schedule}"' in str(made.graph)
-    assert Receipt.from_json(made.receipt.to_json()) == made.receipt
+    graph = parse(text)
+    return compile_tuned(graph, Options(max_autotune=True, tuning_seconds=120.0), example_inputs(graph))
