@@ -155,15 +155,15 @@ def test_bodies_are_verified():
     region = graph.outputs[0]
     body = region.attrs["body"]
     bad = replace(body, outputs=(replace(body.outputs[0], type=B4.with_dtype(torch.float64)),))
-    broken(replace(graph, outputs=(replace(region, attrs={"body": bad, "label": ""}),)), "but yields")
+    broken(replace(graph, outputs=(replace(region, attrs={"body": bad, "label": "", "schedule": ""}),)), "but yields")
     stranger = replace(body, outputs=(ops.exp(graph.inputs[0]),))
-    broken(replace(graph, outputs=(replace(region, attrs={"body": stranger, "label": ""}),)), "read but not bound")
+    broken(replace(graph, outputs=(replace(region, attrs={"body": stranger, "label": "", "schedule": ""}),)), "read but not bound")
 
 
 def test_a_body_must_fit_its_operands():
     graph = parse(REGION)
     other = parse("graph k(p: f32[7]) { e = exp(p) return e }")
-    broken(replace(graph, outputs=(replace(graph.outputs[0], attrs={"body": other, "label": ""}),)), "is bound to p")
+    broken(replace(graph, outputs=(replace(graph.outputs[0], attrs={"body": other, "label": "", "schedule": ""}),)), "is bound to p")
 
 
 @pytest.mark.parametrize(
