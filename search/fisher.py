@@ -12,12 +12,14 @@ labels.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..ir.errors import is_lost
 from ..ir.graph import Graph, Node
 from ..ir.interpret import interpret
 from ..passes.layers import Layer
@@ -123,8 +125,12 @@ def _gradients(graph: Graph, replay: Replay, readers: Sequence[Node], draw: Draw
         if not ends:
             return {}
         drawn = [_probed(ends, list(values.values()), draw, source) for _ in range(DRAWS)]
-    except (RuntimeError, NotImplementedError):
-        return {}  # an op without a derivative: everything is measured
+    except RuntimeError as error:  # what torch raises for an op without a derivative
+        if is_lost(error):
+            raise
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(f"the errors of formats cannot be foretold by gradients ({said}): they are measured, one by one", RuntimeWarning, 2)
+        return {}
     columns = {node: [g[i] for g in drawn] for i, node in enumerate(values)}
     return {node: torch.stack([g.bfloat16() for g in gs if g is not None]) for node, gs in columns.items() if gs[0] is not None}
 

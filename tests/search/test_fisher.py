@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from tilewright.ir.capture import from_exported
+from tilewright.ir.errors import DeviceLost
 from tilewright.ir.text import parse
 from tilewright.passes.base import Notes
 from tilewright.passes.canonicalize import Canonicalize
@@ -16,6 +17,7 @@ from tilewright.passes.layers import layers
 from tilewright.passes.manager import run_passes
 from tilewright.passes.quantize import Encoded, encoded
 from tilewright.passes.recognize import Recognize
+from tilewright.search import fisher as fisher_module
 from tilewright.search.database import Database
 from tilewright.search.fisher import Fisher
 from tilewright.search.metrics import metric
@@ -130,6 +132,22 @@ def test_without_derivatives_there_is_no_score(transformer) -> None:
         fisher = Fisher(graph, [first, last], [Replay(graph, [torch.randn(8, 64)])], metric("relative"))
         assert (fisher.error(encoded(first, FORMATS["int8"])) is not None) is scored
         assert fisher.error(encoded(last, FORMATS["int8"])) > 0
+
+
+def test_an_op_that_cannot_be_differentiated_is_said(transformer, monkeypatch) -> None:
+    graph, batches = transformer
+
+    def fails(error: Exception):
+        def probed(*rest):
+            raise error
+
+        monkeypatch.setattr(fisher_module, "_probed", probed)
+        return Fisher(graph, layers(graph), [Replay(graph, batches[0])], metric("relative"))
+
+    with pytest.warns(RuntimeWarning, match=r"cannot be foretold by gradients \(derivative for aten::x is not implemented\)"):
+        assert fails(RuntimeError("derivative for aten::x is not implemented")).found == [{}]
+    with pytest.raises(DeviceLost):
+        fails(DeviceLost(action="multiply", reason="CUDA_ERROR_ILLEGAL_ADDRESS"))
 
 
 def test_where_time_is_short_the_best_trades_are_measured_and_the_rest_estimated(transformer, tmp_path, monkeypatch) -> None:
