@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ..ir.graph import Graph, Node, order, users
-from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.reasons import Reason
-from .weights import constant_under, is_constant, static, value_of
+from .weights import constant_under, is_constant, static, stray_reader, value_of
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _POSITION = {"linear": 1, "matmul": 1, "conv": 1, "embedding": 0}
@@ -84,21 +83,9 @@ def _refusal(weight: Node, readers: Mapping[Node, list[Node]], roots: set[Node])
 
 def _other_reader(weight: Node, readers: Mapping[Node, list[Node]], roots: set[Node]) -> str:
     """Who else reads the constant or a view of it: then it is kept as it is, for that. In words."""
-    stack = [constant_under(weight)]
-    while stack:
-        value = stack.pop()
-        if value in roots:
-            return "the result"
-        for reader in readers[value]:
-            if value is weight:
-                if not _reads_as_weight(reader, weight):
-                    return reader.op.name
-            elif reader.op.category is Category.VIEW:
-                stack.append(reader)
-            else:
-                return reader.op.name
+    other = stray_reader(weight, readers, roots, lambda reader, value: value is weight and _reads_as_weight(reader, weight))
     kinds = {r.op.name for r in readers[weight]}
-    return "matmul" if "matmul" in kinds and len(kinds) > 1 else ""
+    return other or ("matmul" if "matmul" in kinds and len(kinds) > 1 else "")
 
 
 def _reads_as_weight(reader: Node, weight: Node) -> bool:

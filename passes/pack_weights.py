@@ -10,14 +10,13 @@ import torch
 
 from ..ir.dims import Dim, hint
 from ..ir.graph import Graph, Node, order, users
-from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.rewrite import rewrite
 from .base import Notes, Pass, Reason, describe
 from .contractions import PANELS, PRODUCTS, WINDOW_PANELS, has_few_rows, panel_of
 from .pack_words import Form, parts_of
 from .pack_words import refusal as parts_refusal
-from .weights import ConstantMaker, constant_under, is_constant
+from .weights import ConstantMaker, constant_under, is_constant, stray_reader
 from .windows import is_native_window
 
 MIN_COLUMNS = 8
@@ -107,27 +106,12 @@ class PackWeights(Pass):
             return Reason.LIBRARY_CALL, "faster by measurement"
         if has_few_rows(node):
             return Reason.NO_GAIN, "few rows read the weight as it is"
-        other = _other_reader(weight, readers, graph.roots)
+        other = stray_reader(weight, readers, graph.roots, lambda reader, value: _reads_panels(reader, weight, value))
         if other:
             return Reason.SHARED, other
         if _picks_too_many(weight, readers[weight], graph):
             return Reason.NO_GAIN, "picking rows out of panels takes longer"
         return _conv_refusal(node) if node.op.name == "conv" else _product_refusal(node)
-
-
-def _other_reader(weight: Node, readers: Mapping[Node, list[Node]], roots: Sequence[Node]) -> str:
-    """Who reads the constant, through views, and is neither a contraction with it as its weight nor an embedding by it, in words."""
-    stack = [constant_under(weight)]
-    while stack:
-        value = stack.pop()
-        if value in roots:
-            return "the result"
-        for reader in readers[value]:
-            if reader.op.category is Category.VIEW:
-                stack.append(reader)
-            elif not _reads_panels(reader, weight, value):
-                return describe(reader)
-    return ""
 
 
 def _reads_panels(reader: Node, weight: Node, value: Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.provenance import Provenance
 from ..ir.types import ScalarType
+from .base import describe
 
 LARGE = 1 << 20
 """Bytes from which on a constant has pages of its own."""
@@ -108,6 +109,21 @@ class ConstantMaker:
             name = f"{base}.{number}"
         self.taken.add(name)
         return name
+
+
+def stray_reader(weight: Node, readers: Mapping[Node, list[Node]], roots: Collection[Node], serves: Callable[[Node, Node], bool]) -> str:
+    """Who, through views, reads the constant under a weight and is not served, in words; "" if nobody. serves(reader, what it reads)."""
+    stack = [constant_under(weight)]
+    while stack:
+        value = stack.pop()
+        if value in roots:
+            return "the result"
+        for reader in readers[value]:
+            if reader.op.category is Category.VIEW:
+                stack.append(reader)
+            elif not serves(reader, value):
+                return describe(reader)
+    return ""
 
 
 def computed(sources: Sequence[Node], function: Callable[..., Any]) -> Any:
