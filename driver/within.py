@@ -187,17 +187,17 @@ class _Within:
 
     def run(self) -> tuple[_Tried | None, Allocation]:
         """The best candidate that was measured to keep all limits, None for the exact model; and the allocation that it is."""
-        limits = self.limits() | {"error": self.allowed()}
+        limits, cost = self.limits() | {"error": self.allowed()}, OBJECTIVES[self.budget.objective]
         best: tuple[_Tried | None, Allocation] | None = None
         forbidden: list[tuple[str, ...]] = []
         while len(self.attempts) < ATTEMPTS:
             try:
-                allocation = self._allocated(limits, forbidden)
+                allocation = allocate(self.offered, cost, limits, forbidden=forbidden)
             except Infeasible as error:
                 if best is not None:
                     break
-                raise CannotOptimize(path=self.model.name, reason=self._impossible(error)) from error
-            if best is not None and allocation.objective >= best[1].objective:
+                allocation = self._quickest(error, limits, forbidden)
+            if best is not None and allocation.costs[cost] >= best[1].costs[cost]:
                 break
             forbidden.append(allocation.names)
             tried, missed, room = self._try(allocation)
@@ -224,8 +224,16 @@ class _Within:
         self.offered = [tuple(choice for choice in choices if choice.name != slow) for choices in self.offered]
         return slow
 
-    def _allocated(self, limits: Mapping[str, float], forbidden: Sequence[Sequence[str]]) -> Allocation:
-        return allocate(self.offered, OBJECTIVES[self.budget.objective], limits, forbidden=forbidden)
+    def _quickest(self, error: Infeasible, limits: Mapping[str, float], forbidden: Sequence[Sequence[str]]) -> Allocation:
+        """Where the limits cannot be kept together by what is foretold, and the user set none on time: the quickest that keeps the others.
+        Whether it is slower than the exact model is then measured, and what is foretold of noise rules nothing out."""
+        others = {name: limit for name, limit in limits.items() if name != "time" or self.budget.latency is not None}
+        if others.keys() == limits.keys():
+            raise CannotOptimize(path=self.model.name, reason=self._impossible(error)) from error
+        try:
+            return allocate(self.offered, "time", others, forbidden=forbidden)
+        except Infeasible as error:
+            raise CannotOptimize(path=self.model.name, reason=self._impossible(error)) from error
 
     def _moved(self, limits: Mapping[str, float], cost: str, room: float, allocation: Allocation) -> dict[str, float]:
         """The limits, with that on one cost where measuring says it should be: room is what there may be, over what there was."""
@@ -315,8 +323,6 @@ class _Within:
             return f"error {max(value, 0.0) ** (1 / self.metric.power):.2g}"
         if cost == "bytes":
             return f"{(value + self.exact_bytes - self._exact('bytes')) / 1e6:.1f} MB"
-        if cost == "time" and self.budget.latency is None:
-            return "the speed of the exact model"
         if cost == "time":
             return f"{1e3 * (value + self.exact_seconds - self._exact('time')):.3g} ms"
         return f"{cost} {value:.3g}"

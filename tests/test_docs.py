@@ -34,8 +34,9 @@ def refreshed(page: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page(page: str) -> None:
-    pytest.importorskip("tilewright")
+def test_page(page: str, monkeypatch) -> None:
+    """Other tests run meanwhile: no candidate is slower beyond noise."""
+    monkeypatch.setattr(pytest.importorskip("tilewright.driver.within"), "CERTAINTY", 1e9)
     assert refreshed(page) == (DOCS / page).read_text(), "run `python tests/test_docs.py` to refresh the page"
 
 

@@ -139,6 +139,14 @@ def test_a_candidate_slower_than_the_exact_model_is_rolled_back(ids, monkeypatch
     assert {line.format for line in spent.layers} & {"bf16", "int8"} and "int4-g32" not in {line.format for line in spent.layers}
 
 
+def test_times_that_are_foretold_rule_nothing_out(ids, monkeypatch) -> None:
+    """Every format is foretold to be slower, and the user asks for half the memory: what is measured decides."""
+    monkeypatch.setattr(within, "layer_times", lambda *args: {k: t if k[1] == EXACT else 1e-3 - t for k, t in _times(*args).items()})
+    _, _, spent = _optimized(ids, memory="50%", max_error=0.5)
+    assert spent.attempts[-1].verdict == "kept" and spent.attempts[-1].predicted_seconds > spent.exact_seconds
+    assert spent.bytes <= 0.5 * spent.exact_bytes
+
+
 def test_a_loss_of_the_users_own(ids) -> None:
     torch.manual_seed(0)
     exact = Net().eval()
