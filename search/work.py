@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from ..codegen.attention_limits import find_limits
 from ..codegen.kernel import Axis, Kernel, Load, Reduce, cone, free_axes, operands, scalars
 from ..codegen.triton.attention import roles
-from ..codegen.triton.attention_limits import find_limits
 from ..codegen.triton.attention_tiles import AttentionTiles, depth_of, element_size, padded
 from ..codegen.triton.product import ACCUMULATORS, Product, find_product, without_matrix
 from ..codegen.triton.ragged_roles import Blocks, Groups

@@ -16,23 +16,24 @@ What is printed is what differs between kernels. How tiles are walked is in the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import reduce
 
 import sympy
 
 from ...ir.dims import free_symbols, product, symbol
 from ...ir.scalar import Apply, Const, Scalar
-from ..attentions import Attention, all_of, find_attention, hidden
+from ..attention_limits import LOG2_E, find_limits
+from ..attentions import find_attention
 from ..kernel import Axis, Buffer, Dot, Kernel, Load, Position, Store, cone
+from .body import Scope
 from .expressions import ADD, MULTIPLY, STORAGE, index_text, wrap
-from .lanes import LaneAnalysis
 from .parts import PartPrinter
 from .product import Rewrite
 from .schedule import CpuTarget
 
 FEW_ROWS = 4  # so few queries read every key once: packing would not pay
 ROWS = 6  # of a register tile
-LOG2_E = 1.4426950408889634
 
 
 def print_attention(kernel: Kernel, target: CpuTarget) -> str:
@@ -47,8 +48,8 @@ class AttentionPrinter(PartPrinter):
         super().__init__(kernel, target)
         self.found = find_attention(kernel)
         self.dot, (self.summed,) = self.found.only_dot, self.found.depths
-        self.bounds = _bounds(kernel, self.found)
-        self.factor = _factor(self.bounds.score, self.dot) if self.found.softmax else None
+        self.limits = find_limits(kernel, self.found.attend)
+        self.factor = _factor(self.limits.inside, self.dot) if self.found.softmax else None
         self.dtype = self.found.attend.dtype
         self.kind = STORAGE[self.dtype]
         self.lanes = target.vector_bytes // self.dtype.itemsize
@@ -67,7 +68,7 @@ class AttentionPrinter(PartPrinter):
         self.bind(found.batch, head, self.kernel.stores)
         self.writer(self.callables["query"], self.query(), self.row, found.rows, self.summed)
         widths = self.rows_of("keys", self.dot.right, self.summed), self.rows_of("values", found.attend.value, found.column)
-        self.limits()
+        self.bounds()
         terms = self.key_terms()
         self.score(terms)
         self.finish()
@@ -115,18 +116,22 @@ class AttentionPrinter(PartPrinter):
 
     # ---- scores and results
 
-    def limits(self) -> None:
+    def bounds(self) -> None:
         """The lambda that says which keys a row attends to."""
-        limits = (self.bounds.begin, self.bounds.end)
+        begins, ends = self.limits.begins, self.limits.ends
         self.open(f"const auto {self.callables['bounds']} = [=](int64_t {self.row})")
-        self.bind(self.found.rows, self.row, (), limits)
-        self.line(f"return tile::Bounds{{{', '.join(index_text(e, {})[0] for e in limits)}}};")
+        self.bind(self.found.rows, self.row, [Store("", sympy.Integer(0), v) for v in (*begins, *ends)])
+        scope = Scope(frozenset())
+        self.body.emit([*begins, *ends], scope)
+        begin = _chosen("most_of", ["0", *(scope.texts[v][0] for v in begins)])
+        end = _chosen("least_of", [self.size(self.found.key), *(scope.texts[v][0] for v in ends)])
+        self.line(f"return tile::Bounds{{{begin}, {end}}};")
         self.close("};")
 
     def key_terms(self) -> dict[Scalar, Load]:
         """Computes what the score takes from the key alone, padding masks for instance, once for all rows of a head."""
         key, rows, terms = self.found.key, {a.name for a in self.found.rows}, {}
-        stack = [self.bounds.score]
+        stack = [self.limits.inside]
         while stack:
             value = stack.pop()
             if not isinstance(value, Apply) or value in terms:
@@ -150,7 +155,7 @@ class AttentionPrinter(PartPrinter):
             return
         key, dot = self.found.key, self.dot
         at = key.symbol - symbol(self.begin)
-        stores = (Store(self.tile, at, Rewrite({dot: Load(dot.dtype, self.tile, at), **terms}, {})(self.bounds.score)),)
+        stores = (Store(self.tile, at, Rewrite({dot: Load(dot.dtype, self.tile, at), **terms}, {})(self.limits.inside)),)
         parameters = f"{self.kind}* {self.tile}, int64_t {self.row}, int64_t {self.begin}, int64_t {self.end}"
         self.open(f"const auto {self.callables['score']} = [=]({parameters})")
         self.bind(self.found.rows, self.row, stores)
@@ -182,54 +187,9 @@ def _in_place(value: Scalar, key: Axis, column: Axis) -> tuple[Load, sympy.Expr,
     return value, start, ld
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """The keys begin .. end that a row attends to, and its score there."""
-
-    begin: sympy.Expr
-    end: sympy.Expr
-    score: Scalar
-
-
-def _bounds(kernel: Kernel, found: Attention) -> Bounds:
-    """Takes conditions on positions out of the score: where they do not hold, it is -inf."""
-    analysis = LaneAnalysis(kernel, found.key.name, 1)
-    known = Bounds(sympy.Integer(0), sympy.sympify(found.key.extent), found.attend.score)
-    kept: dict[Scalar, Scalar] = {}
-    for masked in hidden(found.attend):
-        assert isinstance(masked, Apply)
-        limits = [_limit(analysis, c, found.key.symbol) for c in all_of(masked.args[0])]
-        for below, at in filter(None, limits):
-            known = replace(known, end=sympy.Min(known.end, at)) if below else replace(known, begin=sympy.Max(known.begin, at))
-        if all(limits):
-            kept[masked] = masked.args[1]
-    return replace(known, score=Rewrite(_chained(kept), {})(known.score))
-
-
-def _chained(kept: dict[Scalar, Scalar]) -> dict[Scalar, Scalar]:
-    """What each value stands for in the end."""
-    found: dict[Scalar, Scalar] = {}
-    for value, inside in kept.items():
-        while inside in kept:
-            inside = kept[inside]
-        found[value] = inside
-    return found
-
-
-def _limit(analysis: LaneAnalysis, condition: Scalar, key: sympy.Symbol) -> tuple[bool, sympy.Expr] | None:
-    """(True, end) for `key < end`, (False, begin) for `key >= begin`; None for other conditions."""
-    if not isinstance(condition, Apply) or condition.op not in ("lt", "le", "gt", "ge"):
-        return None
-    difference = analysis.difference(condition)
-    if difference is None:
-        return None
-    step = sympy.expand(difference.subs(key, key + 1) - difference)
-    at = sympy.expand(key - difference * step)  # key compares with it, the other way round if step < 0
-    if step not in (1, -1) or key in at.free_symbols:
-        return None
-    below = (condition.op in ("lt", "le")) == (step == 1)
-    inclusive = condition.op in ("le", "ge")
-    return below, at + int(inclusive == below)
+def _chosen(function: str, texts: Sequence[str]) -> str:
+    """The least or the most of several integers, as C++."""
+    return reduce(lambda chosen, text: f"{function}({chosen}, int64_t({text}))", texts[1:], texts[0])
 
 
 def _factor(score: Scalar, dot: Dot) -> float | None:

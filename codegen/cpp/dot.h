@@ -21,6 +21,7 @@ constexpr int64_t FEW_TILES = 8, PARTS = 16;  // a product of so few tiles is di
 
 INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- micro-kernels
 

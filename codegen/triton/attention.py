@@ -23,11 +23,11 @@ import torch
 
 from ...ir.dims import product
 from ...ir.scalar import Scalar
+from ..attention_limits import LOG2_E, find_limits, in_base_two, unscaled
 from ..attentions import Attention, attentions, find_attention
 from ..errors import Unsupported
 from ..kernel import Axis, Dot, Kernel, Store
 from ..names import unique
-from .attention_limits import LOG2_E, find_limits, in_base_two, unscaled
 from .attention_parts import Parts, parts_of
 from .attention_tiles import AttentionTiles, default_tiles, padded, refusal
 from .indices import Span

@@ -93,6 +93,21 @@ def filled(cache: Node, q: Node, v: Node, length: Node) -> Node:
     return attention(q, cache, v, ops.lt(ops.reshape(ops.iota(length=keys), shape=(1, keys)), length))
 
 
+def stepped(q: Node, k: Node, v: Node, position: Node, window: int = 0) -> Node:
+    """Rows of a batch that stand at positions of their own in a cache; each query sees the keys up to its own."""
+    b, n, keys = position.shape[0], q.shape[-2], k.shape[-2]
+    own = ops.add(ops.reshape(position, shape=(b, 1, 1, 1)), ops.reshape(ops.iota(length=n), shape=(1, 1, n, 1)))
+    key = ops.iota(length=keys)
+    keep = ops.ge(own, key)
+    if window:
+        keep = ops.logical_and(keep, ops.lt(ops.sub(own, key), window))
+    return attention(q, k, v, keep)
+
+
+def stepped_window(q: Node, k: Node, v: Node, position: Node) -> Node:
+    return stepped(q, k, v, position, 20)
+
+
 def padded(q: Node, k: Node, v: Node, keep: Node) -> Node:
     """A mask of batch and key, as numbers."""
     b, n = keep.shape
@@ -136,6 +151,12 @@ add("decode, three queries", causal, x(1, 2, 3, 40), x(1, 2, 77, 40), x(1, 2, 77
 add("decode, many grouped heads", attention, x(1, 16, 1, 32), x(1, 2, 77, 32), x(1, 2, 77, 32))
 add("decode over a cache", filled, x(2, 3, 300, 32), x(2, 3, 1, 32), x(2, 3, 300, 32), torch.tensor(123))
 add("decode of a long cache", attention, x(1, 2, 1, 32), x(1, 2, 3000, 32), x(1, 2, 3000, 32))
+at = torch.tensor([0, 61, 299])
+add("a step at positions", stepped, x(3, 4, 1, 32), x(3, 2, 300, 32), x(3, 2, 300, 32), at)
+add("steps at positions", stepped, x(3, 4, 5, 32), x(3, 1, 304, 32), x(3, 1, 304, 32), at)
+add("many steps at positions", stepped, x(3, 4, 40, 32), x(3, 2, 340, 32), x(3, 2, 340, 32), at)
+add("a step in a window", stepped_window, x(3, 4, 1, 32), x(3, 2, 300, 32), x(3, 2, 300, 32), at)
+add("steps in a window", stepped_window, x(3, 4, 7, 32), x(3, 4, 310, 32), x(3, 4, 310, 32), at)
 add("sharp scores", attention, 30 * x(1, 2, 40, 16), 30 * x(1, 2, 40, 16), x(1, 2, 40, 16))
 
 _SIZES = {"b": SymbolRange(2, 64), "s": SymbolRange(2, 512), "n": SymbolRange(2, 512)}

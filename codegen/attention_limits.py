@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
-from ...ir.dims import symbol
-from ...ir.scalar import Apply, Const, Scalar, apply, lift, where
-from ..attentions import all_of, hidden, selections
-from ..hashcons import rebuilt
-from ..kernel import Attend, Dot, Kernel, Position, cone, free_axes
+from ..ir.dims import symbol
+from ..ir.scalar import Apply, Const, Scalar, apply, lift, where
+from .attentions import all_of, hidden, selections
+from .hashcons import rebuilt
+from .kernel import Attend, Dot, Kernel, Position, cone, free_axes
 
 LOG2_E = 1.4426950408889634
 _INTEGERS = frozenset({torch.int32, torch.int64})
