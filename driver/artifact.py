@@ -3,7 +3,7 @@
 It is a safetensors file: the tensors are the weights; the metadata holds `tilewright` (manifest: format version, calling convention,
 sha256 of every other member), `graph` (IR text after all passes), `receipt` (JSON) and `kernels` (the generated source, to read). Nothing
 in it is unpickled. Code is in it as tensors of bytes, for levels of x86-64 or for a GPU; `native_code.py` says when it is run, and where it
-is not, native code is built from the IR on load, through the cache of the machine.
+is not, native code is built from the IR on load, through the cache of the machine. Weights in bfloat16 may be stored as codes (`coded.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..codegen.build import cores
 from ..codegen.code import Code
 from ..codegen.cpp.levels import LEVELS
 from ..codegen.program import Listing, Program
@@ -29,7 +31,9 @@ from ..ir.errors import DeviceLost, TilewrightError
 from ..ir.graph import Graph, constants
 from ..ir.retarget import retarget
 from ..ir.text import parse
+from ..ir.types import DTYPE_NAMES, DTYPES
 from .calling import CallingConvention
+from .coded import compressed, restored
 from .errors import BadArtifact, CannotWrite, first_line
 from .native_code import (
     build_program,
@@ -97,23 +101,29 @@ class Optimized:
         """The same model, whose buffers are copies: what it does to them is not seen here."""
         return replace(self, state={name: value.clone() for name, value in self.state.items()}) if self.state else self
 
-    def save(self, path: str | Path, levels: Collection[str] = tuple(LEVELS)) -> None:
-        """Writes the artifact; raises CannotWrite. levels: of x86-64, for which a model that runs on CPUs is compiled (`cpp.levels`)."""
-        save(path, self, levels)
+    def save(self, path: str | Path, levels: Collection[str] = tuple(LEVELS), compress: bool = False) -> None:
+        """Writes the artifact; raises CannotWrite. levels: of x86-64, for which a model that runs on CPUs is compiled (`cpp.levels`).
+
+        compress: weights in bfloat16 take two thirds of their bytes in the file, without loss, and loading takes longer (`driver.coded`).
+        """
+        save(path, self, levels, compress)
 
 
-def save(path: str | Path, model: Optimized, levels: Collection[str] = tuple(LEVELS)) -> None:
+def save(path: str | Path, model: Optimized, levels: Collection[str] = tuple(LEVELS), compress: bool = False) -> None:
     """Writes the artifact under a temporary name and renames it; raises CannotWrite and leaves nothing behind."""
     code = compiled_for_levels(model.graph, levels) if model.code is None else model.code
     members = {"graph": str(model.graph), "receipt": model.receipt.to_json(), "kernels": model.program.source}
     weights = {name: data.value for name, data in constants(model.graph).items() if data.value is not None}
     tensors, names = _distinct(weights | {f"{STATE}{name}": value for name, value in model.state.items()})
-    manifest = {
+    tensors, about = _coded(tensors) if compress else (tensors, {})
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "convention": model.convention.to_json(),
         "weights": names,
         "sha256": {m: _digest(text) for m, text in members.items()} | {f"weight {n}": _tensor_digest(t) for n, t in tensors.items()},
     }
+    if about:
+        manifest["coded"] = about
     if code is not None:
         manifest["code"] = described(code)
         manifest["sha256"] |= sums(code)
@@ -183,6 +193,28 @@ def _distinct(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tens
     return stored, names
 
 
+def _coded(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors, as codes where that is much smaller; and what the manifest says of those. sha256: of the values."""
+    with ThreadPoolExecutor(cores()) as pool:
+        found = dict(zip(tensors, pool.map(compressed, tensors.values())))
+    about = {
+        name: {"dtype": DTYPE_NAMES[tensors[name].dtype], "shape": list(tensors[name].shape), "sha256": _tensor_digest(tensors[name])}
+        for name, codes in found.items()
+        if codes is not None
+    }
+    return {name: tensor if (codes := found[name]) is None else codes for name, tensor in tensors.items()}, about
+
+
+def _plain(coded: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, with the values of those that are codes."""
+
+    def value(name: str) -> torch.Tensor:
+        return restored(tensors[name], DTYPES[coded[name]["dtype"]], coded[name]["shape"])
+
+    with ThreadPoolExecutor(cores()) as pool:
+        return {**tensors, **dict(zip(coded, pool.map(value, coded)))}
+
+
 def _own(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous and alone in its memory, as safetensors wants it; copied only where it is not."""
     alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
@@ -231,7 +263,8 @@ def _load(path: Path, operators: Collection[str], trust_code: bool) -> Optimized
     manifest = _manifest(path, metadata)
     code = code_of(manifest, tensors)
     _verify(path, manifest, metadata, tensors, code)
-    values = {name: tensors[stored] for name, stored in manifest["weights"].items()}
+    plain = _plain(manifest.get("coded", {}), tensors)
+    values = {name: plain[stored] for name, stored in manifest["weights"].items()}
     graph = parse(metadata["graph"], values)
     missing = next((name for name, data in constants(graph).items() if not data.known), None)
     if missing is not None:
@@ -307,13 +340,15 @@ def receipt_of(path: str | Path) -> Receipt:
 
 
 def contents(path: str | Path) -> dict[str, str]:
-    """What an artifact holds beside the receipt, by name, with the recorded sha256 of each; nothing of a receipt. Raises BadArtifact."""
+    """What an artifact holds beside the receipt, by name, with the recorded sha256 of each, however it is stored; nothing of a receipt.
+    Raises BadArtifact."""
     with _reported(path):
         if _is_json(path):
             return {}
         with safe_open(str(path), framework="pt") as file:
-            recorded = _manifest(path, file.metadata() or {})["sha256"]
-        return {str(name): str(digest) for name, digest in recorded.items() if name != "receipt"}
+            manifest = _manifest(path, file.metadata() or {})
+        values = {f"weight {name}": about["sha256"] for name, about in manifest.get("coded", {}).items()}
+        return {str(name): str(digest) for name, digest in (manifest["sha256"] | values).items() if name != "receipt"}
 
 
 def _is_json(path: str | Path) -> bool:

@@ -42,6 +42,7 @@ TargetOption = Annotated[
 LevelsOption = Annotated[
     str, typer.Option("--levels", help="levels of x86-64 that the artifact gets code for: v2, v3, v4; none: compiled where it is loaded")
 ]
+CompressOption = Annotated[bool, typer.Option("--compress", help="weights in bfloat16 take two thirds of their bytes in the artifact")]
 ErrorOption = Annotated[float | None, typer.Option("--max-error", min=0, help="how far results may be off: weights are kept in fewer bits")]
 MemoryOption = Annotated[str | None, typer.Option(help='what weights may take: "50%" of what they do, "200MB"')]
 LatencyOption = Annotated[str | None, typer.Option(help='what a call may take: "80%" of eager\'s time, "5ms"')]
@@ -76,6 +77,7 @@ def optimize(
     calibration: CalibrationOption = [],  # noqa: B006 (typer reads the default)
     target: TargetOption = None,
     levels: LevelsOption = "v2,v3,v4",
+    compress: CompressOption = False,
     trust_pickle: TrustOption = False,
     json: JsonOption = None,
     report: ReportOption = None,
@@ -105,7 +107,7 @@ def optimize(
             read = load_model(model, parse_inputs(inputs), trust_pickle)
         optimized = optimize_model(read, passes, stage, tune, target, budget)
         with stage(f"writing {artifact}, with code for {levels}" if stored and not target else f"writing {artifact}"):
-            optimized.save(artifact, stored)
+            optimized.save(artifact, stored, compress)
     if json:
         from .artifact import replacing
 
