@@ -63,14 +63,15 @@ def compile_graph(
     notes: Notes | None = None,
     passes: Sequence[Pass] | None = None,
     schedules: Mapping[str, str] = {},
+    before: Mapping[str, float] = {},
 ) -> Compiled:
     """Runs the passes and compiles. Raises what a broken pass raises; a region that cannot be compiled is a fallback, never an error.
 
-    notes: what was done to the graph before, for the receipt. passes: instead of those of the options. schedules: of regions, as
-    `search.schedules.with_schedules` takes them.
+    notes, before: what was done to the graph already, and seconds of each pass of that, for the receipt. passes: instead of those of the
+    options. schedules: of regions, as `search.schedules.with_schedules` takes them.
     """
-    notes, seconds = notes or Notes(), dict[str, float]()
-    start = time.perf_counter()
+    notes, seconds = notes or Notes(), dict(before)
+    start = time.perf_counter() - sum(before.values())
     passes = passes_from(options.passes) if passes is None else passes
     fused = rewritten(graph, options, passes, notes, seconds)
     if schedules:

@@ -24,7 +24,6 @@ from ..ir.graph import Graph
 from ..ir.interpret import interpret
 from ..passes.base import Notes
 from ..passes.layers import layers
-from ..passes.manager import run_passes
 from ..passes.quantize import Quantize
 from ..passes.scale_channels import ScaleChannels
 from ..search.allocate import Allocation, Infeasible, allocate
@@ -38,7 +37,7 @@ from ..search.tuner import CERTAINTY
 from .artifact import Optimized
 from .budget import OBJECTIVES, Attempt, Budget, LayerLine, Point, Spent, quantity
 from .calling import CallingConvention
-from .compile import Compiled, Options, compile_graph
+from .compile import Compiled, Options, compile_graph, rewritten
 from .errors import BadInputs, CannotOptimize
 from .inputs import copied
 from .loading import Model
@@ -97,8 +96,9 @@ class _Within:
         self.model, self.captured, self.convention, self.budget = model, captured, convention, budget
         self.exact, self.stage = exact, stage
         self.database, self.notes = Database(), Notes()
+        self.seconds: dict[str, float] = {}
         with torch.no_grad():
-            self.graph = run_passes(captured.graph, PREPARING, self.notes)
+            self.graph = rewritten(captured.graph, Options(), PREPARING, self.notes, self.seconds)
         self.metric = budget.of_outputs
         batches = [flat_example(model, captured, convention), *self._calibration()]
         held = max(1, len(batches) // HELD_OUT) if len(batches) > 1 else 0
@@ -126,7 +126,7 @@ class _Within:
             return self.graph
         with self._progress("looking for channels that are hard to round"), torch.no_grad():
             scales = channel_scales(self.graph, self.chosen_on, self.budget.formats)
-            return ScaleChannels(scales).run(self.graph, self.notes)
+            return rewritten(self.graph, Options(), [ScaleChannels(scales)], self.notes, self.seconds)
 
     # -- what is measured first
 
@@ -249,12 +249,13 @@ class _Within:
         if not plan.entries:
             return None, "", 1.0
         notes = Notes(list(self.notes.applied), list(self.notes.declined))
-        quantized = Quantize(plan).run(self.graph, notes)
+        seconds = dict(self.seconds)
+        quantized = rewritten(self.graph, Options(), [Quantize(plan)], notes, seconds)
         error = self._error_of(lambda flat: interpret(quantized, flat))
         if error > self._most_error:
             return self._missed(allocation, "error", self._room(error), error)
         with self.stage("building kernels of a candidate"):
-            compiled = compile_graph(quantized, Options(), notes, FINISHING)
+            compiled = compile_graph(quantized, Options(), notes, FINISHING, before=seconds)
         return self._judged(allocation, compiled)
 
     def _judged(self, allocation: Allocation, compiled: Compiled) -> tuple[_Tried | None, str, float]:

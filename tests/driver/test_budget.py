@@ -9,7 +9,7 @@ import tilewright
 import torch
 from offline import run, save_program, sentence
 from rich.console import Console
-from tilewright.driver import measure, within
+from tilewright.driver import measure, pipeline, within
 from tilewright.driver.budget import DEFAULT_FORMATS, Budget, budget_from, quantity
 from tilewright.driver.errors import BadInputs, BadOption, CannotOptimize
 from tilewright.driver.receipt import Receipt
@@ -179,6 +179,30 @@ def test_other_metrics(ids, metric) -> None:
 def test_without_calibration_the_example_stands_for_all(ids) -> None:
     made = tilewright.optimize(Net().eval(), (ids[0],), tuning_seconds=0, budget=Budget(max_error=2e-2, formats=FORMATS))
     assert not made.receipt.spent.held_out
+
+
+class Shared(torch.nn.Module):
+    """Outputs that are equal, and apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(128, 128)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return y + 0, y * 1, x + 0
+
+
+def test_times_of_all_passes_and_outputs_that_stay_apart() -> None:
+    x = torch.randn(4, 128)
+    made = tilewright.optimize(
+        Shared().eval(), (x,), tuning_seconds=0, budget=Budget(max_error=0.05, formats=("int8",), objective="memory")
+    )
+    assert made.receipt.spent.layers[0].format == "int8"
+    passes = {p.name for p in pipeline.DEFAULT_PASSES} | {"scale-channels", "quantize", "lower", "compile"}
+    assert passes - {"scale-channels"} <= made.receipt.seconds.keys()
+    assert sum(made.receipt.seconds[name] for name in passes & made.receipt.seconds.keys()) <= made.receipt.seconds["total"]
+    assert len({t.data_ptr() for t in (*made(x), x)}) == 4
 
 
 def test_receipt_and_artifact(ids, tmp_path) -> None:
