@@ -15,6 +15,10 @@ template <int64_t NR> constexpr int64_t KEYS = 128 / NR * NR;
 struct Bounds {
   int64_t begin, end;
   INLINE void include(Bounds more) { begin = least_of(begin, more.begin), end = more.end > end ? more.end : end; }
+  // Whether no key lies in both; neither is empty.
+  INLINE bool apart(Bounds other) const {
+    return begin < end && other.begin < other.end && (other.begin >= end || begin >= other.end);
+  }
   // How many of the `count` keys from j on come before the end.
   INLINE int64_t before_end(int64_t j, int64_t count) const { return end - j < count ? (end < j ? 0 : end - j) : count; }
 };
@@ -37,6 +41,8 @@ template <class S> struct Rows {
   const S* data;
   int64_t ld;
 };
+
+template <class S> INLINE Rows<S> rows_from(const Rows<S>& rows, int64_t first) { return {rows.data + first * rows.ld, rows.ld}; }
 
 // Rows that must be copied first: `write(to, j)` writes the `Used` columns of row j, the others up to `Columns` are zero.
 template <int Used, int Columns, class T, class Write> Rows<T> copied(Row<T>& memory, int64_t count, const Write& write) {
@@ -169,6 +175,31 @@ template <int L, class T> INLINE void scale_row(T* row, int64_t count, T factor)
   for (int64_t c = 0; c < count; c += L) store<L>(row + c, load<L>(row + c) * factor);
 }
 
+// Queries first .. first + count that are walked together, and the keys `range` that they meet. Queries whose keys lie apart, as those of
+// two sequences one after the other, are never walked together: no tile computes scores that no row asks for.
+struct Walk {
+  int64_t first, count;
+  Bounds range;
+  int64_t anchor;  // panels of keys begin here: where all of its rows do, or at key 0
+};
+
+template <class T, int L, int D, template <class, int> class Weights, class Query, class Limits>
+Walk next_walk(int64_t first, int64_t end, int64_t keys, T* q, Weights<T, L>* rows_of, const Query& query, const Limits& bounds) {
+  Walk walk = {first, 0, {keys, 0}, 0};
+  bool together = true;
+  for (; first + walk.count < end; walk.count++) {
+    const Bounds own = bounds(first + walk.count);
+    if (walk.count > 0 && walk.range.apart(own)) break;
+    together = walk.count == 0 || (together && own.begin == walk.range.begin);
+    rows_of[walk.count].begin(own);
+    walk.range.include(own);
+    query(q + walk.count * D, first + walk.count);
+  }
+  walk.range = {walk.range.begin < 0 ? 0 : walk.range.begin, least_of(walk.range.end, keys)};
+  if (together) walk.anchor = walk.range.begin;
+  return walk;
+}
+
 // Every `parts`-th tile of queries from `part` on, over all keys of one head. D and E: columns of keys and values, multiples of L.
 template <int R, int N, int L, int D, int E, class T, template <class, int> class Weights, class KeyRows, class ValueRows, class Query,
           class Limits, class Score, class Finish>
@@ -180,20 +211,20 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
   alignas(64) T q[QUERIES * D] = {}, scores[QUERIES * KEYS], out[QUERIES * E];
   Weights<T, L> rows_of[QUERIES];
   const Rows<T> side_by_side = {(const T*)packed_values, E};
-  int64_t packed = 0;
-  for (int64_t first = part * size; first < rows; first += parts * size) {
-    const int64_t n = least_of(size, rows - first), padded = ceil_div(n, R) * R;
-    Bounds range = {count, 0};
-    for (int64_t r = 0; r < n; r++) {
-      query(q + r * D, first + r);
-      rows_of[r].begin(bounds(first + r));
-      range.include(rows_of[r].own);
-    }
-    range = {range.begin < 0 ? 0 : range.begin / NR * NR, least_of(range.end, count)};
-    if (const int64_t until = ceil_div(range.end, NR) * NR; packed < until) {
-      pack_keys<NR, L, D>(keys, packed, until, count, (T*)panels);
-      pack_values<L, E>(values, packed, least_of(until, count), (T*)packed_values);
-      packed = until;
+  int64_t anchor = 0;
+  Bounds packed = {0, 0};  // keys that the panels hold, from the anchor on
+  for (int64_t first = part * size, stop = first + size; first < rows;) {
+    const Walk walk = next_walk<T, L, D, Weights>(first, least_of(stop, rows), count, q, rows_of, query, bounds);
+    const int64_t n = walk.count, padded = ceil_div(n, R) * R;
+    const Bounds range = {(walk.range.begin - walk.anchor) / NR * NR, walk.range.end - walk.anchor};
+    if (range.begin < range.end) {
+      if (walk.anchor != anchor || range.begin < packed.begin || range.begin > packed.end)
+        anchor = walk.anchor, packed = {range.begin, range.begin};
+      if (const int64_t until = ceil_div(range.end, NR) * NR; packed.end < until) {
+        pack_keys<NR, L, D>(rows_from(keys, anchor), packed.end, until, count - anchor, (T*)panels);
+        pack_values<L, E>(rows_from(values, anchor), packed.end, least_of(until, count - anchor), (T*)packed_values);
+        packed.end = until;
+      }
     }
     bool more = false;
     for (int64_t j = range.begin; j < range.end; j += KEYS, more = true) {
@@ -201,7 +232,7 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
       for (int64_t c = 0; c < some; c += NR)
         multiply<R, N, L, D>(q, padded, (const T*)panels + (j + c) * D, NR, ceil_div(some - c, L), scores + c, KEYS);
       for (int64_t r = 0; r < n; r++) {
-        const T factor = rows_of[r].add(scores + r * KEYS, first + r, j, some, score);
+        const T factor = rows_of[r].add(scores + r * KEYS, first + r, anchor + j, some, score);
         if (more && factor != 1) scale_row<L>(out + r * E, E, factor);
       }
       for (int64_t r = 0; r < padded; r += R) weigh<R, N, E / L, L>(scores + r * KEYS, KEYS, side_by_side, j, some, out + r * E, more);
@@ -211,6 +242,8 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
       else __builtin_memset(out + r * E, 0, sizeof(T) * E);
       finish(out + r * E, first + r);
     }
+    first += n;
+    if (first == stop) first += (parts - 1) * size, stop = first + size;
   }
 }
 

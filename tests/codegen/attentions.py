@@ -108,6 +108,34 @@ def stepped_window(q: Node, k: Node, v: Node, position: Node) -> Node:
     return stepped(q, k, v, position, 20)
 
 
+def packed(q: Node, k: Node, v: Node, first: Node, last: Node) -> Node:
+    """Sequences of several lengths one after the other: each token knows where its own begins and ends."""
+    keys = ops.iota(length=k.shape[-2])
+    first, last = (ops.reshape(t, shape=(q.shape[-2], 1)) for t in (first, last))
+    return attention(q, k, v, ops.logical_and(ops.ge(keys, first), ops.lt(keys, last)))
+
+
+def packed_causal(q: Node, k: Node, v: Node, first: Node, last: Node) -> Node:
+    rows, keys = positions(q.shape[-2])
+    first, last = (ops.reshape(t, shape=(q.shape[-2], 1)) for t in (first, last))
+    own = ops.logical_and(ops.ge(keys, first), ops.lt(keys, last))
+    return attention(q, k, v, ops.logical_and(own, ops.ge(rows, keys)))
+
+
+def packed_window(q: Node, k: Node, v: Node, first: Node, last: Node) -> Node:
+    """Documents in no order, each row with a window of its own in them."""
+    rows, keys = positions(q.shape[-2])
+    first, last = (ops.reshape(t, shape=(q.shape[-2], 1)) for t in (first, last))
+    near = ops.logical_and(ops.lt(ops.sub(rows, keys), 9), ops.gt(keys, ops.sub(last, 300)))
+    return attention(q, k, v, ops.logical_and(ops.logical_and(ops.ge(keys, first), ops.lt(keys, last)), near))
+
+
+def limits_of(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every row of sequences one after the other: where its own begins and ends."""
+    count, ends = torch.tensor(lengths), torch.tensor(lengths).cumsum(0)
+    return (ends - count).repeat_interleave(count), ends.repeat_interleave(count)
+
+
 def padded(q: Node, k: Node, v: Node, keep: Node) -> Node:
     """A mask of batch and key, as numbers."""
     b, n = keep.shape
@@ -157,11 +185,21 @@ add("steps at positions", stepped, x(3, 4, 5, 32), x(3, 1, 304, 32), x(3, 1, 304
 add("many steps at positions", stepped, x(3, 4, 40, 32), x(3, 2, 340, 32), x(3, 2, 340, 32), at)
 add("a step in a window", stepped_window, x(3, 4, 1, 32), x(3, 2, 300, 32), x(3, 2, 300, 32), at)
 add("steps in a window", stepped_window, x(3, 4, 7, 32), x(3, 4, 310, 32), x(3, 4, 310, 32), at)
+FIRST, LAST = limits_of([3, 2, 5, 40])
+add("packed and causal", packed_causal, *(x(2, 50, 16) for _ in range(3)), FIRST, LAST)
+add("packed, 32-bit offsets", packed_causal, *(x(2, 50, 16, dtype=torch.float16) for _ in range(3)), FIRST.int(), LAST.int())
+_long = limits_of([1, 130, 0, 48, 2, 300, 1, 47, 33])
+add("packed", packed, x(2, 562, 32) / 4, x(2, 562, 32), x(2, 562, 48), *_long)
+add("packed, longer and causal", packed_causal, *(x(2, 562, 16) for _ in range(3)), *_long)
+add("packed, in a window", packed_window, *(x(1, 562, 16) for _ in range(3)), *_long)
+add("packed, in no order", packed_causal, *(x(1, 562, 16) for _ in range(3)), *(t[torch.arange(562) // 20 * 17 % 562] for t in _long))
 add("sharp scores", attention, 30 * x(1, 2, 40, 16), 30 * x(1, 2, 40, 16), x(1, 2, 40, 16))
 
 _SIZES = {"b": SymbolRange(2, 64), "s": SymbolRange(2, 512), "n": SymbolRange(2, 512)}
 b, s, n = (symbol(name) for name in "bsn")
 _qkv = (x(3, 75, 64), x(3, 90, 32), x(3, 90, 32))
+add("packed, as many as there are", packed, *(x(1, 2, 562, 16) for _ in range(3)), *_long,
+    shapes=(*((1, 2, n, 16) for _ in range(3)), (n,), (n,)), symbols={"n": SymbolRange(0, 4096)})  # fmt: skip
 add("sizes known at run time", grouped, *_qkv, shapes=((b, s, 64), (b, n, 32), (b, n, 32)), symbols=_SIZES)
 add("a cache of run time size", attention, x(1, 4, 1, 64), x(1, 2, 150, 64), x(1, 2, 150, 64),
     shapes=((1, 4, 1, 64), (1, 2, n, 64), (1, 2, n, 64)), symbols={"n": _SIZES["n"]})  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attentions import CASES, INF, attention, causal, heads, kept, positions, window, x
+from attentions import CASES, FIRST, INF, attention, causal, heads, kept, window, x
 from lowering import Case, assert_close, graph_of, memory
 from support import EVERYWHERE, NATIVE, on_gpu
 from test_attention_refusals import CASES as REFUSED
@@ -40,14 +40,6 @@ SMALL = AttentionTiles(16, 16, 4, 2)
 TILES = {"default": None, "small": SMALL, "wide": replace(SMALL, block_n=32, wide=True), "split": replace(SMALL, splits=4)}
 
 
-def packed(q: Node, k: Node, v: Node, first: Node, last: Node) -> Node:
-    """Sequences of several lengths one after the other: each token knows where its own begins and ends."""
-    rows, keys = positions(q.shape[-2])
-    first, last = (ops.reshape(t, shape=(q.shape[-2], 1)) for t in (first, last))
-    own = ops.logical_and(ops.ge(keys, first), ops.lt(keys, last))
-    return attention(q, k, v, ops.logical_and(own, ops.ge(rows, keys)))
-
-
 def documents(q: Node, k: Node, v: Node, ids: Node) -> Node:
     """Tokens attend to those of their own document."""
     return causal(q, k, v, ops.eq(ops.reshape(ids, shape=(*ids.shape, 1)), ids))
@@ -74,8 +66,6 @@ def stored_narrow(q: Node, k: Node, v: Node) -> Node:
     return attention(q, *(ops.cast(t, dtype=torch.float32) for t in (k, v)))
 
 
-LENGTHS = torch.tensor([0, 0, 0, 3, 3, 5, 5, 5, 5, 5] + [10] * 40)
-ENDS = torch.tensor([3, 3, 3, 5, 5, 10, 10, 10, 10, 10] + [50] * 40)
 SIZES = {"n": SymbolRange(0, 1 << 20), "m": SymbolRange(0, 1 << 20)}
 m, n = symbol("m"), symbol("n")
 
@@ -85,9 +75,7 @@ MORE: dict[str, Case] = {
         ("head of 80", causal, tuple(x(1, 2, 70, 80) for _ in range(3))),
         ("head of 128, bfloat16", causal, tuple(x(1, 2, 70, 128, dtype=BF16) for _ in range(3))),
         ("head of 64, float16, blocks that tile", causal, tuple(x(1, 2, 128, 64, dtype=F16) for _ in range(3))),
-        ("packed sequences", packed, (*(x(2, 50, 16) for _ in range(3)), LENGTHS, ENDS)),
-        ("packed sequences, 32-bit offsets", packed, (*(x(2, 50, 16, dtype=F16) for _ in range(3)), LENGTHS.int(), ENDS.int())),
-        ("documents by id", documents, (*(x(2, 50, 16) for _ in range(3)), LENGTHS)),
+        ("documents by id", documents, (*(x(2, 50, 16) for _ in range(3)), FIRST)),
         ("cache in slots", gathered, (x(1, 4, 3, 16), x(60, 32), x(60, 32), torch.arange(50).flip(0) + 4)),
         ("gate and residual", scored, (x(2, 3, 40, 16), x(2, 3, 50, 16), x(2, 3, 50, 16), x(2, 3, 40, 16))),
         ("widened operands", widened, tuple(x(1, 2, 40, 16, dtype=BF16) for _ in range(3))),
@@ -102,9 +90,10 @@ EVERY = CASES | MORE
 SIGMOID = ["sigmoid, biased and causal", "sigmoid in a window"]
 SEVERAL = ["causal", "sliding window", "alibi", *SIGMOID, "sigmoid, bfloat16", "padding", "grouped heads", "merged projection", "bfloat16",
            "decode over a cache",
-           "sizes known at run time", "a cache of run time size", "keys without batch", *MORE]  # fmt: skip
+           "sizes known at run time", "a cache of run time size", "keys without batch",
+           "packed and causal", "packed, 32-bit offsets", *MORE]  # fmt: skip
 
-SPLIT = ["decode, three queries", "decode over a cache", "merged projection", "packed sequences", "gate and residual", "cache in slots",
+SPLIT = ["decode, three queries", "decode over a cache", "merged projection", "packed and causal", "gate and residual", "cache in slots",
          *SIGMOID, "sigmoid, a step of decoding"]  # fmt: skip
 
 
@@ -241,7 +230,7 @@ def loops(text: str) -> list[str]:
 
 
 def test_blocks_within_all_limits_have_no_masks() -> None:
-    for name in ("causal", "sliding window", "packed sequences", "decode over a cache", *SIGMOID):
+    for name in ("causal", "sliding window", "packed and causal", "decode over a cache", *SIGMOID):
         within, edges = loops(source(EVERY[name], SMALL))
         assert "tl.where(k >=" not in within and "mask_a" not in within, name
         assert "tl.where(" in edges.split("\n    attended *=")[0].split("\n    tl.store")[0], name
@@ -349,7 +338,7 @@ def test_decoding_does_not_spill(target: str) -> None:
     assert len(compiled) == 2 and all(c.spills == 0 for c in compiled)
 
 
-@pytest.mark.parametrize("name", ["sliding window", "packed sequences", "decode over a cache", "sizes known at run time"])
+@pytest.mark.parametrize("name", ["sliding window", "packed and causal", "decode over a cache", "sizes known at run time"])
 def test_bounded_and_split_walks_compile(name: str) -> None:
     compiled = compile_program(build(lower(graph(EVERY[name]), "k_attention"), TILES["split"]), "sm_90")
     assert len(compiled) == 2 and all(c.spills == 0 for c in compiled)
