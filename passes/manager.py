@@ -19,13 +19,14 @@ from .fuse_regions import FuseRegions
 from .merge_linears import MergeLinears
 from .pack_weights import PackWeights
 from .plan_memory import PlanMemory
+from .prune_blocks import PruneBlocks
 from .quantize import Plan, Quantize
 from .recognize import Recognize
 from .split_bias import SplitBias
 
 _KINDS = (
-    Canonicalize, ChooseLayouts, FoldConstants, FoldNorms, FuseRegions, MergeLinears, PackWeights, PlanMemory, Quantize, Recognize,
-    SplitBias,
+    Canonicalize, ChooseLayouts, FoldConstants, FoldNorms, FuseRegions, MergeLinears, PackWeights, PlanMemory, PruneBlocks, Quantize,
+    Recognize, SplitBias,
 )  # fmt: skip
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _KINDS}
