@@ -24,7 +24,7 @@ from .pool import empty
 from .regions import Built, KernelInfo, build_regions, cost, covered, emit_region
 from .steps import emit_call, emit_constant, emit_view, is_library_call
 from .target import TARGETS, Target
-from .updates import Given, emit_finished, emit_targets, emit_update
+from .updates import Given, NativeRows, emit_finished, emit_targets, emit_update, native_rows
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,10 @@ def _emitted(graph: Graph, targets: Mapping[str, Target]) -> tuple[Host, str, Bu
     host = Host(graph)
     host.names.update(empty=empty, slot=slot, dense=dense, strided=strided, aligned=aligned, laid_out=laid_out)
     _emit_inputs(host)
-    given = emit_targets(host)
+    rows = native_rows(graph, built)
+    given = emit_targets(host, rows)
     for node in order(graph):
-        _emit(host, node, built)
+        _emit(host, node, built, rows)
     results, kept = _emit_results(host, given)
     return host, host.source(_peak(graph), results, kept), built
 
@@ -206,13 +207,13 @@ def _bare_sizes(node: Node) -> list[tuple[str, str]]:
     return [(d.name, f".size({i})") for i, d in enumerate(node.shape) if isinstance(d, sympy.Symbol)]
 
 
-def _emit(host: Host, node: Node, built: Built) -> None:
+def _emit(host: Host, node: Node, built: Built, rows: NativeRows) -> None:
     if node in host.values or is_scalar(node):
         return
     if node.op.name == "region":
         emit_region(host, node, built.units[node])
     elif node in host.graph.inplace:
-        emit_update(host, node)
+        emit_update(host, node, rows)
     elif node.op.category is Category.VIEW:
         emit_view(host, node)
     elif node.op.category is Category.CONSTANT:

@@ -14,6 +14,7 @@ from ..ir.op import Category
 from ..ir.ops.structure import Ref, resolve, tensor_leaves
 from .calls import Moves
 from .host import Host, Scope, Value
+from .strides import strides
 from .windows import emit_window
 
 LIBRARY = frozenset(
@@ -42,7 +43,7 @@ def emit_view(host: Host, node: Node) -> None:
     """A strided tensor over its operand's memory where torch can make one, made as rarely as the operand is."""
     x = host.values[node.inputs[0]]
     expression, contiguous = _VIEWS[node.op.name](host, node, x)
-    copies = node.op.name in ("flip", "layout", "as_strided") or (node.op.name == "reshape" and not x.contiguous)
+    copies = node.op.name in ("flip", "layout", "as_strided") or (node.op.name == "reshape" and ".reshape(" in expression)
     scope = Scope.CALL if copies else max(x.scope, Scope.FRAME) if _mentions_sizes(node) else x.scope
     at = x.at if node.op.name == "reshape" and contiguous else ""
     host.define(node, expression, scope, [x], contiguous, moves=Moves.READER if copies else Moves.NAME, at=at, nbytes=x.nbytes)
@@ -50,7 +51,9 @@ def emit_view(host: Host, node: Node) -> None:
 
 def _reshape(host: Host, node: Node, x: Value) -> tuple[str, bool]:
     shape = host.literal(node.shape)
-    return (f"{x.name}.view({shape})", True) if x.contiguous else (f"{x.name}.reshape({shape})", False)
+    if x.contiguous:
+        return f"{x.name}.view({shape})", True
+    return f"{x.name}.{'reshape' if strides(node) is None else 'view'}({shape})", False
 
 
 def _permute(host: Host, node: Node, x: Value) -> tuple[str, bool]:

@@ -59,7 +59,7 @@ class Native:
     asked: what every call of a program asks for, and the C functions take last: the number of threads, or the stream; named `asking`.
     scratch: buffers that the calls hand to each other. alignment: in bytes, of every buffer. failed(name of the call, number): the error
     that a result other than 0 stands for; None where it is a fault of the kernel (`Kernel.faults`), or there is none.
-    empty: what makes new tensors of a program on the CPU; None leaves it as it is.
+    empty: what makes new tensors of a program on the CPU; None leaves it as it is. update: the entry of `update_cache` (cpp/toolchain.py).
     """
 
     run: Callable[..., int]
@@ -70,6 +70,7 @@ class Native:
     alignment: int = 1
     failed: Callable[[str, int], Exception] | None = None
     empty: Empty | None = None
+    update: int | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,18 @@ LAUNCH = Source(
 """The entry that launches kernels of a GPU."""
 
 
+UPDATE = Source(
+    "update_cache",
+    """\
+void update_cache(char* cache, const char* fresh, const int64_t* position, int64_t batch, int64_t heads, int64_t tokens, int64_t length,
+                  int64_t bytes, int64_t of_batch, int64_t of_head, int64_t of_token, int) {
+  update_rows(cache, fresh, position, batch, heads, tokens, length, bytes, {of_batch, of_head, of_token});
+}
+""",
+    (*(ctypes.c_void_p,) * 3, *(ctypes.c_int64,) * 8, ctypes.c_int),
+)
+"""The kernel that updates a cache in place: the same for all caches."""
+
 Builder = Callable[[Sequence[Source], str], list[Loaded]]
 """The functions of sources for a level, each or why there is none."""
 
@@ -45,15 +57,15 @@ def compile_kernels(kernels: Sequence[Kernel], target: CpuTarget | None = None, 
     target = target or detect_target()
     printed = [_print(k, target) for k in kernels]
     sources = [p for p in printed if isinstance(p, Source)]
-    run, start, *built = builder([RUN, START, *sources], target.level)
+    run, start, update, *built = builder([RUN, START, UPDATE, *sources], target.level)
     functions, empty = iter(built), allocator(start)
-    return [p if isinstance(p, Failed) else _loaded(k, p, next(functions), run, empty) for k, p in zip(kernels, printed)]
+    return [p if isinstance(p, Failed) else _loaded(k, p, next(functions), run, update, empty) for k, p in zip(kernels, printed)]
 
 
 def sources_of(kernels: Sequence[Kernel], target: CpuTarget) -> list[Source]:
     """All that `compile_kernels` builds."""
     printed = [_print(k, target) for k in kernels]
-    return [RUN, START, *(p for p in printed if isinstance(p, Source))]
+    return [RUN, START, UPDATE, *(p for p in printed if isinstance(p, Source))]
 
 
 def _print(kernel: Kernel, target: CpuTarget) -> Source | Failed:
@@ -75,9 +87,10 @@ def _printer(kernel: Kernel) -> Callable[[Kernel, CpuTarget], str]:
     return print_attention if attentions(kernel) else print_any
 
 
-def _loaded(kernel: Kernel, source: Source, function: Loaded, run: Loaded, empty: Empty) -> Compiled | Failed:
+def _loaded(kernel: Kernel, source: Source, function: Loaded, run: Loaded, update: Loaded, empty: Empty) -> Compiled | Failed:
     if isinstance(function, BuildError) or isinstance(run, BuildError):
         return Failed(kernel, str(function if isinstance(function, BuildError) else run))
     arguments = (*(b.name for b in (*kernel.inputs, *kernel.outputs)), *map(symbol, kernel.sizes))
+    updating = None if isinstance(update, BuildError) else entry_address(update)
     calls = (NativeCall(kernel.name, entry_address(function), arguments),)
-    return Compiled(kernel, source.text, function, Native(run, calls, empty=empty))
+    return Compiled(kernel, source.text, function, Native(run, calls, empty=empty, update=updating))

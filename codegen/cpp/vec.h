@@ -454,4 +454,5 @@ template <class T> struct Row {
 #include "winograd.h"
 #include "recurrence.h"
 #include "attention.h"
+#include "cache.h"
 #include "call.h"

@@ -147,8 +147,16 @@ def _infer_slice_scatter(x: TensorType, src: TensorType, *, dim: int, start: Dim
 
 
 def _infer_cache_update(cache: TensorType, new: TensorType, position: Any, *, dim: int) -> Type:
-    """cache with new written from index `position` (a size or a 0-d integer tensor) on along dim: state in, state out."""
+    """cache with new written from index `position` (a size or an integer tensor) on along dim: state in, state out.
+
+    position: one; or [n], for each entry of the first dimension its own. What of new would then lie beyond
+    the end of the cache is left out; the position itself must lie in the cache.
+    """
     d = normalize_dim(dim, cache.rank)
+    if isinstance(position, TensorType) and position.rank:
+        _integer_index(position)
+        if d == 0 or position.rank != 1 or not same(position.shape[0], cache.shape[0]):
+            raise ValueError("there is one position, or one for each entry of the first dimension, which is not the one written along")
     if new.dtype != cache.dtype or new.rank != cache.rank:
         raise ValueError(f"{new} does not fit into {cache}")
     if not all(same(a, b) for i, (a, b) in enumerate(zip(new.shape, cache.shape)) if i != d):
@@ -157,8 +165,21 @@ def _infer_cache_update(cache: TensorType, new: TensorType, position: Any, *, di
 
 
 def _cache_update(cache: torch.Tensor, new: torch.Tensor, position: Any, *, dim: int) -> torch.Tensor:
+    if isinstance(position, torch.Tensor) and position.dim():
+        return update_rows(cache.clone(memory_format=torch.contiguous_format), new, position, dim)
     rows = torch.arange(new.shape[dim], device=cache.device) + position
     return cache.index_copy(dim, rows, new)
+
+
+def update_rows(cache: torch.Tensor, new: torch.Tensor, position: torch.Tensor, dim: int) -> torch.Tensor:
+    """In place, each entry of the first dimension from a position of its own on."""
+    batch, count, length = new.shape[0], new.shape[dim], cache.shape[dim]
+    at = position.long().reshape(batch, 1)
+    entries = torch.arange(batch, device=cache.device).reshape(batch, 1)
+    # beyond the end the last one that fits is written again: no size depends on the data
+    taken = torch.minimum(torch.arange(count, device=cache.device), length - 1 - at)
+    cache.movedim(dim, 1).index_put_((entries, at + taken), new.movedim(dim, 1)[entries, taken])
+    return cache
 
 
 def _cost_copy(types: tuple[Type, ...], out: Type, attrs: Any) -> Cost:

@@ -160,6 +160,12 @@ def test_gathers(dtype: torch.dtype) -> None:
     same(run("slice_scatter", x, y, dim=0, start=0, stop=3, step=2), x.slice_scatter(y, 0, 0, 3, 2))
     for position in (1, torch.tensor(1)):
         same(run("cache_update", x, y, position, dim=0), torch.cat([x[:1], y]))
+    written = cube.clone()
+    written[0, 1], written[1, 2] = y[0], y[1]
+    same(run("cache_update", cube, y.reshape(2, 1, 4), index(1, 2), dim=1), written)
+    written[0, 2], written[1, 2] = y[0], y[0]  # of the second, what lies beyond the end is left out
+    rows = torch.stack([torch.stack([written[0, 1], y[0]]), torch.stack([y[0], y[1]])])
+    same(run("cache_update", cube, rows, index(1, 2), dim=1), written)
     if dtype != torch.bool:
         for reduce, theirs in [("sum", "sum"), ("prod", "prod"), ("amax", "amax"), ("amin", "amin"), ("mean", "mean")]:
             expected = x.scatter_reduce(1, index((0, 0), (1, 1)), y[:, :2], theirs)

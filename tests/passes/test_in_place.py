@@ -15,6 +15,7 @@ from tilewright.ir.interpret import interpret
 from tilewright.ir.text import parse
 from tilewright.ir.verify import verify
 from tilewright.passes.base import Notes, Reason
+from tilewright.passes.fuse_regions import FuseRegions
 from tilewright.passes.plan_memory import PlanMemory
 
 INPUTS = "cache: f32[2, 8, 4], new: f32[2, 1, 4], at: i64[1]"
@@ -105,6 +106,41 @@ def test_every_kind_of_update(update):
     made = planned(update, "y = exp(c)", WRITE, "return y")
     assert names(made) == {"c": "cache"}
     check_run(made, values())
+
+
+ROWS = "cache: f32[3, 2, 8, 4], x: f32[3, 2, 16], at: i64[3]"
+VIEWS = ("e = neg(x)", "s = slice(e, dim=2, start=4, stop=12)", "r = reshape(s, shape=[3, 2, 2, 4])", "new = permute(r, dims=[0, 2, 1, 3])")
+
+
+def fused(*lines: str, inputs: str = INPUTS) -> Graph:
+    return PlanMemory().run(FuseRegions().run(parse(f"graph g({inputs}) stage canonical {{\n" + "\n".join(lines) + "\n}")))
+
+
+@pytest.mark.parametrize("at", [[0, 3, 7], [6, 5, 6]], ids=str)
+@pytest.mark.parametrize("read", ["neg(c)", "amax(c, dims=[2])"])
+def test_entries_at_positions_of_their_own(at, read):
+    """What is written may be a view of what a kernel made, and the update is in the same run of kernels."""
+    made = fused(*VIEWS, "c = cache_update(cache, new, at, dim=2)", f"y = {read}", WRITE, "return y", inputs=ROWS)
+    assert names(made) == {"c": "cache"}
+    given = [torch.randn(3, 2, 8, 4), torch.randn(3, 2, 16), torch.tensor(at)]
+    check_run(made, given)
+    assert compile_program(made).source.count("run(calls") == 1
+
+
+def test_a_cache_that_is_not_row_major_is_updated_in_a_copy():
+    made = fused(*VIEWS, "c = cache_update(cache, new, at, dim=2)", "y = neg(c)", WRITE, "return y", inputs=ROWS)
+    check_run(made, [torch.randn(3, 2, 4, 8).mT, torch.randn(3, 2, 16), torch.tensor([1, 2, 3])])
+
+
+@pytest.mark.parametrize(
+    ("new", "dim", "shape"),
+    [("reshape(x, shape=[3, 2])", 1, "[3, 8]"), ("reshape(x, shape=[3, 2, 4, 1])", 3, "[3, 2, 4, 8]"), ("neg(x)", 1, "[3, 8]")],
+)
+def test_positions_of_entries_for_any_shape(new, dim, shape):
+    inputs = f"cache: f32{shape}, x: f32[3, {8 if dim == 3 else 2}], at: i64[3]"
+    made = fused(f"new = {new}", f"c = cache_update(cache, new, at, dim={dim})", "y = neg(c)", WRITE, "return y", inputs=inputs)
+    assert names(made) == {"c": "cache"}
+    check_run(made, [torch.randn(eval(shape)), torch.randn(3, 8 if dim == 3 else 2), torch.tensor([0, 7, 4])])
 
 
 def test_updates_in_a_row():
