@@ -1,0 +1,90 @@
+"""How what is known of an axis at some ends of a node (dimensions of operands and results) spreads to its other ends.
+
+add(x [b, S, d], y [S, d])       S at x 1      -->  at y 0, at result 1
+reshape [b, S, h * d] -> [b * S, h, d]         -->  result 0 has S with outer b
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import sympy
+
+from ..dims import Dim, Mod, dim, floordiv, product, same
+from ..graph import Node
+from ..op import Category
+from .axis_links import OUT, End, Link, end_size, links
+from .places import Along
+
+
+class Conflict(Exception):
+    """One dimension of a node would hold the axis in two ways."""
+
+
+def spread(node: Node, known: Mapping[End, Along], size: Dim) -> dict[End, Along]:
+    """Every end at which the node holds the axis, given some of them. Raises Conflict where they disagree."""
+    found, work = dict(known), list(known)
+    table = [] if node.op.name == "reshape" else links(node)
+    while work:
+        end = work.pop()
+        for other, along in _moves(node, table, end, found[end], size):
+            if other not in found:
+                found[other] = along
+                work.append(other)
+            elif found[other] != along:
+                raise Conflict("its operands hold the axis in different places")
+    return found
+
+
+def _moves(node: Node, table: Sequence[Link], end: End, along: Along, size: Dim) -> Iterator[tuple[End, Along]]:
+    if node.op.name == "reshape":
+        yield from _reshaped(node, end, along, size)
+    extent = along.extent(size)
+    for link in table:
+        if end in link.ends:
+            yield from ((other, along) for other in link.ends if other != end and same(end_size(node, other), extent))  # type: ignore[arg-type]
+
+
+def _reshaped(node: Node, end: End, along: Along, size: Dim) -> Iterator[tuple[End, Along]]:
+    x, out = node.inputs[0].shape, node.shape
+    source, target, other = (x, out, OUT) if end[0] == 0 else (out, x, 0)
+    place = reshaped(source, target, end[1], along)
+    if place is not None:
+        d, moved = place
+        if same(moved.extent(size), target[d]):
+            yield (other, d), moved
+
+
+def reshaped(source: Sequence[Dim], target: Sequence[Dim], d: int, along: Along) -> tuple[int, Along] | None:
+    """Where dimension `d` of a shape is after a reshape: it may be merged with neighbours, or be split off from them, but stays whole."""
+    outer = dim(product(source[:d]) * along.outer)
+    inner = dim(along.inner * product(source[d + 1 :]))
+    for at, extent in enumerate(target):
+        before, after = quotient(outer, product(target[:at])), quotient(inner, product(target[at + 1 :]))
+        if before is not None and after is not None and not same(extent, 1):
+            return at, replace(along, outer=before, inner=after)
+    return None
+
+
+def quotient(a: Dim, b: Dim) -> Dim | None:
+    """a / b where b divides a for certain."""
+    if isinstance(b, int) and b == 0:
+        return None
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if a % b == 0 else None
+    return floordiv(a, b) if same(dim(Mod(sympy.sympify(a), sympy.sympify(b))), 0) else None
+
+
+def operand_ends(node: Node, told: Mapping[End, Along], size: Dim) -> dict[End, Along]:
+    """The ends of a node that depends on nothing of the axis, told where its result meets it; what cannot be followed stays a leaf."""
+    if node.op.category not in FOLLOWED:
+        return dict(told)
+    try:
+        return spread(node, told, size)
+    except Conflict:
+        return dict(told)
+
+
+FOLLOWED = (Category.VIEW, Category.POINTWISE)
+"""What is made of constants is aligned by way of these; anything else is computed as it was, and its result is cut."""
