@@ -193,6 +193,29 @@ def _joined(a: Node, b: Node, d: int) -> Node | None:
     return OPS["slice"](a.inputs[0], dim=d, start=a.attrs["start"], stop=b.attrs["stop"])
 
 
+def index_everywhere(node: Node, site: Site) -> Outcome:
+    """index(x: [b, s], iota(b): [b, 1, 1], iota(s): [s], dims=[0, 1]) --> reshape(x, [b, 1, s]): every position in its place"""
+    x, *indices = node.inputs
+    dims = node.attrs["dims"]
+    adjacent = dims[-1] - dims[0] == len(dims) - 1
+    rank = node.tensor.rank - x.tensor.rank + len(dims)  # of the indices together
+    places = [_counted(i, x.shape[d], rank) for i, d in zip(indices, dims)]
+    if not adjacent or None in places or sorted(set(places)) != places:  # type: ignore[type-var]
+        return None
+    return OPS["reshape"](x, shape=node.shape)
+
+
+def _counted(index: Node, size: Any, rank: int) -> int | None:
+    """The dimension, of `rank` together, along which an index is 0, 1, ... size - 1; None where it is anything else."""
+    shape, counted = index.shape, index
+    while counted.op.name in ("reshape", "cast"):
+        (counted,) = counted.inputs
+    if counted.op.name != "iota" or counted.attrs["start"] != 0 or counted.attrs["step"] != 1 or not same(counted.shape[0], size):
+        return None
+    long = [d for d, n in enumerate(shape) if not same(n, 1)]
+    return rank - len(shape) + long[0] if len(long) == 1 else None
+
+
 def pad_nothing(node: Node, site: Site) -> Outcome:
     """pad(x, low=[0, 0], high=[0, 0]) --> x"""
     return node.inputs[0] if all(same(p, 0) for p in (*node.attrs["low"], *node.attrs["high"])) else None
@@ -225,6 +248,7 @@ VIEW_RULES: Table = {
     "slice": (canonical_dims, slice_whole, slice_of_slice, slice_of_cat, slice_of_expand, view_of_full),
     "select": (canonical_dims, select_of_slice, slice_of_cat, select_of_expand, view_of_full),
     "cat": (canonical_dims, cat_parts, cat_of_slices),
+    "index": (index_everywhere,),
     "pad": (pad_nothing,),
     "layout": (layout_of_layout,),
     "as_strided": (strided_identity,),

@@ -125,6 +125,26 @@ def test_shared_product_keeps_its_bias_apart() -> None:
     assert_becomes(new, text)
 
 
+GRID = ("i = iota(length=4)", "rows = reshape(i, shape=[4, 1, 1])", "j = iota(length=6)")
+
+
+@pytest.mark.parametrize(
+    ("lines", "y", "after"),
+    [
+        (GRID, "index(x, rows, j, dims=[0, 1])", "reshape(x, shape=[4, 1, 6])"),
+        (GRID, "index(x, j, dims=[1])", "x"),
+        (GRID, "index(x, i, dims=[1])", None),
+        (("i = iota(length=4)", "j = iota(length=6)", "columns = reshape(j, shape=[6, 1])"), "index(x, i, columns, dims=[0, 1])", None),
+        (("j = iota(length=6, start=5, step=-1)",), "index(x, j, dims=[1])", None),
+    ],
+)
+def test_index_of_every_position_is_a_view(lines: tuple[str, ...], y: str, after: str | None) -> None:
+    old, new, _ = run(Canonicalize(), body(F, *lines, f"y = {y}", "y"))
+    wanted = body(F, *lines, f"y = {y}", "y") if after is None else body(F, "x") if after == "x" else body(F, f"y = {after}", "y")
+    assert_becomes(new, wanted)
+    assert_same_values(old, new, [_sample(F)])
+
+
 def test_batched_products_unfold() -> None:
     before = """graph g(q: f32[b, 2, s, 8], k: f32[b, 2, 8, s]) {
       a = reshape(q, shape=[b*2, s, 8])
