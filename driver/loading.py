@@ -50,7 +50,7 @@ class Model:
 def captured_of(model: Model) -> CapturedModule:
     """The graph of a model; raises CannotOptimize."""
     try:
-        return from_exported(model.program, model.name)
+        return from_exported(model.program, model.name, model.example.dynamic)
     except CaptureError as error:
         raise CannotOptimize(path=model.name, reason=error.fields["reason"]) from error
 

@@ -82,9 +82,13 @@ class CapturedModule:
         return self.signature.flatten(args, kwargs) + [self.state[name] for name in self.signature.state]
 
 
-def from_exported(program: ExportedProgram, name: str = "model") -> CapturedModule:
-    """An exported program as a graph. Raises CaptureError with the reason for what cannot be expressed."""
+def from_exported(program: ExportedProgram, name: str = "model", sizes: Mapping[str, Mapping[int, str]] = {}) -> CapturedModule:
+    """An exported program as a graph. Raises CaptureError with the reason for what cannot be expressed.
+
+    sizes: input name -> {dimension: name of its size}: dimensions of one name are equal, though the model may take others.
+    """
     program = program.run_decompositions(dict(decompositions()))
+    _make_equal(program, sizes)
     signature = program.graph_signature
     written = _written(signature)
     binding = Binding(
@@ -97,6 +101,17 @@ def from_exported(program: ExportedProgram, name: str = "model") -> CapturedModu
     state = {s.arg.name: s.target for s in signature.input_specs if s.arg.name in binding.last}
     tensors = {target: _tensor(program, target).clone() for target in state.values() if target is not None}
     return CapturedModule(captured.graph, _convention(program, captured, tuple(tensors)), tensors)
+
+
+def _make_equal(program: ExportedProgram, sizes: Mapping[str, Mapping[int, str]]) -> None:
+    """Sizes of one name become one symbol: torch's shape environment learns that two are equal where they are compared."""
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    first: dict[str, Any] = {}
+    for name, dims in sizes.items():
+        value = values.get(name)
+        for d, size in dims.items() if isinstance(value, torch.Tensor) else ():
+            if not value.shape[d] == first.setdefault(size, value.shape[d]):
+                raise CaptureError(reason=f"two sizes are called {size}, and differ in the example")
 
 
 def from_module(

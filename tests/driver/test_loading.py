@@ -16,8 +16,8 @@ import torch
 from offline import Mlp, Nested, Running, Tokens, Whole, run, save_program, sentence
 from tilewright.driver import loading, measure
 from tilewright.driver.errors import CannotOptimize, ModelFails, NoInputs, NotAModel, PickleRefused
-from tilewright.driver.inputs import parse_inputs
-from tilewright.driver.loading import load_model
+from tilewright.driver.inputs import Example, parse_inputs
+from tilewright.driver.loading import captured_of, export_module, load_model
 from tilewright.driver.optimize import optimize_model
 
 
@@ -373,3 +373,17 @@ def test_kinds_of_compression_that_torch_never_writes(program, tmp_path):
     (tmp_path / "m.pt2").write_bytes(data)
     with pytest.raises(NotAModel, match="it cannot be unpacked|is damaged|cut short"):
         opened(tmp_path / "m.pt2")
+
+
+class Apart(torch.nn.Module):
+    """Each input by itself: it takes any two sizes."""
+
+    def forward(self, x, y):
+        return x.exp(), y.exp()
+
+
+@pytest.mark.parametrize(("names", "count"), [(("b", "b"), 1), (("b", "c"), 2)])
+def test_dimensions_of_one_name_have_one_size(names, count):
+    example = Example((torch.ones(3), torch.ones(3)), {}, {"x": {0: names[0]}, "y": {0: names[1]}})
+    captured = captured_of(export_module("apart", Apart(), example))
+    assert len(captured.graph.symbols) == count
