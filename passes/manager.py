@@ -17,6 +17,7 @@ from .fold_constants import FoldConstants
 from .fold_norms import FoldNorms
 from .fuse_regions import FuseRegions
 from .merge_linears import MergeLinears
+from .merge_tokens import MergeTokens
 from .pack_weights import PackWeights
 from .plan_memory import PlanMemory
 from .prune_blocks import PruneBlocks
@@ -25,8 +26,8 @@ from .recognize import Recognize
 from .split_bias import SplitBias
 
 _KINDS = (
-    Canonicalize, ChooseLayouts, FoldConstants, FoldNorms, FuseRegions, MergeLinears, PackWeights, PlanMemory, PruneBlocks, Quantize,
-    Recognize, SplitBias,
+    Canonicalize, ChooseLayouts, FoldConstants, FoldNorms, FuseRegions, MergeLinears, MergeTokens, PackWeights, PlanMemory,
+    PruneBlocks, Quantize, Recognize, SplitBias,
 )  # fmt: skip
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _KINDS}
@@ -80,8 +81,10 @@ def pass_text(item: Pass) -> str:
 
 def _text(value: object) -> str:
     if isinstance(value, Plan):
-        return " ".join(f"{name}:{kind}" for name, kind in value.entries)
-    return " ".join(value) if isinstance(value, tuple) else str(value)
+        value = value.entries
+    if not isinstance(value, tuple):
+        return str(value)
+    return " ".join(v if isinstance(v, str) else ":".join(map(str, v)) for v in value)
 
 
 _ITEM = re.compile(r"\s*([a-zA-Z0-9_-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
@@ -121,6 +124,7 @@ def _pass(text: str, name: str, body: str) -> Pass:
 
 
 _BOOLS = {"true": True, "false": False}
+_WANTED: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number"}
 
 
 def _value(text: str, what: str, kind: type, value: str) -> object:
@@ -129,7 +133,9 @@ def _value(text: str, what: str, kind: type, value: str) -> object:
     if kind is Plan:
         return Plan.parse(value)
     try:
+        if kind == tuple[tuple[str, int], ...]:
+            return tuple((name, int(count)) for name, _, count in (item.rpartition(":") for item in value.split()))
         return _BOOLS[value.lower()] if kind is bool else kind(value)
     except (KeyError, ValueError):
-        wanted = "true or false" if kind is bool else {int: "an integer", float: "a number"}.get(kind, kind.__name__)
+        wanted = _WANTED.get(kind, "name:number ...")
         raise PassSyntaxError(text=text, reason=f"{what} takes {wanted}, not {value!r}") from None
