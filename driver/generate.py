@@ -1,0 +1,277 @@
+"""`Generator`: text from a model that knows nothing of caches, token by token, for a batch of prompts of any lengths.
+
+    generator = Generator(stepper)
+    generator.generate(input_ids, max_new_tokens=64)                 # like model.generate of transformers
+    for token in generator.stream(prompt, do_sample=True, seed=1):   # as they come
+
+A `Stepper` (`driver/stepping.py`) computes; here is decided what it computes next. Rows of a batch are at positions of their own: a
+prompt is read in chunks, from where a stored prefix ends (`driver/prefixes.py`), and then step by step, with drafts where there are some
+(`driver/speculation.py`). What stands behind a row's position in the state means nothing, so nothing is ever undone.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from .errors import BadOption
+from .generation_options import TRANSFORMERS_DEFAULTS, Limits, Request, Tokens, request
+from .prefixes import Owner, PrefixStore
+from .sampling import Sampler
+from .speculation import Lookup, PromptLookup, accepted
+
+CHUNK = 256
+"""Tokens of a prompt that one step reads."""
+
+
+class State(Protocol):
+    """What a model remembers of its texts. tensors: the batch lies in the first dimension, and in `dims` of each the tokens."""
+
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]: ...
+
+    @property
+    def dims(self) -> Sequence[int]: ...
+
+
+@runtime_checkable
+class Stepper(Protocol):
+    """A model step by step: logits [batch, n, vocabulary] of tokens [batch, n] that stand at position [batch] and after it."""
+
+    max_length: int
+    vocab: int
+
+    def state(self, batch: int) -> Any: ...
+
+    def step(self, tokens: torch.Tensor, position: torch.Tensor, state: Any) -> torch.Tensor: ...
+
+
+@dataclass
+class Statistics:
+    """What was done: prompt tokens that a stored prefix spared, and that were computed; tokens made; steps after the prompts; drafts that
+    were verified, and were right; seconds until the first tokens, and after."""
+
+    reused: int = 0
+    computed: int = 0
+    generated: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    prompt_seconds: float = 0.0
+    step_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all rows, from the first call to the last token."""
+        seconds = self.prompt_seconds + self.step_seconds
+        return self.generated / seconds if seconds else 0.0
+
+    def add(self, other: Statistics) -> None:
+        for name in (f.name for f in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def __str__(self) -> str:
+        drafts = f"; {self.accepted} of {self.drafted} drafts accepted" if self.drafted else ""
+        return (
+            f"prompts: {self.reused} tokens reused, {self.computed} computed in {self.prompt_seconds:.3g} s; "
+            f"{self.generated} tokens in {self.steps} steps, {self.step_seconds:.3g} s{drafts}; {self.tokens_per_second:.3g} tokens/s"
+        )
+
+
+class Generator:
+    """prefixes: where to keep what was computed for texts; may be shared. speculation: draft what the text said before. chunk: tokens of a
+    prompt that one step reads. `statistics` adds up all that was done, `last` holds what the latest call did.
+    """
+
+    def __init__(
+        self,
+        model: Stepper,
+        *,
+        prefixes: PrefixStore | None = None,
+        speculation: PromptLookup | None = None,
+        chunk: int = CHUNK,
+    ) -> None:
+        self.stepper = model
+        self.prefixes, self.chunk = prefixes, min(chunk, self.stepper.max_length)
+        self.statistics, self.last = Statistics(), Statistics()
+        self._name = getattr(self.stepper, "identity", None) or f"model {uuid.uuid4()}"
+        self._limits = Limits(self.stepper.max_length, self.stepper.vocab, speculation, _defaults(model))
+
+    def generate(self, input_ids: Tokens, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        """The prompts and what follows, [batch, length]: like `generate` of transformers, whose options it takes (`generation_options`).
+
+        Rows that end before others are filled up with padding. Raises BadOption, and NoDistribution.
+        """
+        asked = request(input_ids, attention_mask, options, self._limits)
+        made: list[list[int]] = [[] for _ in asked.prompts]
+        for step in self._steps(asked):
+            for row, tokens in zip(made, step):
+                row.extend(tokens)
+        width = max(map(len, made))
+        new = torch.tensor([row + [asked.pad or 0] * (width - len(row)) for row in made])
+        return torch.cat([asked.padded, new], 1).to(input_ids.device if isinstance(input_ids, torch.Tensor) else "cpu")
+
+    def stream(self, prompt: Tokens, **options: Any) -> Iterator[int]:
+        """The tokens that follow one prompt, as they come."""
+        asked = request(prompt, None, options, self._limits)
+        if len(asked.prompts) > 1:
+            raise BadOption(option="input_ids", reason=f"one text is streamed, not {len(asked.prompts)}; steps() takes several")
+        return (token for step in self._steps(asked) for token in step[0])
+
+    def steps(self, input_ids: Tokens, attention_mask: torch.Tensor | None = None, **options: Any) -> Iterator[list[list[int]]]:
+        """After each step the new tokens of every row: none where it has ended, several where drafts were right."""
+        return self._steps(request(input_ids, attention_mask, options, self._limits))
+
+    def _steps(self, asked: Request) -> Iterator[list[list[int]]]:
+        """Every way to generate goes through here."""
+        if asked.streamer is None:
+            yield from self._run(asked)
+            return
+        asked.streamer.put(asked.padded)
+        for step in self._run(asked):
+            for token in step[0]:
+                asked.streamer.put(torch.tensor([token]))
+            yield step
+        asked.streamer.end()
+
+    def _run(self, asked: Request) -> Iterator[list[list[int]]]:
+        self.last = counted = Statistics()
+        batch = _Batch(self.stepper, asked, counted)
+        try:
+            yield batch.first_tokens(self._known(batch), self.chunk)
+            while not all(row.ended for row in batch.rows):
+                yield batch.next_tokens()
+        finally:
+            self._keep(batch)
+            self.statistics.add(counted)
+
+    def _owner(self, batch: _Batch) -> Owner:
+        return Owner(self._name, tuple(d - 1 for d in batch.state.dims))
+
+    def _known(self, batch: _Batch) -> list[int]:
+        """Copies what is kept of each prompt into the state; how many tokens that are. The last one is left: its logits are needed."""
+        if self.prefixes is None:
+            return [0] * len(batch.rows)
+        lengths, owner = list[int](), self._owner(batch)
+        for i, row in enumerate(batch.rows):
+            with self.prefixes.longest(owner, row.text[:-1]) as prefix:
+                for start, count, tensors in prefix.pieces:
+                    for part, dim, kept in zip(batch.parts(i, start, start + count), owner.dims, tensors):
+                        part.copy_(kept.narrow(dim, 0, count))
+                lengths.append(prefix.length)
+        return lengths
+
+    def _keep(self, batch: _Batch) -> None:
+        if self.prefixes is None:
+            return
+        for i, row in enumerate(batch.rows):
+            read = lambda start, stop, i=i: [t.clone(memory_format=torch.contiguous_format) for t in batch.parts(i, start, stop)]  # noqa: E731
+            self.prefixes.insert(self._owner(batch), row.text[: row.done], read)
+
+
+class _Row:
+    """One text. `done`: how many of its tokens the state holds. left: tokens that may still come."""
+
+    def __init__(self, asked: Request, index: int) -> None:
+        self.text = list(asked.prompts[index])
+        self.sampler = Sampler(asked.sampling, asked.seeds[index])
+        self.lookup = None if asked.lookup is None else Lookup(asked.lookup, self.text)
+        self.stop, self.left, self.done, self.ended = asked.stop, asked.length, 0, False
+
+    def ahead(self, room: int) -> list[int]:
+        """The next tokens to compute with: the last one, and drafts. room: places that there are."""
+        if self.ended:
+            return []
+        return [self.text[-1], *(self.lookup.draft(min(self.left, room) - 1) if self.lookup else ())]
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """Adds tokens up to the one that ends the text; all before the last of them are in the state."""
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop), len(tokens))
+        tokens = list(tokens[:end])
+        self.text += tokens
+        self.left -= len(tokens)
+        self.done = len(self.text) - 1
+        self.ended = self.left == 0 or tokens[-1] in self.stop
+        if self.lookup is not None:
+            self.lookup.extend(tokens)
+        return tokens
+
+
+class _Batch:
+    """Texts that one state holds, row by row."""
+
+    def __init__(self, stepper: Stepper, asked: Request, counted: Statistics) -> None:
+        self.stepper, self.counted = stepper, counted
+        self.rows = [_Row(asked, i) for i in range(len(asked.prompts))]
+        self.state = stepper.state(len(self.rows))
+
+    def parts(self, row: int, start: int, stop: int) -> list[torch.Tensor]:
+        """What the state holds of a row between two positions."""
+        return [t[row].narrow(d - 1, start, stop - start) for t, d in zip(self.state.tensors, self.state.dims)]
+
+    def first_tokens(self, known: Sequence[int], chunk: int) -> list[list[int]]:
+        """Reads the prompts from where they are known on, and chooses what follows them."""
+        begin, last = time.perf_counter(), dict[int, torch.Tensor]()
+        for row, count in zip(self.rows, known):
+            row.done = count
+        self.counted.reused += sum(known)
+        while len(last) < len(self.rows):
+            parts = [row.text[row.done : row.done + chunk] for row in self.rows]
+            logits = self._compute(parts)
+            for i, (row, part) in enumerate(zip(self.rows, parts)):
+                row.done += len(part)
+                self.counted.computed += len(part)
+                if part and row.done == len(row.text):
+                    last[i] = logits[i][-1].clone()
+        made = [row.take([row.sampler.choose(last[i], row.text)]) for i, row in enumerate(self.rows)]
+        self.counted.generated += len(made)
+        self.counted.prompt_seconds += time.perf_counter() - begin
+        return made
+
+    def next_tokens(self) -> list[list[int]]:
+        """One step: of each row that has not ended a token, and those that were drafted and are right."""
+        begin, made = time.perf_counter(), list[list[int]]()
+        ahead = [row.ahead(self.stepper.max_length - row.done) for row in self.rows]
+        logits = self._compute(ahead)
+        for row, tokens, computed in zip(self.rows, ahead, logits):
+            made.append(self._verified(row, tokens[1:], computed) if tokens else [])
+        self.counted.steps += 1
+        self.counted.generated += sum(map(len, made))
+        self.counted.step_seconds += time.perf_counter() - begin
+        return made
+
+    def _verified(self, row: _Row, drafted: Sequence[int], logits: torch.Tensor) -> list[int]:
+        tokens = accepted(logits, drafted, row.sampler, row.text)
+        self.counted.drafted += len(drafted)
+        self.counted.accepted += len(tokens) - 1
+        if row.lookup is not None:
+            row.lookup.learn(len(drafted), len(tokens) - 1)
+        return row.take(tokens)
+
+    def _compute(self, parts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Logits of the tokens that follow what the state holds of each row; none of a row for which there are none.
+
+        A step has one width. Where a row has fewer tokens, what is behind them is written behind its position and means nothing; where
+        the width reaches beyond the last place, it begins earlier, with tokens that are computed again to the same end.
+        """
+        width = max(map(len, parts))
+        starts = [min(row.done, self.stepper.max_length - width) for row in self.rows]
+        texts = [[*row.text[start : row.done], *part] for row, start, part in zip(self.rows, starts, parts)]
+        device = self.state.tensors[0].device
+        tokens = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
+        with torch.no_grad():
+            logits = self.stepper.step(tokens, torch.tensor(starts, device=device), self.state)
+        return [computed[row.done - s : row.done - s + len(part)] for computed, row, s, part in zip(logits, self.rows, starts, parts)]
+
+
+def _defaults(model: Any) -> dict[str, Any]:
+    """Options that a model of transformers brings."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return {}
+    return {**TRANSFORMERS_DEFAULTS, **{name: value for name, value in config.to_dict().items() if value is not None}}
