@@ -36,8 +36,8 @@ class Budget:
     """Limits that a model must keep; what is None is not limited.
 
     max_error: by `metric`, one of METRICS, or a Loss: then it is how much the loss may grow. memory: bytes of the weights, as a number,
-    "200MB", or "50%" of what they are. latency: seconds of a call on the example, as a number, "5ms", or "80%" of eager's;
-    None: those of the exact model as `optimize` makes it.
+    "200MB", or "50%" of what they are. latency: seconds of a call on the example, as a number, "5ms", or "80%" of eager's (for a target: of
+    what is foretold of the exact model); None: those of the exact model as `optimize` makes it.
     bits: the mean of a weight, scales and zeros included. bops: products of bits of weights and inputs, added up over multiplications, as
     a number or a share "25%". objective: what to make least, "latency", "memory" or "error". formats: those to choose from.
     calibration: tuples of arguments (or dicts, by name) like the example; a quarter, at least one, is held out to verify the result.

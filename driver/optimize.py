@@ -15,13 +15,14 @@ from .artifact import Optimized
 from .budget import Budget
 from .calling import CallingConvention
 from .compile import Compiled, Options, compile_graph
-from .errors import BadOption
 from .inputs import Example
 from .loading import Model, captured_of, export_module
 from .measure import apart, convention_for, error_check, flat_example, timed, with_speed
 from .outline import machine_of, outline
+from .pipeline import passes_from
+from .places import Elsewhere, Here
 from .receipt import Trial
-from .targets import UNMEASURED, compile_for, interpreted, require_portable, require_target
+from .targets import FORETOLD, UNMEASURED, compile_for, interpreted, require_portable, require_target
 from .tune import compile_tuned
 from .within import optimize_within
 
@@ -70,21 +71,19 @@ def optimize_model(
 
     For a target that is elsewhere, speed is not measured, and error only of the rewritten graph.
     """
-    if target is not None and budget is not None:
-        raise BadOption(option="target", reason="a budget is kept by measuring, which takes the GPU itself; leave out one of the two")
     options = Options(passes=passes, max_autotune=tuning_seconds > 0, tuning_seconds=tuning_seconds)
     with stage("capturing the graph"):
         captured = captured_of(model)
     convention = convention_for(model, captured)
     if target is not None:
-        return _outlined(_compiled_for(target, model, captured, convention, options, stage), captured, stage)
+        return _outlined(_compiled_for(target, model, captured, convention, options, budget, stage), captured, stage)
     with stage("rewriting, building kernels and measuring them" if options.tunes else "rewriting and building kernels"):
         compiled = _compiled(model, captured, convention, options)
     optimized = Optimized(compiled.graph, convention, compiled.program, compiled.receipt, captured.state)
     with stage("measuring speed against eager"):
         optimized = _never_slower(apart(model, captured), captured, optimized, options)
     if budget is not None:
-        optimized = optimize_within(model, captured, convention, budget, optimized, stage)
+        optimized = optimize_within(model, captured, convention, budget, Here(model, captured, convention, optimized), stage)
         if budget.allowed_relative is None:
             return _outlined(optimized, captured, stage, options.tunes)  # verified by another metric
     with stage("checking against float64"):
@@ -103,16 +102,30 @@ def _outlined(made: Optimized, captured: CapturedModule, stage: Stages, measure:
 
 
 def _compiled_for(
-    target: str, model: Model, captured: CapturedModule, convention: CallingConvention, options: Options, stage: Stages
+    target: str,
+    model: Model,
+    captured: CapturedModule,
+    convention: CallingConvention,
+    options: Options,
+    budget: Budget | None,
+    stage: Stages,
 ) -> Optimized:
     """For a GPU that is not here: what has to run there is not measured."""
     require_portable(model.name, captured.graph, target)
-    with stage(f"rewriting and building kernels for {target}"):
-        made = compile_for(captured.graph, target, options.passes, options.tuning_seconds if options.tunes else 0.0)
-    with stage("checking the rewritten graph against float64"):
-        error = error_check(apart(model, captured), captured, convention, interpreted(made.graph, convention, captured.state))
-    receipt = replace(made.receipt, error=error, target=target, unmeasured=UNMEASURED)
-    return Optimized(made.graph, convention, made.program, receipt, captured.state, made.code)
+    seconds = options.tuning_seconds if options.tunes else 0.0
+    if budget is not None:
+        made = optimize_within(model, captured, convention, budget, Elsewhere(target, captured, convention, seconds), stage)
+    else:
+        with stage(f"rewriting and building kernels for {target}"):
+            found = compile_for(captured.graph, target, passes_from(options.passes), seconds)
+        made = Optimized(found.graph, convention, found.program, found.receipt, captured.state, found.code)
+    receipt = replace(made.receipt, target=target, unmeasured=UNMEASURED if budget is None else (*UNMEASURED, FORETOLD))
+    if budget is None or budget.allowed_relative is not None:
+        allowed = None if budget is None else budget.allowed_relative
+        with stage("checking the rewritten graph against float64"):
+            ours = interpreted(made.graph, convention, captured.state)
+            receipt = replace(receipt, error=error_check(apart(model, captured), captured, convention, ours, allowed))
+    return replace(made, receipt=receipt)
 
 
 def _compiled(model: Model, captured: CapturedModule, convention: CallingConvention, options: Options) -> Compiled:

@@ -30,7 +30,7 @@ from .compile import Options, rewritten
 from .errors import CannotOptimize, NoTriton, UnknownTarget
 from .inputs import copied
 from .native_code import remember
-from .pipeline import passes_from
+from .pipeline import DEFAULT_PASSES
 from .receipt import Receipt, make_receipt
 from .trust import all_nodes
 
@@ -46,6 +46,8 @@ UNMEASURED = (
     "speed, and that it is not slower than eager: it was compiled without running it",
     "error of the kernels: that of the rewritten graph was measured, op by op on the CPU",
 )
+
+FORETOLD = "times that the budget was kept by: those of the cost model"
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,10 @@ def require_portable(model: str, graph: Graph, target: str) -> None:
         raise CannotOptimize(path=f"{model} for {target}", reason=f"torch runs {stays}, which is part of it, on CPUs only")
 
 
-def compile_for(graph: Graph, target: str, passes: str | None = None, seconds: float = 0.0) -> CompiledFor:
-    """Rewrites a graph that was captured on the CPU for a GPU, and compiles its kernels.
+def compile_for(
+    graph: Graph, target: str, passes: Sequence[Pass] = DEFAULT_PASSES, seconds: float = 0.0, notes: Notes | None = None
+) -> CompiledFor:
+    """Rewrites a graph that was captured on the CPU for a GPU, and compiles its kernels. notes: what was done to the graph before.
 
     A kernel that cannot be compiled is run by eager there. The receipt has no times: equal models give equal artifacts.
     seconds: for compiling kernels under other schedules than those that templates start from (`search.schedules.by_facts`).
@@ -86,8 +90,8 @@ def compile_for(graph: Graph, target: str, passes: str | None = None, seconds: f
     from ..codegen.triton.cross import cross_target
     from ..search.schedules import by_facts, with_schedules
 
-    notes, binaries = Notes(), dict[str, Binary]()
-    fused = rewritten(graph, Options(), retargeted(passes_from(passes)), notes, {})
+    notes, binaries = notes or Notes(), dict[str, Binary]()
+    fused = rewritten(graph, Options(), retargeted(passes), notes, {})
     weights = {name: data.value for name, data in constants(fused).items() if data.value is not None}
     graph = parse(str(fused), weights)
     found = by_facts(graph, of_target(target), seconds, Database())

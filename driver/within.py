@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,20 +30,21 @@ from ..search.allocate import Allocation, Infeasible, allocate
 from ..search.channels import channel_scales, tried
 from ..search.choices import LayerChoices, layer_choices, plan_of
 from ..search.database import Database
-from ..search.layer_times import EXACT, layer_times
+from ..search.layer_times import EXACT
 from ..search.pareto import pareto
 from ..search.sensitivity import Progress, Sensitivity, counts
 from ..search.tuner import CERTAINTY
 from .artifact import Optimized
 from .budget import OBJECTIVES, Attempt, Budget, LayerLine, Point, Spent, quantity
 from .calling import CallingConvention
-from .compile import Compiled, Options, compile_graph, rewritten
+from .compile import Options, rewritten
 from .errors import BadInputs, CannotOptimize
 from .inputs import copied
 from .loading import Model
-from .measure import apart, flat_example, flattened, timed, with_speed
+from .measure import apart, flat_example, flattened
 from .memory import constant_bytes
-from .pipeline import FINISHING, PREPARING
+from .pipeline import PREPARING
+from .places import Made, Place
 
 ATTEMPTS = 8
 LEAST_WEIGHTS = 4096
@@ -77,24 +78,20 @@ Stages = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class _Tried:
-    """A candidate that keeps all limits. exact_seconds: of the exact model, called in turn with it."""
+    """A candidate that keeps all limits."""
 
-    allocation: Allocation
-    compiled: Compiled
-    optimized: Optimized
+    made: Made
     error: float
-    seconds: float
-    exact_seconds: float
 
 
 class _Within:
-    """exact: the model as `optimize` makes it without a budget."""
+    """place: where it will run."""
 
     def __init__(
-        self, model: Model, captured: CapturedModule, convention: CallingConvention, budget: Budget, exact: Optimized, stage: Stages
+        self, model: Model, captured: CapturedModule, convention: CallingConvention, budget: Budget, place: Place, stage: Stages
     ) -> None:
         self.model, self.captured, self.convention, self.budget = model, captured, convention, budget
-        self.exact, self.stage = exact, stage
+        self.place, self.stage = place, stage
         self.database, self.notes = Database(), Notes()
         self.seconds: dict[str, float] = {}
         with torch.no_grad():
@@ -137,8 +134,8 @@ class _Within:
             self.sensitivity = Sensitivity(self.graph, self.layers, self.chosen_on, self.metric, self.database)
             effects = self.sensitivity.effects(formats, progress)
             self.candidates = counts(effects)
-        with self._progress("measuring how long layers take in each format") as progress:
-            seconds = layer_times(self.layers, formats, _runner, self.database, progress)
+        with self._progress(f"{'measuring' if self.place.measured else 'foretelling'} how long layers take in each format") as progress:
+            seconds = self.place.layer_times(self.graph, self.layers, formats, self.database, progress)
         self.choices = layer_choices(self.graph, self.layers, formats, effects, seconds, self.metric.power)
         self.offered = [c.choices for c in self.choices]
         with torch.no_grad():
@@ -147,8 +144,7 @@ class _Within:
         self.rounding = max(map(self.metric, own, self.references)) if isinstance(self.budget.metric, str) else 0.0
         model = apart(self.model, self.captured)
         self.original_loss = 0.0 if isinstance(self.budget.metric, str) else self.budget.metric(model.module)
-        verdict = timed(model, ours=self.exact)
-        self.exact_seconds, self.eager_seconds = (verdict.timings[name].seconds for name in ("ours", "eager"))
+        self.exact_seconds, self.whole_seconds = self.place.exact_times()
 
     @contextmanager
     def _progress(self, name: str) -> Iterator[Progress]:
@@ -167,7 +163,7 @@ class _Within:
         if self.budget.bits is not None:
             weights = sum(x.nbytes / x.weight.dtype.itemsize for x in self.layers)
             found["bytes"] = min(found.get("bytes", math.inf), self.budget.bits * weights / 8)
-        latency = quantity("latency", self.budget.latency, self.eager_seconds)
+        latency = quantity("latency", self.budget.latency, self.whole_seconds)
         if latency is not None:
             found["time"] = latency - (self.exact_seconds - layer_seconds)
         bops = quantity("bops", self.budget.bops, self._exact("bops"))
@@ -255,17 +251,14 @@ class _Within:
         if error > self._most_error:
             return self._missed(allocation, "error", self._room(error), error)
         with self.stage("building kernels of a candidate"):
-            compiled = compile_graph(quantized, Options(), notes, FINISHING, before=seconds)
-        return self._judged(allocation, compiled)
+            made = self.place.made(quantized, notes, seconds)
+        return self._judged(allocation, made)
 
-    def _judged(self, allocation: Allocation, compiled: Compiled) -> tuple[_Tried | None, str, float]:
+    def _judged(self, allocation: Allocation, made: Made) -> tuple[_Tried | None, str, float]:
         """By what it does when it runs."""
-        made = Optimized(compiled.graph, self.convention, compiled.program, compiled.receipt, self.captured.state)
-        error = self._error_of(made.program.run)
-        verdict = timed(apart(self.model, self.captured), ours=made, exact=self.exact)
-        seconds, exact = verdict.timings["ours"].seconds, verdict.timings["exact"]
-        most_seconds = self._user_limits()["time"] or exact.seconds * (1 + CERTAINTY * exact.noise)
-        nbytes, most_bytes = constant_bytes(compiled.graph), self._user_limits()["bytes"] or math.inf
+        error, seconds = self._error_of(made.run), made.seconds
+        most_seconds = self._user_limits()["time"] or made.exact_seconds * (1 + CERTAINTY * made.noise)
+        nbytes, most_bytes = constant_bytes(made.graph), self._user_limits()["bytes"] or math.inf
         if error > self._most_error:
             return self._missed(allocation, "error", self._room(error), error, seconds)
         if seconds > most_seconds:
@@ -273,7 +266,7 @@ class _Within:
         if nbytes > most_bytes:
             return self._missed(allocation, "bytes", most_bytes / nbytes, error, seconds)
         self._note(allocation, error, seconds, "kept")
-        return _Tried(allocation, compiled, with_speed(made, verdict, "ours"), error, seconds, exact.seconds), "", self._room(error)
+        return _Tried(made, error), "", self._room(error)
 
     def _missed(self, allocation: Allocation, cost: str, room: float, error: float, seconds: float = 0.0) -> tuple[None, str, float]:
         self._note(allocation, error, seconds, f"declined: over the {cost}")
@@ -335,10 +328,10 @@ class _Within:
             objective=self.budget.objective,
             limits=limits,
             error=tried.error if tried else self.rounding,
-            bytes=constant_bytes(tried.compiled.graph) if tried else self.exact_bytes,
+            bytes=constant_bytes(tried.made.graph) if tried else self.exact_bytes,
             exact_bytes=self.exact_bytes,
-            seconds=tried.seconds if tried else self.exact_seconds,
-            exact_seconds=tried.exact_seconds if tried else self.exact_seconds,
+            seconds=tried.made.seconds if tried else self.exact_seconds,
+            exact_seconds=tried.made.exact_seconds if tried else self.exact_seconds,
             held_out=self.held_out,
             layers=tuple(map(self._line, self.choices, allocation.names)),
             attempts=tuple(self.attempts),
@@ -351,7 +344,7 @@ class _Within:
         return {
             "error": self.budget.max_error,
             "bytes": quantity("memory", self.budget.memory, self.exact_bytes),
-            "time": quantity("latency", self.budget.latency, self.eager_seconds),
+            "time": quantity("latency", self.budget.latency, self.whole_seconds),
             "bits": self.budget.bits,
             "bops": quantity("bops", self.budget.bops, self._exact("bops")),
         }
@@ -369,17 +362,14 @@ class _Within:
         return tuple(Point(self._predicted_seconds(p), p.costs["bytes"] + others, self._predicted_error(p)) for p in front.points)
 
 
-def _runner(graph: Graph) -> Callable[[list[Any]], Any]:
-    return compile_graph(graph, Options(), Notes(), FINISHING).program.run
-
-
 def optimize_within(
-    model: Model, captured: CapturedModule, convention: CallingConvention, budget: Budget, exact: Optimized, stage: Stages
+    model: Model, captured: CapturedModule, convention: CallingConvention, budget: Budget, place: Place, stage: Stages
 ) -> Optimized:
     """The model within the budget, with `Spent` on its receipt. Raises CannotOptimize, where nothing keeps the limits, and BadInputs."""
-    search = _Within(model, captured, convention, budget, exact, stage)
+    search = _Within(model, captured, convention, budget, place, stage)
     search.measure()
     with stage("choosing and verifying"):
         tried, allocation = search.run()
-    made = tried.optimized if tried is not None else exact
+    with nullcontext() if place.measured else stage("building kernels"):
+        made = tried.made.finished() if tried is not None else place.exact()
     return replace(made, receipt=replace(made.receipt, spent=search.spent(tried, allocation)))

@@ -1,7 +1,8 @@
-"""How long the layers of a model take in each format, on this machine: measured, with all that runs instead of them.
+"""How long the layers of a model take in each format, on this machine: measured, with all that runs instead of them; or foretold.
 
 Layers of equal shapes are measured as one group: a graph of several of them, each with weights of its own, so that memory is read as in the
-model rather than caches; their candidates are called in turn (`tuner.py`), and verdicts are kept in the database.
+model rather than caches; their candidates are called in turn (`tuner.py`), and verdicts are kept in the database. For a machine that is not
+here, the group is foretold together, within the model.
 """
 
 from __future__ import annotations
@@ -42,13 +43,46 @@ def layer_times(
 
     compiled: makes a canonical graph something to call.
     """
+
+    def measured(shape: str, members: Sequence[Layer]) -> Mapping[str, float]:
+        return _measured(shape, members[:COPIES], formats, compiled, database)
+
+    return _of_groups(layers, measured, progress)
+
+
+def foretold_times(
+    graph: Graph,
+    layers: Sequence[Layer],
+    formats: Sequence[str],
+    foretold: Callable[[Graph], float],
+    progress: Progress = lambda done, total: None,
+) -> dict[tuple[str, str], float]:
+    """The same for another machine, by what is foretold of the seconds of a canonical graph: the whole graph with a group in a format, less
+    the exact one, so that what is fused with a layer counts."""
+    whole = foretold(graph)
+
+    def of_group(shape: str, members: Sequence[Layer]) -> Mapping[str, float]:
+        spared = {
+            name: (whole - foretold(requantized(graph, _as(members, made)))) / len(members)
+            for name, made in _variants(members[0], formats).items()
+        }
+        exact = max(foretold(_exact(members[:1])), *spared.values(), 0.0)  # alone it may be quicker than with what is fused with it
+        return {EXACT: exact} | {name: exact - gain for name, gain in spared.items()}
+
+    return _of_groups(layers, of_group, progress)
+
+
+def _of_groups(
+    layers: Sequence[Layer], times: Callable[[str, Sequence[Layer]], Mapping[str, float]], progress: Progress
+) -> dict[tuple[str, str], float]:
+    """times: of the hash and the layers of a group, seconds by format for one of them."""
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
         groups.setdefault(structural_hash(_exact([layer]), weights=False), []).append(layer)
     found: dict[tuple[str, str], float] = {}
     for done, (shape, members) in enumerate(groups.items()):
         progress(done, len(groups))
-        for name, seconds in _group_times(shape, members[:COPIES], formats, compiled, database).items():
+        for name, seconds in times(shape, members).items():
             found |= {(layer.name, name): seconds for layer in members}
     progress(len(groups), len(groups))
     return found
@@ -58,11 +92,14 @@ def _exact(layers: Sequence[Layer]) -> Graph:
     return alone([Encoded(layer, FORMATS["bf16"], {}) for layer in layers])[0]
 
 
-def _group_times(shape: str, layers: Sequence[Layer], formats: Sequence[str], compiled: Compile, database: Database) -> Mapping[str, float]:
-    """Format -> seconds for one layer of the group."""
+def _variants(layer: Layer, formats: Sequence[str]) -> dict[str, Encoded]:
     parts: Known = {}
-    variants = {name: made for name in formats if isinstance(made := encoded(layers[0], FORMATS[name], known=parts), Encoded)}
-    exact = _exact(layers)
+    return {name: made for name in formats if isinstance(made := encoded(layer, FORMATS[name], known=parts), Encoded)}
+
+
+def _measured(shape: str, layers: Sequence[Layer], formats: Sequence[str], compiled: Compile, database: Database) -> Mapping[str, float]:
+    """Format -> seconds for one layer of the group."""
+    variants, exact = _variants(layers[0], formats), _exact(layers)
 
     def candidates() -> dict[str, Run]:
         inputs = example_inputs(exact)
@@ -77,9 +114,12 @@ def _group_times(shape: str, layers: Sequence[Layer], formats: Sequence[str], co
 
 
 def _in_format(layers: Sequence[Layer], made: Encoded) -> Graph:
+    return requantized(*alone(_as(layers, made)))
+
+
+def _as(layers: Sequence[Layer], made: Encoded) -> list[Encoded]:
     """All layers as one of them is encoded: time does not depend on the values."""
-    chosen = [replace(made, layer=layer, parts={k: v.clone() for k, v in made.parts.items()}) for layer in layers]
-    return requantized(*alone(chosen))
+    return [replace(made, layer=layer, parts={k: v.clone() for k, v in made.parts.items()}) for layer in layers]
 
 
 def _call(run: Callable[[list[Any]], Any], inputs: Sequence[Any]) -> Run:

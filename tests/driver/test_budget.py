@@ -9,7 +9,7 @@ import tilewright
 import torch
 from offline import run, save_program, sentence
 from rich.console import Console
-from tilewright.driver import measure, pipeline, within
+from tilewright.driver import measure, pipeline, places, within
 from tilewright.driver.budget import DEFAULT_FORMATS, Budget, budget_from, quantity
 from tilewright.driver.errors import BadInputs, BadOption, CannotOptimize
 from tilewright.driver.receipt import Receipt
@@ -36,7 +36,7 @@ class Net(torch.nn.Module):
 def quick(monkeypatch):
     """Times are given, not measured: nothing here depends on how fast this machine is."""
     monkeypatch.setattr(measure, "MEASURE_SECONDS", 0.01)
-    monkeypatch.setattr(within, "layer_times", _times)
+    monkeypatch.setattr(places, "layer_times", _times)
     monkeypatch.setattr(within, "CERTAINTY", 1e9)  # no candidate is slower beyond noise
     torch.manual_seed(0)
 
@@ -130,7 +130,7 @@ def test_a_candidate_slower_than_the_exact_model_is_rolled_back(ids, monkeypatch
         ours = 2e-3 if formats else 0.5e-3
         return Verdict("ours", "ours", {"ours": Timing(ours), "exact": Timing(1e-3), "eager": Timing(2e-3)}, {}, 5)
 
-    monkeypatch.setattr(within, "timed", timed)
+    monkeypatch.setattr(places, "timed", timed)
     monkeypatch.setattr(within, "CERTAINTY", 2.5)
     _, _, spent = _optimized(ids, max_error=0.3)
     assert spent.seconds <= 1e-3
@@ -141,7 +141,7 @@ def test_a_candidate_slower_than_the_exact_model_is_rolled_back(ids, monkeypatch
 
 def test_times_that_are_foretold_rule_nothing_out(ids, monkeypatch) -> None:
     """Every format is foretold to be slower, and the user asks for half the memory: what is measured decides."""
-    monkeypatch.setattr(within, "layer_times", lambda *args: {k: t if k[1] == EXACT else 1e-3 - t for k, t in _times(*args).items()})
+    monkeypatch.setattr(places, "layer_times", lambda *args: {k: t if k[1] == EXACT else 1e-3 - t for k, t in _times(*args).items()})
     _, _, spent = _optimized(ids, memory="50%", max_error=0.5)
     assert spent.attempts[-1].verdict == "kept" and spent.attempts[-1].predicted_seconds > spent.exact_seconds
     assert spent.bytes <= 0.5 * spent.exact_bytes
@@ -243,9 +243,44 @@ def test_unknown_metric_and_wrong_calibration(ids) -> None:
         tilewright.optimize(Net().eval(), (ids[0],), tuning_seconds=0, budget=Budget(max_error=0.1, calibration=[(1, 2, 3)]))
 
 
-def test_a_budget_is_not_for_another_machine(ids) -> None:
-    with pytest.raises(BadOption, match="target: a budget is kept by measuring"):
-        tilewright.optimize(Net().eval(), (ids[0],), target="sm_90", budget=Budget(max_error=0.1))
+@pytest.fixture
+def deep():
+    torch.manual_seed(0)
+    layers = [layer for _ in range(2) for layer in (torch.nn.Linear(512, 512), torch.nn.GELU())]
+    return torch.nn.Sequential(*layers).eval(), [torch.randn(64, 512) for _ in range(3)]
+
+
+def _for_target(deep, **budget):
+    pytest.importorskip("triton")
+    model, inputs = deep
+    made = Budget(calibration=inputs[1:], formats=("bf16", "int8-bf16"), **budget)
+    return tilewright.optimize(model, (inputs[0],), target="sm_90", tuning_seconds=0, budget=made)
+
+
+def test_a_budget_for_another_machine(deep, tmp_path, monkeypatch) -> None:
+    """Times are those of the cost model, and the receipt says so; error and bytes are measured."""
+    monkeypatch.setattr(places, "timed", None)
+    made = _for_target(deep, max_error=2e-2, memory="50%")
+    spent, receipt = made.receipt.spent, made.receipt
+    assert receipt.target == "sm_90" and receipt.speed is None and receipt.unmeasured[-1].endswith("those of the cost model")
+    assert spent.error <= 2e-2 and spent.held_out and spent.bytes <= 0.5 * spent.exact_bytes and receipt.error.ok
+    assert spent.bytes == sum(v.nbytes for v in made_weights(made)) and {x.format for x in spent.layers} == {"int8-bf16"}
+    assert 0 < spent.seconds < spent.exact_seconds < 1e-3 and spent.attempts[-1].predicted_seconds == pytest.approx(spent.seconds, rel=0.3)
+    assert receipt.kernels and all(k.usage for k in receipt.kernels) and any(a.rule == "quantize" for a in receipt.applied)
+    assert Receipt.from_json(receipt.to_json()) == receipt
+    made.save(tmp_path / "a.tw")
+    _for_target(deep, max_error=2e-2, memory="50%").save(tmp_path / "b.tw")
+    assert (tmp_path / "a.tw").read_bytes() == (tmp_path / "b.tw").read_bytes()
+
+
+def test_latency_on_another_machine(deep) -> None:
+    """A share is one of what is foretold of the exact model."""
+    spent = _for_target(deep, max_error=2e-2, latency="95%").receipt.spent
+    assert spent.seconds <= spent.limits["time"] == pytest.approx(0.95 * spent.exact_seconds)
+    exact = _for_target(deep, max_error=0.0)
+    assert exact.receipt.spent.seconds == spent.exact_seconds and exact.receipt.kernels and exact.receipt.error.ok
+    with pytest.raises(CannotOptimize, match="no choice of formats keeps"):
+        _for_target(deep, max_error=2e-2, latency="1us")
 
 
 def test_amounts() -> None:
