@@ -23,11 +23,12 @@ from .plan_memory import PlanMemory
 from .prune_blocks import PruneBlocks
 from .quantize import Plan, Quantize
 from .recognize import Recognize
+from .reuse_kv import ReuseKV
 from .split_bias import SplitBias
 
 _KINDS = (
     Canonicalize, ChooseLayouts, FoldConstants, FoldNorms, FuseRegions, MergeLinears, MergeTokens, PackWeights, PlanMemory,
-    PruneBlocks, Quantize, Recognize, SplitBias,
+    PruneBlocks, Quantize, Recognize, ReuseKV, SplitBias,
 )  # fmt: skip
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _KINDS}

@@ -1,0 +1,73 @@
+"""In which formats keys and values are kept: a table from names to how a value becomes parts, and parts a value again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..ir.graph import Node
+from ..ir.ops import OPS
+
+Parts = tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class KvFormat:
+    """encode: a value [..., d] as the parts that are kept, each [..., its own last dimension]. decode: the parts as a value of a dtype."""
+
+    encode: Callable[[Node], Parts]
+    decode: Callable[[Parts, torch.dtype], Node]
+
+
+def _cast_to(dtype: torch.dtype | None) -> KvFormat:
+    def encode(x: Node) -> Parts:
+        return (x if dtype in (None, x.dtype) else OPS["cast"](x, dtype=dtype),)
+
+    def decode(parts: Parts, wanted: torch.dtype) -> Node:
+        (x,) = parts
+        return x if x.dtype == wanted else OPS["cast"](x, dtype=wanted)
+
+    return KvFormat(encode, decode)
+
+
+def _int8(x: Node) -> Parts:
+    both = OPS["quantize_rows"](x)
+    return OPS["item"](both, index=0), OPS["item"](both, index=1)
+
+
+def _from_int8(parts: Parts, wanted: torch.dtype) -> Node:
+    return OPS["dequantize"](*parts, dtype=wanted)
+
+
+MOST = 7.0
+"""The largest level of 4 bits; they are kept as 1 .. 15, 8 being 0."""
+
+
+def _int4(x: Node) -> Parts:
+    """Levels of 4 bits, two in a byte, and a scale for each row."""
+    rank = x.tensor.rank
+    wide = OPS["cast"](x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    step = OPS["div"](OPS["amax"](OPS["abs"](wide), dims=(rank - 1,), keepdim=True), MOST)
+    scale = OPS["where"](OPS["gt"](step, 0.0), step, 1.0)
+    levels = OPS["add"](OPS["clamp"](OPS["round"](OPS["div"](wide, scale)), -MOST, MOST), 8.0)
+    pairs = OPS["reshape"](OPS["cast"](levels, dtype=torch.uint8), shape=(*x.shape[:-1], x.shape[-1] // 2, 2))
+    low, high = (OPS["select"](pairs, dim=rank, index=i) for i in (0, 1))
+    return OPS["bitwise_or"](low, OPS["bitwise_left_shift"](high, 4)), scale
+
+
+def _from_int4(parts: Parts, wanted: torch.dtype) -> Node:
+    levels, scale = parts
+    zero = OPS["full"](shape=(1,) * scale.tensor.rank, value=8.0, dtype=scale.dtype, device=scale.tensor.device)
+    return OPS["dequantize"](OPS["unpack"](levels, bits=4), scale, zero, dtype=wanted)
+
+
+KV_FORMATS: dict[str, KvFormat] = {
+    "same": _cast_to(None),
+    "f32": _cast_to(torch.float32),
+    "bf16": _cast_to(torch.bfloat16),
+    "int8": KvFormat(_int8, _from_int8),
+    "int4": KvFormat(_int4, _from_int4),
+}
+"""Name -> format. "same" keeps values as they are computed; int8 and int4 have a scale for each token and head."""
