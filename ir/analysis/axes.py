@@ -15,11 +15,10 @@ from collections.abc import Mapping
 
 from ..graph import Graph, Node, order
 from .axis_labels import labelled
-from .axis_links import OUT, End
 from .axis_resize import CannotResize, resized
 from .axis_roles import key_roles
 from .axis_spread import Conflict, operand_ends, spread
-from .places import Along, Axis, How, Label, Places
+from .places import OUT, Along, Axis, End, How, Label, Places
 
 __all__ = ["Along", "Axis", "CannotResize", "How", "Label", "Places", "axis_of", "resized"]
 
@@ -53,6 +52,10 @@ class _Search:
         self.ends: dict[Node, Ends] = {}
         self.aligned: dict[Node, Ends] = {}
         self.conflicts: dict[Node, str] = {}
+        self.computed: set[Node] = set()  # what depends on an input
+        for node in self.nodes:
+            if node.op.name == "input" or not self.computed.isdisjoint(node.inputs):
+                self.computed.add(node)
         self._changed = True
 
     def run(self) -> None:
@@ -80,7 +83,9 @@ class _Search:
     def _spread(self, node: Node, known: Ends) -> Ends:
         if node.op.name == "item":
             chosen = self.ends[node.inputs[0]].items()
-            return known | {(OUT, d): along for (operand, d), along in chosen if ~operand == node.attrs["index"]}
+            found = {(OUT, d): along for (operand, d), along in chosen if ~operand == node.attrs["index"]}
+            lost = {} if found else {(0, d): along for (operand, d), along in chosen if operand < 0}
+            return known | found | lost
         try:
             return spread(node, known, self.size)
         except Conflict as conflict:
@@ -112,7 +117,7 @@ class _Search:
             return
         if x in self.aligned and all(self.aligned[x].get(end) == along for end, along in told.items()):
             return
-        ends = operand_ends(x, told, self.size)
+        ends = operand_ends(x, told, self.size, follow=x in self.computed)
         self.aligned.setdefault(x, ends)
         for k, operand in enumerate(x.inputs):
             below = {(OUT, d): along for (at, d), along in ends.items() if at == k}

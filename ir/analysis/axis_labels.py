@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
 from ..dims import Dim
 from ..graph import Node
 from ..op import Category
-from .axis_links import OUT, End, Link, links, mixing
+from .axis_links import links
 from .axis_masks import Fill, Masks, Matrix, any_of, later, reach
 from .axis_spread import spread
-from .places import PARALLEL, Along, How, Label
+from .places import OUT, PARALLEL, Along, End, How, Label, Link, mixing
 
 Ends = Mapping[End, Along]
 
@@ -34,29 +35,36 @@ class _Labels:
         self.size, self.masks = size, Masks(size)
 
     def of(self, node: Node, ends: Ends) -> Label:
-        if node.op.name in ("item", "input"):
+        if node.op.name == "input":
             return PARALLEL
+        if node.op.name == "item":
+            return _item(ends)
         if node.op.name == "reshape":
             return self._reshape(node, ends)
         table = links(node)
         worst = PARALLEL
         for end in (e for e in ends if e[0] >= 0):
-            found = [self._link(node, link, ends) for link in table if end in link.ends]
+            found = [self._link(node, link, end, ends) for link in table if end in link.ends]
             for label in found or [mixing(f"{_name(node)} is not known to keep its indices apart")]:
-                worst = worst.or_worse(label)
+                worst = worst.and_also(label)
         return worst
 
     def _reshape(self, node: Node, ends: Ends) -> Label:
         kept = all(any(e[0] == OUT for e in spread(node, {end: along}, self.size)) for end, along in ends.items() if end[0] == 0)
         return PARALLEL if kept else mixing("it is cut into parts")
 
-    def _link(self, node: Node, link: Link, ends: Ends) -> Label:
-        if link.label.how is How.PREFIX and any(ends[e].outer != 1 for e in link.ends if e in ends):
+    def _link(self, node: Node, link: Link, end: End, ends: Ends) -> Label:
+        """How the node treats the axis in the operand at `end`."""
+        how, along = link.label.how, ends[end]
+        if how is How.MIXING:
+            return reach(self._attention(node, ends) if node.op.name == "attention" else self._hidden(node, link, ends), link.label)
+        if how is How.PREFIX and (along.outer != 1 or along.order is not None):
             return mixing(f"{node.op.name} runs over other dimensions, too")
-        if link.label.how is not How.MIXING:
-            return link.label
-        hidden = self._attention(node, ends) if node.op.name == "attention" else self._hidden(node, link, ends)
-        return reach(hidden, link.label)
+        result = next((ends[e] for e in link.ends if e[0] < 0 and e in ends), None)
+        if link.step is not None:
+            near = replace(link.label, before=link.label.before * along.stride, after=link.label.after * along.stride)
+            return mixing(f"{node.op.name} works on it merged with other dimensions") if result is None else near
+        return link.label if result is None else link.label.and_also(_distance(along, result))
 
     def _hidden(self, node: Node, link: Link, ends: Ends) -> Matrix | None:
         """Which keys do not count in rows of an operand that holds the axis twice: in the mixed dimension, and in one it keeps."""
@@ -79,6 +87,17 @@ class _Labels:
         mask = node.inputs[3]
         row, column = ((d, ends[3, d]) if (3, d) in ends else None for d in (mask.tensor.rank - 2, mask.tensor.rank - 1))
         return any_of(hidden, self.masks.fills(mask, row, column).get(Fill.ZERO if mask.dtype == torch.bool else Fill.LOW))
+
+
+def _item(ends: Ends) -> Label:
+    """One of several results; what holds the axis in another one was left by the last of its steps."""
+    return PARALLEL if any(e[0] == OUT for e in ends) or not ends else mixing("it is what is left behind the last index")
+
+
+def _distance(operand: Along, result: Along) -> Label:
+    """Where the two hold the axis moved against each other, an index of the result reads a neighbour."""
+    by = operand.start - result.start
+    return PARALLEL if by == 0 else Label(How.WINDOW, max(-by, 0), max(by, 0), "it meets itself moved")
 
 
 def _name(node: Node) -> str:

@@ -7,34 +7,16 @@ A link says which dimensions go together element by element, and how the op trea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from ..dims import same
 from ..graph import Node
 from ..op import Category
 from ..types import TensorType
-from .places import PARALLEL, How, Label
-
-End = tuple[int, int]
-"""(operand, dimension); result number r is operand ~r, so that the only result is operand -1."""
-
-OUT = -1
-
-
-@dataclass(frozen=True)
-class Link:
-    """Dimensions that hold the same axis; `label`: how the op treats it."""
-
-    ends: tuple[End, ...]
-    label: Label = PARALLEL
-
-
-Links = list[Link]
-
-
-def mixing(reason: str) -> Label:
-    return Label(How.MIXING, reason=reason)
+from .axis_dims import Links, broadcast_links, end_size, like_first, tensors
+from .axis_externs import extern_links
+from .axis_windows import WINDOWS
+from .places import OUT, PARALLEL, End, How, Label, Link, mixing
 
 
 def links(node: Node) -> Links:
@@ -43,41 +25,15 @@ def links(node: Node) -> Links:
     return rule(node) if rule else []
 
 
-def result_types(node: Node) -> tuple[TensorType, ...]:
-    return node.type if isinstance(node.type, tuple) else (node.tensor,)
-
-
-def end_size(node: Node, end: End) -> object:
-    """The size of a dimension of an operand or result."""
-    operand, d = end
-    return result_types(node)[~operand].shape[d] if operand < 0 else node.inputs[operand].shape[d]
-
-
-def tensors(node: Node) -> list[tuple[int, TensorType]]:
-    """The operands that are one tensor, with their numbers."""
-    return [(k, x.type) for k, x in enumerate(node.inputs) if isinstance(x.type, TensorType)]
-
-
-def _broadcast(shape: Sequence[object], operands: Iterable[tuple[int, TensorType]], stop: int = 0) -> Links:
-    """A link per dimension of the result, but for the last `stop`; operands of size 1 there do not take part."""
-    found, operands = [], list(operands)
-    for d in range(len(shape) - stop):
-        ends = [(k, d - len(shape) + x.rank) for k, x in operands if d - len(shape) + x.rank >= 0]
-        sizes = dict(operands)
-        ends = [(k, e) for k, e in ends if same(sizes[k].shape[e], shape[d])]  # type: ignore[arg-type]
-        found.append(Link(((OUT, d), *ends)))
-    return found
-
-
 def _pointwise(node: Node) -> Links:
-    return _broadcast(node.shape, tensors(node))
+    return broadcast_links(node.shape, tensors(node))
 
 
 def _rope(node: Node) -> Links:
     """Halves or neighbours of the last dimension are exchanged."""
     last = tuple((k, x.rank - 1) for k, x in tensors(node))
     return [
-        *_broadcast(node.shape, tensors(node), 1),
+        *broadcast_links(node.shape, tensors(node), 1),
         Link(((OUT, len(node.shape) - 1), *last), mixing("its elements are rotated in pairs")),
     ]
 
@@ -95,37 +51,31 @@ def _reduction(node: Node) -> Links:
     return found
 
 
-def _same_shape(mixed: Iterable[int], label: Label, rank: int) -> Links:
-    """Result like the first operand; `mixed` are the dimensions that have this label."""
-    mixed = set(mixed)
-    return [Link(((0, d), (OUT, d)), label if d in mixed else PARALLEL) for d in range(rank)]
-
-
 def _scan(node: Node) -> Links:
     rank = node.tensor.rank
-    return _same_shape([node.attrs["dim"] % rank] if rank else [], Label(How.PREFIX), rank)
+    return like_first([node.attrs["dim"] % rank] if rank else [], Label(How.PREFIX), rank)
 
 
 def _softmax(node: Node) -> Links:
     rank = node.tensor.rank
-    return _same_shape([node.attrs["dim"] % rank] if rank else [], mixing("it is normalized along it"), rank)
+    return like_first([node.attrs["dim"] % rank] if rank else [], mixing("it is normalized along it"), rank)
 
 
 def _norm(node: Node) -> Links:
     rank, axes = node.tensor.rank, node.attrs["axes"]
     label = mixing("it is normalized over it")
-    found = _same_shape(range(rank - axes, rank), label, rank)
+    found = like_first(range(rank - axes, rank), label, rank)
     parameters = [(k, x) for k, x in tensors(node) if k]
     return found + [Link(((OUT, rank - axes + d), *((k, d) for k, _ in parameters)), label) for d in range(axes if parameters else 0)]
 
 
 def _group_norm(node: Node) -> Links:
-    return _same_shape(range(1, node.tensor.rank), mixing("it is normalized over it"), node.tensor.rank)
+    return like_first(range(1, node.tensor.rank), mixing("it is normalized over it"), node.tensor.rank)
 
 
 def _batch_norm(node: Node) -> Links:
     channels = Link(((0, 1), (OUT, 1), *((k, 0) for k, _ in tensors(node) if k)))
-    return [*(link for link in _same_shape((), PARALLEL, node.tensor.rank) if (0, 1) not in link.ends), channels]
+    return [*(link for link in like_first((), PARALLEL, node.tensor.rank) if (0, 1) not in link.ends), channels]
 
 
 def _permute(node: Node) -> Links:
@@ -133,16 +83,7 @@ def _permute(node: Node) -> Links:
 
 
 def _expand(node: Node) -> Links:
-    return _broadcast(node.shape, tensors(node))
-
-
-def _slice(node: Node) -> Links:
-    """Whole dimensions only; a part of one is a shift."""
-    rank, d = node.tensor.rank, node.attrs["dim"] % node.tensor.rank
-    whole = same(node.shape[d], node.inputs[0].shape[d])
-    return [Link(((0, i), (OUT, i))) for i in range(rank) if i != d or whole] + (
-        [] if whole else [Link(((0, d),), mixing("it takes a part of it"))]
-    )
+    return broadcast_links(node.shape, tensors(node))
 
 
 def _select(node: Node) -> Links:
@@ -159,18 +100,7 @@ def _flip(node: Node) -> Links:
 
 
 def _layout(node: Node) -> Links:
-    return _same_shape((), PARALLEL, node.tensor.rank)
-
-
-def _cat(node: Node) -> Links:
-    d = node.attrs["dim"] % node.tensor.rank
-    sides = [Link(((OUT, i), *((k, i) for k, _ in tensors(node)))) for i in range(node.tensor.rank) if i != d]
-    return [*sides, *(Link(((k, d),), mixing("it is joined with others along it")) for k, _ in tensors(node))]
-
-
-def _pad(node: Node) -> Links:
-    padded = [bool(lo or hi) for lo, hi in zip(node.attrs["low"], node.attrs["high"])]
-    return [Link(((0, d),), mixing("it is padded")) if at else Link(((0, d), (OUT, d))) for d, at in enumerate(padded)]
+    return like_first((), PARALLEL, node.tensor.rank)
 
 
 def _matmul(node: Node) -> Links:
@@ -179,7 +109,7 @@ def _matmul(node: Node) -> Links:
     lead = [(0, TensorType(a.dtype, a.shape[:-2]))] if a.rank > 2 else []
     lead += [(1, TensorType(b.dtype, b.shape[:-2]))] if b.rank > 2 else []
     stop = (a.rank > 1) + (b.rank > 1)
-    found = _broadcast(node.shape[: rank - stop], lead)
+    found = broadcast_links(node.shape[: rank - stop], lead)
     if a.rank > 1:
         found.append(Link(((0, a.rank - 2), (OUT, rank - stop))))
     if b.rank > 1:
@@ -211,8 +141,16 @@ def _index(node: Node) -> Links:
     read = []
     for b in range(block):
         ends = [(k, b - block + i.rank) for k, i in enumerate(indices, start=1) if b - block + i.rank >= 0]
-        read.append(Link(((OUT, front + b), *(e for e in ends if same(end_size(node, e), node.shape[front + b])))))  # type: ignore[arg-type]
-    return [*kept, *read, *(Link(((0, d),), mixing("it is read at computed indices")) for d in dims)]
+        read.append(Link(((OUT, front + b), *(e for e in ends if same(end_size(node, e), node.shape[front + b])))))
+    indexed = [Link(((0, d),), mixing("it is read at computed indices")) for d in dims]
+    for k, d in enumerate(dims):  # a dimension that is read in order, beside others at computed places: each of its indices alone
+        if _is_every_index(node.inputs[k + 1], x.shape[d]):
+            at = [
+                b for b, link in enumerate(read) if any(operand == k + 1 and end_size(node, (operand, e)) != 1 for operand, e in link.ends)
+            ]
+            if len(at) == 1:
+                indexed[k] = Link(((0, d), (OUT, front + at[0])))
+    return [*kept, *read, *indexed]
 
 
 def _gather(node: Node) -> Links:
@@ -228,7 +166,7 @@ def _attention(node: Node) -> Links:
     rank = node.tensor.rank
     logits = (*node.shape[:-1], node.inputs[1].shape[-2])
     lead = [(k, TensorType(x.dtype, x.shape[:-2])) for k, x in types if x.rank > 2]
-    found = _broadcast(logits[:-2], lead)
+    found = broadcast_links(logits[:-2], lead)
     masks = [(k, x) for k, x in types if k == 3]
     rows = [(k, x.rank - 2) for k, x in masks if x.rank > 1 and same(x.shape[-2], logits[-2])]
     keys = [(k, x.rank - 1) for k, x in masks if x.rank > 0 and same(x.shape[-1], logits[-1])]
@@ -241,6 +179,77 @@ def _attention(node: Node) -> Links:
     ]
 
 
+def _is_every_index(node: Node, length: object) -> bool:
+    """Whether a value is 0, 1, 2, ... length - 1, in any shape."""
+    while node.op.category is Category.VIEW and node.op.name in ("reshape", "expand") or node.op.name == "cast":
+        node = node.inputs[0]
+    return node.op.name == "iota" and node.attrs["start"] == 0 and node.attrs["step"] == 1 and same(node.attrs["length"], length)  # type: ignore[arg-type]
+
+
+def _scatter(node: Node) -> Links:
+    """scatter and gather's inverse: alone along every dimension but the one that is written at computed indices."""
+    rank, d = node.tensor.rank, node.attrs["dim"] % max(node.tensor.rank, 1)
+    sides = [Link(tuple(e for e in ((0, i), (1, i), (2, i), (OUT, i)) if _is_like(node, e, i))) for i in range(rank) if i != d]
+    return [*sides, Link(((0, d), (1, d), (2, d), (OUT, d)), mixing("it is written at computed indices"))]
+
+
+def _is_like(node: Node, end: End, d: int) -> bool:
+    """Whether an operand is a tensor as long as the result in this dimension."""
+    k = end[0]
+    return k < 0 or (isinstance(node.inputs[k].type, TensorType) and same(end_size(node, end), node.shape[d]))
+
+
+def _written(node: Node) -> Links:
+    """slice_scatter and cache_update: x with something else in a part of one dimension."""
+    rank, d = node.tensor.rank, node.attrs["dim"] % node.tensor.rank
+    sides = [Link(((0, i), (1, i), (OUT, i))) for i in range(rank) if i != d]
+    return [*sides, Link(((0, d), (OUT, d))), Link(((1, d),), mixing("it is written into a part of another value"))]
+
+
+def _index_put(node: Node) -> Links:
+    """Dimensions that are not indexed are each alone; the value's last ones are those."""
+    rank, dims, value = node.tensor.rank, node.attrs["dims"], node.inputs[1].tensor
+    label = mixing("it is written at computed indices")
+    block = max(t.rank for k, t in tensors(node) if k > 1)
+    front = dims[0] if dims[-1] - dims[0] == len(dims) - 1 else 0
+    rest = [d for d in range(rank) if d not in dims]
+    total = len(rest) + block
+    found = []
+    for at, d in enumerate(rest):
+        v = (at if at < front else at + block) - (total - value.rank)
+        ends = ((0, d), (OUT, d)) + (((1, v),) if v >= 0 and same(value.shape[v], node.shape[d]) else ())
+        found.append(Link(ends))
+    mixed = [Link(((0, d), (OUT, d)), label) for d in dims]
+    return [*found, *mixed, *(Link(((k, d),), label) for k, t in tensors(node) if k > 1 for d in range(t.rank))]
+
+
+def _grouped(node: Node) -> Links:
+    """Rows in their order; which group a row is in comes with the ends of groups."""
+    return [
+        Link(((0, 0), (OUT, 0))),
+        Link(((0, 1), (1, 1)), mixing("it is summed over")),
+        Link(((1, 2), (OUT, 1))),
+        Link(((1, 0), (2, 0)), mixing("groups are told apart along it")),
+    ]
+
+
+def _last(node: Node) -> Links:
+    """Of operands and results of one rank, the last dimension is mixed."""
+    rank = node.inputs[0].tensor.rank
+    results = len(node.type) if isinstance(node.type, tuple) else 1
+    ends = [[*((k, d) for k, t in tensors(node) if t.rank == rank), *((~r, d) for r in range(results))] for d in range(rank)]
+    return [Link(tuple(e), mixing("its elements go together") if d == rank - 1 else PARALLEL) for d, e in enumerate(ends)]
+
+
+def _recurrence(node: Node) -> Links:
+    """gates [steps, batch, columns], states [batch, units] -> out [steps, batch, units], states."""
+    steps, batch = (1, 0) if node.attrs["batch_first"] else (0, 1)
+    states = len(node.type) - 1  # type: ignore[arg-type]
+    label = mixing("its steps run from the last to the first") if node.attrs["reverse"] else Label(How.PREFIX)
+    rows = ((0, batch), (OUT, 1), *((1 + k, 0) for k in range(states)), *((~(1 + k), 0) for k in range(states)))
+    return [Link(((0, steps), (OUT, 0)), label), Link(rows), Link(((0, 2),), mixing("its columns are gates"))]
+
+
 LINKS: dict[str, Callable[[Node], Links]] = {
     "rope": _rope,
     "softmax": _softmax,
@@ -251,19 +260,32 @@ LINKS: dict[str, Callable[[Node], Links]] = {
     "batch_norm": _batch_norm,
     "permute": _permute,
     "expand": _expand,
-    "slice": _slice,
     "select": _select,
     "flip": _flip,
     "layout": _layout,
-    "cat": _cat,
-    "pad": _pad,
     "matmul": _matmul,
     "linear": _linear,
     "int_linear": _linear,
     "embedding": _embedding,
     "index": _index,
     "gather": _gather,
+    "scatter": _scatter,
+    "index_put": _index_put,
+    "slice_scatter": _written,
+    "cache_update": _written,
+    "grouped_matmul": _grouped,
+    "block_sparse_linear": lambda node: [
+        Link(((0, d), (OUT, d)), mixing("it is summed over") if d == node.tensor.rank - 1 else PARALLEL) for d in range(node.tensor.rank)
+    ],
+    "unpack": _last,
+    "dequantize": _last,
+    "quantize_rows": _last,
+    "lstm_layer": _recurrence,
+    "gru_layer": _recurrence,
+    "rnn_layer": _recurrence,
+    "extern": extern_links,
     "attention": _attention,
+    **WINDOWS,
 }
 _BY_CATEGORY: dict[Category, Callable[[Node], Links]] = {
     Category.POINTWISE: _pointwise,

@@ -17,9 +17,8 @@ from ..dims import Dim
 from ..graph import Graph, Node, is_scalar, scalar_value, topological
 from ..interpret import interpret
 from ..op import Category
-from .axis_links import OUT
 from .axis_spread import Conflict, spread
-from .places import PARALLEL, Along, How, Label
+from .places import OUT, PARALLEL, Along, How, Label
 
 Matrix = torch.Tensor
 

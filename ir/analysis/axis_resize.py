@@ -18,9 +18,8 @@ from ..dims import Dim, SymbolRange, contiguous_strides, free_symbols, same, sam
 from ..errors import TilewrightError, TypeInferenceError
 from ..graph import Graph, Node, order
 from ..ops import OPS
-from .axis_links import OUT, End
 from .axis_spread import Conflict, operand_ends, spread
-from .places import Along, Axis
+from .places import OUT, Along, Axis, End
 
 Remake = Union[Node, Callable[[Node, tuple[Node, ...]], Node]]
 """What stands for a node: another node, or what makes one from the node and its new operands."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from ..graph import Node
 from ..op import Category
-from .axis_links import OUT, End, links
-from .places import Along, How
+from .axis_links import links
+from .places import OUT, Along, End, How
 
 Ends = Mapping[End, Along]
 

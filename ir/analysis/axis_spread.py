@@ -14,8 +14,9 @@ import sympy
 from ..dims import Dim, Mod, dim, floordiv, product, same
 from ..graph import Node
 from ..op import Category
-from .axis_links import OUT, End, Link, end_size, links
-from .places import Along
+from .axis_dims import end_size
+from .axis_links import links
+from .places import OUT, Along, End, Link
 
 
 class Conflict(Exception):
@@ -23,27 +24,34 @@ class Conflict(Exception):
 
 
 def spread(node: Node, known: Mapping[End, Along], size: Dim) -> dict[End, Along]:
-    """Every end at which the node holds the axis, given some of them. Raises Conflict where they disagree."""
-    found, work = dict(known), list(known)
+    """Every end at which the node holds the axis, given some of them. Raises Conflict where they disagree.
+
+    Ends may hold it moved against each other, by some indices: the result then has it as the operand that holds the whole axis.
+    """
+    found, work = dict(known), sorted(known, key=lambda end: known[end].whole)
     table = [] if node.op.name == "reshape" else links(node)
     while work:
         end = work.pop()
-        for other, along in _moves(node, table, end, found[end], size):
+        for other, along, exact in _moves(node, table, end, found[end], size):
             if other not in found:
                 found[other] = along
                 work.append(other)
-            elif found[other] != along:
+            elif found[other] != along if exact else replace(found[other], start=0) != replace(along, start=0):
                 raise Conflict("its operands hold the axis in different places")
     return found
 
 
-def _moves(node: Node, table: Sequence[Link], end: End, along: Along, size: Dim) -> Iterator[tuple[End, Along]]:
+def _moves(node: Node, table: Sequence[Link], end: End, along: Along, size: Dim) -> Iterator[tuple[End, Along, bool]]:
+    """Where else the node holds the axis, and whether it must hold it there in this way."""
     if node.op.name == "reshape":
-        yield from _reshaped(node, end, along, size)
-    extent = along.extent(size)
-    for link in table:
-        if end in link.ends:
-            yield from ((other, along) for other in link.ends if other != end and same(end_size(node, other), extent))  # type: ignore[arg-type]
+        yield from ((other, there, True) for other, there in _reshaped(node, end, along, size))
+    for link in (link for link in table if end in link.ends):
+        there = along if link.step is None else link.step.forward(along) if end[0] >= 0 else None
+        if there is not None:
+            extent = there.extent(size)
+            yield from (
+                (other, there, link.step is not None) for other in link.ends if other != end and same(end_size(node, other), extent)
+            )
 
 
 def _reshaped(node: Node, end: End, along: Along, size: Dim) -> Iterator[tuple[End, Along]]:
@@ -76,9 +84,12 @@ def quotient(a: Dim, b: Dim) -> Dim | None:
     return floordiv(a, b) if same(dim(Mod(sympy.sympify(a), sympy.sympify(b))), 0) else None
 
 
-def operand_ends(node: Node, told: Mapping[End, Along], size: Dim) -> dict[End, Along]:
-    """The ends of a node that depends on nothing of the axis, told where its result meets it; what cannot be followed stays a leaf."""
-    if node.op.category not in FOLLOWED:
+def operand_ends(node: Node, told: Mapping[End, Along], size: Dim, follow: bool = False) -> dict[End, Along]:
+    """The ends of a node that depends on nothing of the axis, told where its result meets it.
+
+    Views and element-by-element ops are followed to what they are made of, and with `follow` all others; what is not stays a leaf.
+    """
+    if node.op.category not in FOLLOWED and not follow:
         return dict(told)
     try:
         return spread(node, told, size)

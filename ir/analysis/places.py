@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ..dims import Dim, dim
+from ..dims import Dim, dim, floordiv
 from ..graph import Node
 
 
@@ -21,23 +21,41 @@ class How(enum.Enum):
 
 @dataclass(frozen=True)
 class Along:
-    """A dimension of size outer * length * inner: element (o * length + i) * inner + k belongs to index i of the axis.
+    """A dimension of size outer * length * inner: element (o * length + j) * inner + k belongs to index start + j * stride of the axis.
 
-    The length is that of the axis: plain where outer and inner are 1. order: the rows stand in the order this node says (routing).
+    The length is (size + extra) // stride, so that it is known for other sizes of the axis, too: a dimension that was padded by one in
+    front has start -1 and extra 1, what a convolution of stride 2 yields has stride 2. order: rows stand in the order this node says
+    (routing). By default element i is index i, and the length is the size.
     """
 
     outer: Dim = 1
     inner: Dim = 1
     order: Node | None = None
+    start: int = 0
+    stride: int = 1
+    extra: Dim = 0
+
+    def length(self, size: Dim) -> Dim:
+        return floordiv(dim(size + self.extra), self.stride)
 
     def extent(self, size: Dim) -> Dim:
         """The size of such a dimension where the axis has this size."""
-        return dim(self.outer * size * self.inner)
+        return dim(self.outer * self.length(size) * self.inner)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it holds the indices of the axis, all of them and no others, in their order."""
+        return self.order is None and self.start == 0 and self.stride == 1 and self.extra == 0
+
+    @property
+    def single(self) -> bool:
+        """Whether the dimension is that of the axis alone, not merged with others."""
+        return self.outer == 1 and self.inner == 1
 
     @property
     def plain(self) -> bool:
         """Whether element i is index i."""
-        return self.outer == 1 and self.inner == 1 and self.order is None
+        return self.single and self.whole
 
 
 Places = tuple[Along | None, ...]
@@ -46,22 +64,70 @@ Places = tuple[Along | None, ...]
 
 @dataclass(frozen=True)
 class Label:
-    """before, after: how far a WINDOW reaches; of a PREFIX, `before` is its limit (0: none). reason: why MIXING."""
+    """before, after: how far a WINDOW reaches, in indices of the axis; of a PREFIX, `before` is its limit (0: none). reason: why MIXING.
+
+    A node whose result holds the axis moved, cut or thinned (a slice, a stride) is a WINDOW, of reach 0 if it reads no neighbours.
+    """
 
     how: How
     before: int = 0
     after: int = 0
     reason: str = ""
 
-    @property
-    def _rank(self) -> tuple[int, int]:
-        return list(How).index(self.how), self.before + self.after
+    def and_also(self, other: Label) -> Label:
+        """How a node treats an axis that meets it in both ways."""
+        hows = list(How)
+        mild, hard = sorted((self, other), key=lambda label: hows.index(label.how))
+        if mild.how is hard.how is How.WINDOW:
+            return Label(How.WINDOW, max(mild.before, hard.before), max(mild.after, hard.after), hard.reason or mild.reason)
+        if mild.how is hard.how is How.PREFIX:
+            return Label(How.PREFIX, max(mild.before, hard.before) if mild.before and hard.before else 0)
+        if mild.how is How.WINDOW and hard.how is How.PREFIX:
+            limit = max(mild.before, hard.before) if hard.before else 0
+            return Label(How.PREFIX, limit) if not mild.after else mixing("it reads all before, and some behind")
+        return hard
 
-    def or_worse(self, other: Label) -> Label:
-        return max(self, other, key=lambda label: label._rank)
+
+def mixing(reason: str) -> Label:
+    return Label(How.MIXING, reason=reason)
 
 
 PARALLEL = Label(How.PARALLEL)
+
+End = tuple[int, int]
+"""(operand, dimension) of a node; result number r is operand ~r, so that the only result is operand -1."""
+
+OUT = -1
+
+
+@dataclass(frozen=True)
+class Step:
+    """How positions of a result follow from those of an operand: result j stands where operand first + j * by does.
+
+    The result has (length + pad) // by positions.
+    """
+
+    by: int = 1
+    first: int = 0
+    pad: Dim = 0
+
+    def forward(self, along: Along) -> Along | None:
+        if not along.single or along.order is not None:
+            return None
+        start, stride = along.start + self.first * along.stride, along.stride * self.by
+        return replace(along, start=start, stride=stride, extra=dim(along.extra + self.pad * along.stride))
+
+
+@dataclass(frozen=True)
+class Link:
+    """Dimensions of a node's operands and results that hold the same axis, and how the node treats it; `step`: from operands to results.
+
+    What is known of a result with a step tells nothing of its operands: rows that stand beside an axis are none of it.
+    """
+
+    ends: tuple[End, ...]
+    label: Label = PARALLEL
+    step: Step | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""Links of ATen ops that have no op here: those torch calls pointwise, and a table of those that work along one dimension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..graph import Node
+from ..ops.structure import Ref, resolve
+from .axis_dims import Links, broadcast_links, result_types, tensors
+from .places import How, Label, Link, mixing
+
+
+@dataclass(frozen=True)
+class Row:
+    """An op that takes the rows of its first argument along one dimension, each alone. at: the argument that names the dimension."""
+
+    at: int = 1
+    default: int | None = -1
+    label: Label = mixing("it is ordered along it")
+
+
+_PREFIX = Label(How.PREFIX)
+ROWS: dict[str, Row] = {
+    "aten.topk": Row(at=2),
+    "aten.sort": Row(),
+    "aten.argsort": Row(),
+    "aten.kthvalue": Row(at=2),
+    "aten.median": Row(default=None),
+    "aten.mode": Row(),
+    "aten.cummax": Row(default=None, label=_PREFIX),
+    "aten.cummin": Row(default=None, label=_PREFIX),
+    "aten.logcumsumexp": Row(default=None, label=_PREFIX),
+    "aten.logsumexp": Row(default=None, label=mixing("it is summed over")),
+    "aten._softmax": Row(default=None, label=mixing("it is normalized along it")),
+    "aten._log_softmax": Row(default=None, label=mixing("it is normalized along it")),
+    "aten.glu": Row(label=mixing("its halves are multiplied")),
+    "aten.renorm": Row(at=2, default=None, label=mixing("it is normalized over it")),
+}
+"""ATen op, without its overload -> how it works along a dimension; along the others it works element by element."""
+
+
+def extern_links(node: Node) -> Links:
+    target = node.attrs["target"]
+    if node.attrs["sequence"] is not None:
+        return []  # what it draws depends on the shape
+    row = ROWS.get(target.rpartition(".")[0])
+    if row is not None:
+        return _along_rows(node, row)
+    return _pointwise(node) if _is_pointwise(node, target) else []
+
+
+def _is_pointwise(node: Node, target: str) -> bool:
+    try:
+        tags = resolve(target).tags
+    except AttributeError:
+        return False
+    return torch.Tag.pointwise in tags and isinstance(node.attrs["types"], tuple) and len(node.attrs["types"]) == 1
+
+
+def _pointwise(node: Node) -> Links:
+    return broadcast_links(node.shape, tensors(node))
+
+
+def _along_rows(node: Node, row: Row) -> Links:
+    """The dimension is an argument, by position or by name; a dimension that the results lack is reduced."""
+    args, named = node.attrs["args"], dict(node.attrs["kwargs"])
+    at = args[row.at] if len(args) > row.at else named.get("dim", row.default)
+    at = at[0] if isinstance(at, tuple) and len(at) == 1 else at
+    if not isinstance(at, int) or isinstance(at, bool) or args[:1] != (Ref(0),) or not node.inputs[0].tensor.rank:
+        return []
+    rank = node.inputs[0].tensor.rank
+    found, kept = [], 0
+    for d in range(rank):
+        dropped = d == at % rank and any(t.rank < rank for t in result_types(node))
+        ends = [(~r, kept) for r, t in enumerate(result_types(node)) if not dropped]
+        found.append(Link(((0, d), *ends), row.label if d == at % rank else Label(How.PARALLEL)))
+        kept += not dropped
+    return found
