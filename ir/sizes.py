@@ -28,7 +28,8 @@ def settled(graph: Graph, sizes: Mapping[str, int]) -> tuple[Graph, dict[Node, N
         if node not in new:
             new[node] = _settled(node, tuple(new[n] for n in node.inputs), values)
     symbols = {name: known for name, known in graph.symbols.items() if name not in sizes}
-    return remap(graph, new, inputs=tuple(new[n] for n in graph.inputs), symbols=symbols), new
+    made = remap(graph, new, inputs=tuple(new[n] for n in graph.inputs), symbols=symbols)
+    return replace(made, writes=tuple((new[target], new[value]) for target, value in graph.writes)), new
 
 
 def _settled(node: Node, inputs: tuple[Node, ...], values: Mapping[Any, int]) -> Node:

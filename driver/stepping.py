@@ -1,0 +1,219 @@
+"""`Stepper`: a model of whole sequences, step by step: logits of the next tokens of each row, with keys and values kept in between.
+
+    steps = stepper(model, tokens)                     tokens [b, S]: an example; S is the longest text
+    state = steps.state(batch=2)
+    logits = steps.step(prompt, position, state)       prompt [2, n] at position [2]; the state is updated in place
+    logits = steps.step(token, position + n, state)
+
+`passes/reuse_kv.py` derives the steps. A program is made for each batch and size of a step, when it is first needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..codegen.program import Program
+from ..ir.capture import CapturedModule
+from ..ir.errors import TilewrightError
+from ..ir.graph import Data, Graph, Node, constants
+from ..ir.sizes import with_sizes
+from ..passes.base import Notes
+from ..passes.canonicalize import Canonicalize
+from ..passes.manager import run_passes
+from ..passes.quantize import Plan, Quantize
+from ..passes.reuse_kv import Derived, ReuseKV, tokens_of
+from .compile import Options, build_program, rewritten
+from .errors import BadInputs
+from .inputs import Example
+from .loading import captured_of, export_module
+from .pipeline import FINISHING, PREPARING
+from .receipt import Receipt, make_receipt
+
+ALL_BATCHES = "batch"
+"""The size symbol of the batch."""
+
+
+class OutOfPlace(TilewrightError, ValueError):
+    """Tokens at positions that a text cannot have."""
+
+    template = "{count} tokens cannot stand at position {position}: texts have at most {most}"
+
+
+@dataclass
+class State:
+    """What a model remembers of the texts in a batch. tensors: the batch lies in the first dimension, and in `dims` of each the tokens.
+
+    given: what it computed from its other inputs, once. What stands behind a row's position means nothing.
+    """
+
+    tensors: list[torch.Tensor]
+    dims: tuple[int, ...]
+    given: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A program for a batch and a size, and what was done to make it."""
+
+    program: Program
+    receipt: Receipt
+
+
+class Stepper:
+    """The steps of a model. max_length: of a text, in tokens; vocab: logits per token. kv: one of `passes.kv_formats.KV_FORMATS`.
+
+    graph: canonical, its tokens i64[b, max_length] with a size symbol for b. Safe to call from several threads.
+    """
+
+    def __init__(self, graph: Graph, kv: str = "same", tokens: str = "") -> None:
+        """Raises CannotDerive."""
+        self.graph, self.kv, self.tokens = graph, kv, tokens_of(graph, tokens).hint
+        self.notes = Notes()
+        batch, self.max_length = tokens_of(graph, self.tokens).shape
+        self._batch = str(batch)
+        self._any: dict[int, Derived] = {}
+        self._programs: dict[tuple[int, int], Step] = {}
+        self._weights: dict[tuple[Any, ...], Data] = {}
+        self._lock = threading.Lock()
+        self.vocab = int(self._derived(1).step.outputs[0].shape[-1])
+
+    def state(self, batch: int, *inputs: torch.Tensor) -> State:
+        """Empty, for so many texts. inputs: the other inputs of the model, in its order."""
+        derived = self._derived(1)
+        kept = [with_batch(k.node, batch) for k in derived.kept]
+        tensors = [torch.zeros(kind.shape, dtype=kind.dtype, device=kind.device) for kind in kept]
+        return State(tensors, tuple(k.dim for k in derived.kept), self._start(derived.start, batch, inputs))
+
+    def _start(self, start: Graph | None, batch: int, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if start is None:
+            return ()
+        if len(inputs) != len(start.inputs) or any(x.shape[0] != batch for x in inputs):
+            names = ", ".join(n.hint for n in start.inputs)
+            raise BadInputs(spec=f"a state of {batch}", reason=f"it depends on {names}, each with {batch} rows")
+        return tuple(self._program(batch, 0, start).program(list(inputs)))
+
+    def step(self, tokens: torch.Tensor, position: torch.Tensor, state: State) -> torch.Tensor:
+        """Logits [b, n, vocab] of tokens [b, n] that stand at position [b] and after it; the state is updated in place."""
+        batch, count = tokens.shape
+        first, last = (int(p) for p in position.aminmax())
+        if first < 0 or last + count > self.max_length or not count:
+            raise OutOfPlace(count=count, position=last if first >= 0 else first, most=self.max_length)
+        size = size_class(count, self.max_length)
+        if size != count:
+            tokens = torch.nn.functional.pad(tokens, (0, size - count))
+        (logits,) = self.program(batch, size).program.run([tokens, position, *state.given, *state.tensors])
+        return logits if size == count else logits[:, :count]
+
+    def program(self, batch: int, size: int) -> Step:
+        """What computes steps of this size; compiled when first asked for."""
+        known = self._programs.get((batch, size))
+        return known or self._program(batch, size, self._derived(size).step)
+
+    def _derived(self, size: int) -> Derived:
+        if size not in self._any:
+            self._any[size] = ReuseKV(size, self.kv, self.tokens).derive(self.graph, self.notes)
+        return self._any[size]
+
+    def _program(self, batch: int, size: int, graph: Graph) -> Step:
+        with self._lock:
+            if (batch, size) not in self._programs:
+                self._programs[batch, size] = self._compiled(with_sizes(graph, {self._batch: batch}))
+            return self._programs[batch, size]
+
+    def _compiled(self, graph: Graph) -> Step:
+        notes, seconds = Notes(), dict[str, float]()
+        fused = rewritten(graph, Options(), [Canonicalize(), *FINISHING], notes, seconds)
+        self._share_weights(fused)
+        program = build_program(fused)
+        return Step(program, make_receipt(program, notes, seconds))
+
+    def _share_weights(self, graph: Graph) -> None:
+        """Weights that another program has in the same form are in memory once."""
+        for data in constants(graph).values():
+            value = data.value
+            assert value is not None, f"{data.name} has no values"
+            other = self._weights.setdefault((data.name, value.dtype, tuple(value.shape)), data)
+            if other is not data and other.value is not value and torch.equal(other.value, value):  # type: ignore[arg-type]
+                data.share(other)
+
+
+def with_batch(node: Node, batch: int) -> Any:
+    """The type of an input for a batch of a size."""
+    return node.tensor.with_shape(tuple(d if isinstance(d, int) else batch for d in node.shape))
+
+
+def size_class(count: int, most: int) -> int:
+    """The size of the step that takes so many tokens: the next power of two, so that few programs are made."""
+    return min(1 << (count - 1).bit_length(), most)
+
+
+def stepper(
+    model: torch.nn.Module | CapturedModule | Graph,
+    tokens: torch.Tensor | None = None,
+    *,
+    kv: str = "same",
+    plan: Plan | str | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    name: str = "",
+) -> Stepper:
+    """The steps of a model tokens -> logits.
+
+    model: a module (of `transformers`, too), or what was captured of one for any batch. tokens: an example [b, S]; S is the longest text.
+    kv: the format of keys and values. plan: formats of weights, "int4-g64" for all of them or as `Plan.parse` reads it. inputs: examples of
+    the module's other inputs, by name; a state then depends on them. name: the argument that the tokens are, where it is not the first, or
+    `decoder_input_ids`.
+
+    Raises CannotDerive where tokens mix, and what exporting raises.
+    """
+    if isinstance(model, torch.nn.Module):
+        if tokens is None:
+            raise BadInputs(spec="tokens", reason="a module needs example tokens [batch, length] to be captured")
+        graph = _captured(model, tokens, dict(inputs or {}), name)
+        name = TOKENS
+    else:
+        graph = model if isinstance(model, Graph) else model.graph
+    with torch.no_grad():
+        prepared = run_passes(graph, [*PREPARING, *_formats(plan)], Notes())
+    return Stepper(prepared, kv, name)
+
+
+def _formats(plan: Plan | str | None) -> list[Quantize]:
+    if plan is None:
+        return []
+    if isinstance(plan, str):
+        plan = Plan.parse(plan if ":" in plan else f"*:{plan}")
+    return [Quantize(plan)]
+
+
+TOKENS = "tokens"
+
+
+class _Logits(torch.nn.Module):
+    """(tokens, other inputs by name) -> logits alone."""
+
+    def __init__(self, model: torch.nn.Module, argument: str, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model, self.argument, self.options = model, argument, dict(options)
+
+    def forward(self, tokens: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+        result = self.model(**{self.argument: tokens}, **others, **self.options)
+        if isinstance(result, torch.Tensor):
+            return result
+        return result.logits if hasattr(result, "logits") else result[0]
+
+
+def _captured(model: torch.nn.Module, tokens: torch.Tensor, inputs: dict[str, torch.Tensor], name: str) -> Graph:
+    """The graph of a module for any batch: its logits, without a cache of its own."""
+    parameters = inspect.signature(model.forward).parameters
+    argument = name or ("decoder_input_ids" if "decoder_input_ids" in parameters and inputs else next(iter(parameters)))
+    options = {"use_cache": False} if "use_cache" in parameters else {}
+    examples = {TOKENS: tokens, **inputs}
+    two = {k: x[:1].expand(2, *x.shape[1:]).contiguous() for k, x in examples.items()}  # of one, torch would take the batch for fixed
+    example = Example((two.pop(TOKENS),), two, {k: {0: ALL_BATCHES} for k in examples})
+    return captured_of(export_module(type(model).__name__.lower(), _Logits(model, argument, options), example)).graph
