@@ -141,9 +141,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Attempt:
-    """An allocation that was tried: what was predicted and measured, and what came of it."""
+    """An allocation that was tried: what was predicted, from the second one on with what the one before it taught, and measured; and what
+    came of it. predicted_error: None where nothing foretells it.
+    """
 
-    predicted_error: float
+    predicted_error: float | None
     error: float
     predicted_seconds: float
     seconds: float

@@ -167,7 +167,8 @@ def _spent(spent: Spent, details: bool) -> Iterator[RenderableType]:
     if spent.candidates and details:
         yield Text("formats of layers: " + ", ".join(f"{count} {how}" for how, count in spent.candidates.items()))
     for a in spent.attempts if details else ():
-        predicted = f"predicted error {a.predicted_error:.2g}, {duration(a.predicted_seconds)}"
+        foretold = "no error" if a.predicted_error is None else f"error {a.predicted_error:.2g}"
+        predicted = f"predicted {foretold}, {duration(a.predicted_seconds)}"
         yield Text(f"{predicted}; measured {a.error:.2g}, {duration(a.seconds)}: {a.verdict}")
 
 

@@ -105,6 +105,7 @@ class _Within:
         self.layers = [x for x in layers(self.graph) if x.weight.tensor.numel >= LEAST_WEIGHTS]
         self.exact_bytes = constant_bytes(self.graph)
         self.attempts: list[Attempt] = []
+        self.taught: float | None = None  # the last measured error over what the sum over layers was, in the power that adds up
 
     def _calibration(self) -> list[list[Any]]:
         found = []
@@ -179,11 +180,26 @@ class _Within:
         start = self.budget.max_error if isinstance(self.budget.metric, str) else LOSS_START
         return start**self.metric.power
 
+    def _first_limits(self) -> dict[str, float]:
+        """All limits. A loss says itself what it minds: what its outputs are off at first may be all that the other limits need."""
+        limits = self.limits() | {"error": self.allowed()}
+        if isinstance(self.budget.metric, str):
+            return limits
+        try:
+            least = allocate(self.offered, "error", {name: x for name, x in self._of_user(limits).items() if name != "error"})
+        except Infeasible as error:
+            raise CannotOptimize(path=self.model.name, reason=self._impossible(error)) from error
+        return {**limits, "error": max(limits["error"], least.costs["error"])}
+
+    def _of_user(self, limits: Mapping[str, float]) -> dict[str, float]:
+        """Those that the user set: not that on time where it is ours."""
+        return {name: limit for name, limit in limits.items() if name != "time" or self.budget.latency is not None}
+
     # -- the search
 
     def run(self) -> tuple[_Tried | None, Allocation]:
         """The best candidate that was measured to keep all limits, None for the exact model; and the allocation that it is."""
-        limits, cost = self.limits() | {"error": self.allowed()}, OBJECTIVES[self.budget.objective]
+        limits, cost = self._first_limits(), OBJECTIVES[self.budget.objective]
         best: tuple[_Tried | None, Allocation] | None = None
         forbidden: list[tuple[str, ...]] = []
         while len(self.attempts) < ATTEMPTS:
@@ -223,7 +239,7 @@ class _Within:
     def _quickest(self, error: Infeasible, limits: Mapping[str, float], forbidden: Sequence[Sequence[str]]) -> Allocation:
         """Where the limits cannot be kept together by what is foretold, and the user set none on time: the quickest that keeps the others.
         Whether it is slower than the exact model is then measured, and what is foretold of noise rules nothing out."""
-        others = {name: limit for name, limit in limits.items() if name != "time" or self.budget.latency is not None}
+        others = self._of_user(limits)
         if others.keys() == limits.keys():
             raise CannotOptimize(path=self.model.name, reason=self._impossible(error)) from error
         try:
@@ -278,8 +294,11 @@ class _Within:
 
     def _room(self, error: float) -> float:
         """The error there may be over the one there is, in the power that adds up. A loss grows with the square of what outputs are off."""
-        power = self.metric.power if isinstance(self.budget.metric, str) else 1
-        return (self._most_error / max(error, TINY)) ** power if self._most_error < math.inf else 1.0
+        return (self._most_error / max(error, TINY)) ** self._power if self._most_error < math.inf else 1.0
+
+    @property
+    def _power(self) -> int:
+        return self.metric.power if isinstance(self.budget.metric, str) else 1
 
     def _error_of(self, run: Callable[[list[Any]], list[Any]]) -> float:
         """On the inputs that judge, against float64; of a loss, by how much it grows."""
@@ -297,9 +316,16 @@ class _Within:
 
     def _note(self, allocation: Allocation, error: float, seconds: float, verdict: str) -> None:
         self.attempts.append(Attempt(self._predicted_error(allocation), error, self._predicted_seconds(allocation), seconds, verdict))
+        total = allocation.costs["error"]
+        if total > TINY and TINY < error < math.inf:
+            self.taught = error**self._power / total
 
-    def _predicted_error(self, allocation: Allocation) -> float:
-        return max(allocation.costs["error"], 0.0) ** (1 / self.metric.power)
+    def _predicted_error(self, allocation: Allocation) -> float | None:
+        """Layers add up to this, as far as they err apart; what the last attempt erred more or less than that, the next will too. None for
+        a loss before the first attempt: what layers do to outputs says nothing of it yet."""
+        if self.taught is None and not isinstance(self.budget.metric, str):
+            return None
+        return (max(allocation.costs["error"], 0.0) * (1.0 if self.taught is None else self.taught)) ** (1 / self._power)
 
     def _predicted_seconds(self, allocation: Allocation) -> float:
         return self.exact_seconds + allocation.costs["time"] - self._exact("time")
@@ -357,9 +383,12 @@ class _Within:
         return LayerLine(layer.name, source, name, int(taken["bytes"]), layer.nbytes, taken["time"], exact["time"], error, bits)
 
     def _front(self) -> tuple[Point, ...]:
+        """None of a loss that no attempt taught anything of."""
         front = pareto([c.choices for c in self.choices], ("time", "bytes", "error"), points=FRONT_POINTS)
         others = self.exact_bytes - self._exact("bytes")
-        return tuple(Point(self._predicted_seconds(p), p.costs["bytes"] + others, self._predicted_error(p)) for p in front.points)
+        errors = [self._predicted_error(p) for p in front.points]
+        rows = zip(front.points, errors)
+        return tuple(Point(self._predicted_seconds(p), p.costs["bytes"] + others, error) for p, error in rows if error is not None)
 
 
 def optimize_within(

@@ -126,8 +126,8 @@ def _attempts(receipt: Receipt) -> Iterator[Section]:
     if spent is None or not spent.attempts:
         return
     rows = [
-        (i + 1, Amount(f"{a.predicted_error:.2g}", a.predicted_error), Amount(f"{a.error:.2g}", a.error),
-         Amount(duration(a.predicted_seconds), a.predicted_seconds),
+        (i + 1, Amount("" if a.predicted_error is None else f"{a.predicted_error:.2g}", a.predicted_error or 0.0),
+         Amount(f"{a.error:.2g}", a.error), Amount(duration(a.predicted_seconds), a.predicted_seconds),
          Amount(duration(a.seconds) if a.seconds else "not timed", a.seconds), a.verdict)
         for i, a in enumerate(spent.attempts)
     ]  # fmt: skip

@@ -117,7 +117,10 @@ def test_a_candidate_over_the_error_is_repaired(ids, monkeypatch) -> None:
 
     monkeypatch.setattr(within, "layer_choices", hopeful)
     _, _, spent = _optimized(ids, max_error=2e-2)
-    assert spent.attempts[0].verdict == "declined: over the error" and spent.attempts[0].error > 2e-2
+    first, *others = spent.attempts
+    assert first.verdict == "declined: over the error" and first.error > 2e-2 and first.predicted_error < 0.3 * first.error
+    assert others and all(a.predicted_error == pytest.approx(a.error, rel=0.25) for a in others), "what the first attempt taught"
+    assert min(abs(p.error / spent.error - 1) for p in spent.front if p.error) < 1, "the front is as measured"
     assert spent.attempts[-1].verdict == "kept" and spent.error <= 2e-2
 
 
@@ -159,6 +162,15 @@ def test_a_loss_of_the_users_own(ids) -> None:
     budget = Budget(max_error=0.02, metric=wrong, formats=FORMATS, objective="memory", calibration=ids[1:])
     made = tilewright.optimize(exact, (ids[0],), tuning_seconds=0, budget=budget)
     assert made.receipt.spent.metric == "loss" and wrong(made) <= 0.02 and made.receipt.spent.bytes < made.receipt.spent.exact_bytes
+
+
+def test_a_loss_decides_itself_how_far_outputs_may_be_off(ids) -> None:
+    """All weights in 4 bits move the outputs by more than is tried first; this loss does not mind."""
+    budget = Budget(max_error=0.01, metric=lambda model: 0.5, formats=("int4-g32",), memory="17%", objective="error", calibration=ids[1:])
+    spent = tilewright.optimize(Net().eval(), (ids[0],), tuning_seconds=0, budget=budget).receipt.spent
+    assert {line.format for line in spent.layers} == {"int4-g32"} and max(line.error for line in spent.layers) > within.LOSS_START
+    with pytest.raises(CannotOptimize, match=r"no choice of formats keeps 0\.0 MB; the nearest"):
+        _optimized(ids, max_error=0.01, metric=lambda model: 0.5, memory="1%")
 
 
 def test_channels_that_are_hard_to_round_are_scaled() -> None:
