@@ -136,6 +136,8 @@ class _Slide:
         (ratio,) = found
         if not isinstance(ratio, sympy.Rational) or ratio <= 0:
             raise _Unfit
+        if ratio > int(self.taps.extent) or ratio.q > MAX_TAPS:
+            raise _Unfit  # no columns are shared, most are not read: rows of a matrix, far apart
         return int(ratio.p), int(ratio.q)
 
     def _kind(self, value: Scalar) -> str:

@@ -131,6 +131,7 @@ CASES = {
     "avg_divisor": Case(**pool("avg_pool", 24, ceil=True, divisor=7), space=(2, 8, 10)),
     "avg_of_exp": Case(**pool("avg_pool", 24, before=ops.exp), space=(2, 8, 10)),
     "avg_symbolic": Case(**pool("avg_pool", 24, ceil=True, count_padding=False), space=IMAGES[0], sizes=IMAGES),
+    "avg_far_apart": Case(**pool("avg_pool", 24, (2, 2), stride=(3, 5), padding=(0, 0)), space=(2, 8, 12), slides=False),
     "avg_whole": Case(**pool("avg_pool", 40, (7, 7), stride=(7, 7), padding=(0, 0)), space=(3, 7, 7), slides=False),
 }
 LEVELS = {"native": None, "x86-64-v3": CpuTarget(32, level="x86-64-v3"), "x86-64-v2": CpuTarget(16, level="x86-64-v2")}
