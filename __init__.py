@@ -8,13 +8,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .driver.artifact import load
     from .driver.budget import Budget
+    from .driver.generate import Generator
     from .driver.optimize import optimize
+    from .driver.prefixes import PrefixStore
     from .driver.receipt import receipts
+    from .driver.speculation import PromptLookup
+    from .driver.split import split
 
-_API = {"Budget": ".driver.budget", "load": ".driver.artifact", "optimize": ".driver.optimize", "receipts": ".driver.receipt"}
+_API = {
+    "Budget": ".driver.budget",
+    "Generator": ".driver.generate",
+    "PrefixStore": ".driver.prefixes",
+    "PromptLookup": ".driver.speculation",
+    "load": ".driver.artifact",
+    "optimize": ".driver.optimize",
+    "receipts": ".driver.receipt",
+    "split": ".driver.split",
+}
 _PACKAGES = ("codegen", "driver", "ir", "passes", "search")
 
-__all__ = ["Budget", "load", "optimize", "receipts"]
+__all__ = ["Budget", "Generator", "PrefixStore", "PromptLookup", "load", "optimize", "receipts", "split"]
 
 
 def __getattr__(name: str) -> Any:

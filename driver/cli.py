@@ -230,6 +230,44 @@ def bisect(
     raise typer.Exit(0 if found.step is None else 1)
 
 
+@app.command()
+def split(
+    model: ModelArgument,
+    stages: Annotated[int, typer.Option(help="how many, each for a machine of its own")] = 2,
+    inputs: InputsOption = [],  # noqa: B006 (typer reads the default)
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="m.tw writes m.1.tw, m.2.tw, ...; default: MODEL.tw")] = None,
+    objective: Annotated[str, typer.Option(help="what to make least: throughput (the slowest stage), latency or traffic")] = "throughput",
+    memory: Annotated[str | None, typer.Option(help='what a stage may hold: "200MB", or of each "50MB,2GB"; - is no limit')] = None,
+    compute: Annotated[str | None, typer.Option(help='what a stage may do of the model\'s work, like "20%,-"')] = None,
+    slowness: Annotated[str | None, typer.Option(help='how many times as long as here its machine takes, like "5,1"')] = None,
+    bandwidth: Annotated[str | None, typer.Option(help='of the links between machines, like "10MB/s"')] = None,
+    delay: Annotated[str | None, typer.Option(help='of the links, like "5ms"')] = None,
+    round_cut: Annotated[bool, typer.Option("--round-cut", help="send what crosses in 8 bits")] = False,
+    max_error: Annotated[float, typer.Option("--max-error", min=0, help="how far that may put results off")] = 0.05,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="measure what segments take, or tell it by rates")] = True,
+    trust_pickle: TrustOption = False,
+) -> None:
+    """Cut a model into stages that run one after the other, on machines of their own: write an artifact for each."""
+    console = Console(file=sys.stdout)
+    artifact = output or Path(Path(model.rpartition(":")[2] if ":" in model else model).stem + ".tw")
+    _require_writable(artifact)
+    with _progress(console) as stage:
+        with stage("starting"):
+            from .goal import goal_from
+            from .inputs import parse_inputs
+            from .loading import load_model
+            from .split import split_model
+
+            goal = goal_from(stages, objective, memory, compute, slowness, bandwidth, delay, round_cut, max_error, measure)
+        with stage(f"reading {model}"):
+            read = load_model(model, parse_inputs(inputs), trust_pickle)
+        made = split_model(read, goal, stage)
+        with stage(f"writing {artifact}"):
+            paths = made.save(artifact)
+    made.render(console)
+    console.print(f"wrote {', '.join(map(str, paths))}; call each, loaded by tilewright.load, with what the one before returns")
+
+
 def _check_passes(passes: str | None) -> None:
     """Unknown passes are reported before any work is done."""
     from .pipeline import passes_from

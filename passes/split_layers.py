@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..ir.analysis.segments import Segments
-from ..ir.dims import free_symbols
+from ..ir.dims import Dim, free_symbols
 from ..ir.graph import Graph, Node, graph_input, order
 from ..ir.ops import OPS
 from ..ir.rewrite import remap
@@ -116,6 +116,13 @@ def rounded(before: Part, after: Part) -> tuple[Part, Part]:
         takes += inputs
         new[read] = OPS["dequantize"](*inputs, dtype=read.dtype, hint=read.hint, prov=read.prov)
     return Part(replace(before.graph, outputs=tuple(gives)), before.state), _reading(after, tuple(takes), new)
+
+
+def rounded_nbytes(node: Node) -> Dim:
+    """What crosses, once it is rounded: bytes."""
+    if not _gains(node):
+        return node.tensor.nbytes
+    return node.tensor.with_dtype(torch.int8).nbytes + replace(node.tensor, shape=(*node.shape[:-1], 1)).nbytes
 
 
 def _gains(node: Node) -> bool:

@@ -1,0 +1,113 @@
+"""What each segment of a graph takes, for `search/stages.py`: seconds, measured on this machine or by its rates, and bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..ir.analysis.hashing import structural_hash
+from ..ir.analysis.segments import Segments
+from ..ir.dims import Dim, hint
+from ..ir.graph import Graph, Node, order
+from ..ir.op import Category
+from ..ir.types import TensorType
+from ..passes.split_layers import split
+from .database import Database, Key, Timing
+from .device import Device
+from .examples import example_inputs
+from .stages import Load
+from .tuner import reading, writing
+
+SECONDS = 0.1
+"""For measuring one segment, beside the first call."""
+LEAST_CALLS = 5
+NAME = "segment"
+
+Compile = Callable[[Graph], Callable[[list[Any]], Any]]
+Progress = Callable[[int, int], object]
+
+
+def load_of(found: Segments, seconds: Callable[[Sequence[Graph]], list[float]], sent: Callable[[Node], Dim]) -> Load:
+    """What the segments take. seconds: `measured` or `by_rates`, of each. sent: bytes of a value that crosses."""
+    parts = [part.graph for part in split(found, range(len(found.cuts)))]
+    weights = [{n.attrs["data"].name: _nbytes(part, n.tensor) for n in order(part) if n.op.name == "constant"} for part in parts]
+    values = [held_at_once(part) for part in parts]
+    crossing = [sum(hint(sent(n), found.graph.symbols) for n in cut.crosses) for cut in found.cuts]
+    return Load(seconds(parts), weights, values, crossing)
+
+
+def _nbytes(graph: Graph, kind: Any) -> int:
+    return hint(kind.nbytes, graph.symbols) if isinstance(kind, TensorType) else 0
+
+
+def held_at_once(graph: Graph) -> int:
+    """The most bytes that values other than constants hold at a time, with a kernel for each op; inputs and outputs are held all along."""
+    under = {n: n.inputs[0] for n in order(graph) if n.op.category is Category.VIEW}
+    nodes = [n for n in order(graph) if n.op.category not in (Category.CONSTANT, Category.VIEW)]
+    last = {_owner(operand, under): node for node in nodes for operand in node.inputs}
+    kept = {_owner(n, under) for n in (*graph.inputs, *graph.roots)}
+    live = most = sum(_nbytes(graph, n.type) for n in kept)
+    for node in nodes:
+        live += 0 if node in kept else _nbytes(graph, node.type)
+        most = max(most, live)
+        dying = {_owner(i, under) for i in node.inputs} - kept
+        live -= sum(_nbytes(graph, n.type) for n in dying if last[n] is node and n.op.category is not Category.CONSTANT)
+    return most
+
+
+def _owner(node: Node, under: Mapping[Node, Node]) -> Node:
+    """The value whose memory a view shows."""
+    while node in under:
+        node = under[node]
+    return node
+
+
+def measured(graphs: Sequence[Graph], compiled: Compile, database: Database, progress: Progress = lambda done, total: None) -> list[float]:
+    """Seconds of a call of each; of those that are equal but for their weights one is run. compiled: makes a graph something to call."""
+    names = [structural_hash(graph, weights=False) for graph in graphs]
+    distinct = {name: graph for name, graph in zip(names, graphs)}
+    found: dict[str, float] = {}
+    for done, (name, graph) in enumerate(distinct.items()):
+        progress(done, len(distinct))
+        found[name] = _remembered(name, graph, compiled, database).seconds
+    progress(len(distinct), len(distinct))
+    return [found[name] for name in names]
+
+
+def _remembered(name: str, graph: Graph, compiled: Compile, database: Database) -> Timing:
+    key = Key.here(hashlib.sha256(f"{NAME}\0{name}".encode()).hexdigest(), ", ".join(str(n.type) for n in graph.inputs))
+    known = reading(lambda: database.get(key), {})
+    if NAME not in known:
+        known = {NAME: timed(compiled(graph), example_inputs(graph))}
+        writing(database, lambda: database.put(key, known))
+    return known[NAME]
+
+
+def timed(run: Callable[[list[Any]], Any], inputs: Sequence[Any]) -> Timing:
+    """The median of calls, after one that may set things up."""
+    times: list[float] = []
+    run(list(inputs))
+    begin = time.perf_counter()
+    while len(times) < LEAST_CALLS or time.perf_counter() - begin < SECONDS:
+        start = time.perf_counter()
+        run(list(inputs))
+        times.append(time.perf_counter() - start)
+    middle = statistics.median(times)
+    return Timing(middle, statistics.median(abs(t - middle) for t in times) / middle)
+
+
+def by_rates(graphs: Sequence[Graph], device: Device) -> list[float]:
+    """Seconds of a call of each as the rates of the device say: of each op the longer of computing and moving memory."""
+    return [sum(_op_seconds(graph, node, device) for node in order(graph)) for graph in graphs]
+
+
+def _op_seconds(graph: Graph, node: Node, device: Device) -> float:
+    if node.op.category in (Category.VIEW, Category.CONSTANT):
+        return 0.0
+    cost = node.op.cost(tuple(i.type for i in node.inputs), node.type, node.attrs)
+    dtype = str(node.type.dtype) if isinstance(node.type, TensorType) else ""
+    rate = device.gemm.get(dtype.removeprefix("torch."), device.gemm["float32"])
+    return max(hint(cost.flops, graph.symbols) / rate, hint(cost.bytes, graph.symbols) / device.copy)
