@@ -1,6 +1,6 @@
 """`Generator`: text from a model that knows nothing of caches, token by token, for a batch of prompts of any lengths.
 
-    generator = Generator(stepper)
+    generator = tilewright.Generator(model, max_length=512)
     generator.generate(input_ids, max_new_tokens=64)                 # like model.generate of transformers
     for token in generator.stream(prompt, do_sample=True, seed=1):   # as they come
 
@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ..ir.analysis.hashing import structural_hash
 from .errors import BadOption
 from .generation_options import TRANSFORMERS_DEFAULTS, Limits, Request, Tokens, request
 from .prefixes import Owner, PrefixStore
@@ -84,22 +85,28 @@ class Statistics:
 
 
 class Generator:
-    """prefixes: where to keep what was computed for texts; may be shared. speculation: draft what the text said before. chunk: tokens of a
+    """model: a module from token ids [batch, length] to logits, a causal language model of transformers, or a Stepper, which says the next
+    two itself. max_length: tokens of a text, with its prompt. kv: the format of keys and values, one of `passes.kv_formats.KV_FORMATS`.
+
+    prefixes: where to keep what was computed for texts; may be shared. speculation: draft what the text said before. chunk: tokens of a
     prompt that one step reads. `statistics` adds up all that was done, `last` holds what the latest call did.
     """
 
     def __init__(
         self,
-        model: Stepper,
+        model: torch.nn.Module | Stepper,
+        max_length: int | None = None,
         *,
+        kv: str = "same",
         prefixes: PrefixStore | None = None,
         speculation: PromptLookup | None = None,
         chunk: int = CHUNK,
     ) -> None:
-        self.stepper = model
+        """Raises CannotDerive where the model mixes tokens otherwise than by causal attention, BadOption, and what exporting raises."""
+        self.stepper: Stepper = model if isinstance(model, Stepper) else _stepper(model, max_length, kv)
         self.prefixes, self.chunk = prefixes, min(chunk, self.stepper.max_length)
         self.statistics, self.last = Statistics(), Statistics()
-        self._name = getattr(self.stepper, "identity", None) or f"model {uuid.uuid4()}"
+        self._name = "" if prefixes is None else _identity(self.stepper)
         self._limits = Limits(self.stepper.max_length, self.stepper.vocab, speculation, _defaults(model))
 
     def generate(self, input_ids: Tokens, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
@@ -184,15 +191,19 @@ class _Row:
         self.stop, self.left, self.done, self.ended = asked.stop, asked.length, 0, False
 
     def ahead(self, room: int) -> list[int]:
-        """The next tokens to compute with: the last one, and drafts. room: places that there are."""
+        """The next tokens to compute with: the last one, and drafts. room: places that there are.
+
+        There are as many drafts where fewer tokens may come: a step of another size would be another program.
+        """
         if self.ended:
             return []
-        return [self.text[-1], *(self.lookup.draft(min(self.left, room) - 1) if self.lookup else ())]
+        return [self.text[-1], *(self.lookup.draft(room - 1) if self.lookup else ())]
 
     def take(self, tokens: Sequence[int]) -> list[int]:
         """Adds tokens up to the one that ends the text; all before the last of them are in the state."""
+        tokens = list(tokens[: self.left])
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop), len(tokens))
-        tokens = list(tokens[:end])
+        tokens = tokens[:end]
         self.text += tokens
         self.left -= len(tokens)
         self.done = len(self.text) - 1
@@ -246,12 +257,12 @@ class _Batch:
         return made
 
     def _verified(self, row: _Row, drafted: Sequence[int], logits: torch.Tensor) -> list[int]:
-        tokens = accepted(logits, drafted, row.sampler, row.text)
+        tokens = row.take(accepted(logits, drafted, row.sampler, row.text))
         self.counted.drafted += len(drafted)
         self.counted.accepted += len(tokens) - 1
         if row.lookup is not None:
             row.lookup.learn(len(drafted), len(tokens) - 1)
-        return row.take(tokens)
+        return tokens
 
     def _compute(self, parts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Logits of the tokens that follow what the state holds of each row; none of a row for which there are none.
@@ -267,6 +278,24 @@ class _Batch:
         with torch.no_grad():
             logits = self.stepper.step(tokens, torch.tensor(starts, device=device), self.state)
         return [computed[row.done - s : row.done - s + len(part)] for computed, row, s, part in zip(logits, self.rows, starts, parts)]
+
+
+def _stepper(model: torch.nn.Module, max_length: int | None, kv: str) -> Stepper:
+    from .stepping import stepper  # it brings the compiler, which a Stepper of the user's own does without
+
+    if max_length is None:
+        raise BadOption(option="max_length", reason="say how many tokens a text may have: memory is taken for so many")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return stepper(model, torch.zeros(1, max_length, dtype=torch.int64, device=device), kv=kv)
+
+
+def _identity(stepper: Stepper) -> str:
+    """What tells a model, its weights, and the format of keys and values from others; a Stepper of the user's own is like no other."""
+    from .stepping import Stepper as Derived
+
+    if isinstance(stepper, Derived):
+        return f"{structural_hash(stepper.graph, weights=True)} {stepper.kv}"
+    return str(uuid.uuid4())
 
 
 def _defaults(model: Any) -> dict[str, Any]:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from steppers import Attends, KeptTokens, Rerun, greedy
+from support import NATIVE
 from tilewright.driver.errors import BadOption
 from tilewright.driver.generate import Generator, Statistics
 from tilewright.driver.prefixes import PrefixStore
 from tilewright.driver.sampling import NoDistribution
 from tilewright.driver.speculation import PromptLookup
+from tilewright.passes.reuse_kv import CannotDerive
 
 VOCAB = 50
 
@@ -292,3 +294,42 @@ def test_a_prompt_is_read_in_chunks(model: Attends) -> None:
     new_tokens(Generator(stepper, chunk=8), [[1] * 20, [2] * 3], max_new_tokens=3)
     assert stepper.widths == [8, 8, 4, 1, 1]
     assert isinstance(stepper.state(2), KeptTokens)
+
+
+@NATIVE
+def test_a_compiled_model_writes_what_transformers_writes() -> None:
+    """A causal language model as it is, with all that is there: prompts of any lengths, drafts, and what is kept of texts."""
+    model, store = llama(), PrefixStore(1e7)
+    generator = Generator(model, max_length=64, chunk=16, prefixes=store, speculation=PromptLookup(3, 1))
+    for seed in (0, 1):
+        ids, mask = padded(prompts_of(seed, 2))
+        options = {"max_new_tokens": 64 - ids.shape[1], "repetition_penalty": 1.2 if seed else 1.0}
+        expected = model.generate(ids, attention_mask=mask, do_sample=False, **options)
+        for _ in range(2):
+            assert torch.equal(generator.generate(ids, mask, **options), expected)
+        assert (generator.last.reused, generator.last.computed) == (int(mask.sum()) - 2, 2)
+    assert generator.statistics.drafted > 0
+    again = Generator(llama(), max_length=64, prefixes=store)
+    again.generate(ids, mask, max_new_tokens=1)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    changed = Generator(model, max_length=64, prefixes=store)
+    changed.generate(ids, mask, max_new_tokens=1)
+    assert again.last.reused == int(mask.sum()) - 2 and changed.last.reused == 0, "the same weights elsewhere are the same model"
+
+
+class Mixing(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = torch.nn.Embedding(5, 5)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(tokens)
+        return x + x.mean(1, keepdim=True)
+
+
+def test_of_a_module_it_is_asked_how_long_a_text_may_be_and_that_tokens_do_not_mix() -> None:
+    with pytest.raises(BadOption, match="max_length: say how many tokens"):
+        Generator(Mixing())
+    with pytest.raises(CannotDerive, match="mean"):
+        Generator(Mixing(), max_length=6)

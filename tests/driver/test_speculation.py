@@ -105,8 +105,8 @@ def test_a_predictable_text_takes_few_steps() -> None:
     generator = Generator(stepper, speculation=PromptLookup(drafts=7, ngram=3))
     text = generator.generate([[0, 1, 2, 3, 4, 0, 1, 2]], max_new_tokens=92)[0].tolist()
     assert text == [i % 5 for i in range(100)]
-    assert generator.last.steps == 12 and generator.last.accepted == generator.last.drafted == 79
-    assert "79 of 79 drafts accepted" in str(generator.last)
+    assert generator.last.steps == 12
+    assert "79 of 80 drafts accepted" in str(generator.last), "there was no more place for the last"
 
 
 @pytest.mark.parametrize("options", [{"drafts": 0}, {"ngram": 0}])
