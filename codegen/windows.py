@@ -41,9 +41,9 @@ def rows_last(x: torch.Tensor) -> torch.Tensor:
 
 def _call(host: Host, node: Node, x: Value, weights: list[Value]) -> str:
     a = node.attrs
-    if node.op.name != "conv":
-        settings = {**a, "channels_last": False}
-        return f"{host.bind(node.op.name, node.op.eager)}({', '.join([x.name, *(f'{k}={host.literal(v)}' for k, v in settings.items())])})"
+    if node.op.name != "conv" or a["padding_after"]:
+        settings = [f"{k}={host.literal(v)}" for k, v in {**a, "channels_last": False}.items()]
+        return f"{host.bind(node.op.name, node.op.eager)}({', '.join([x.name, *(w.name for w in weights), *settings])})"
     operands = [x.name, *(w.name for w in weights), *(["None"] if len(weights) == 1 else [])]
     extra = a["output_padding"] or (0,) * (node.tensor.rank - 2)
     numbers = (a["stride"], a["padding"], a["dilation"], a["transposed"], extra, a["groups"])
@@ -60,7 +60,9 @@ def _packed_call(host: Host, node: Node, x: Value, weights: list[Value]) -> str:
 
 def _packs(host: Host, node: Node) -> bool:
     """Whether the weight is a constant that is worth the library's own order."""
-    if node.op.name != "conv" or node.attrs["transposed"] or node.tensor.rank != 4 or node.dtype != torch.float32:
+    if node.op.name != "conv" or node.tensor.rank != 4 or node.dtype != torch.float32:
+        return False
+    if node.attrs["transposed"] or node.attrs["padding_after"]:
         return False
     weight = node.inputs[1]
     large = weight.op.name == "constant" and hint(weight.tensor.nbytes, host.graph.symbols) >= PACKED_BYTES

@@ -10,7 +10,7 @@ import sympy
 
 from ..ir.analysis.iteration import Placement, place
 from ..ir.analysis.points import Refusal
-from ..ir.analysis.products import computed_operands
+from ..ir.analysis.products import computed_operands, joining_windows
 from ..ir.dims import free_symbols
 from ..ir.graph import Graph, Node, graph_input, is_scalar, lift, scalar_value
 from ..ir.reasons import Reason
@@ -143,11 +143,12 @@ class Builder:
 
 
 def _reading_refusal(placement: Placement) -> Refusal | None:
-    """Why a region is no kernel though it could be one: a product reads an operand that is better computed once."""
+    """Why a region is no kernel though it could be one: a product or window reads an operand that is better computed once."""
     for product, k in computed_operands(placement.points):
         if not takes_computed(product, product.inputs[k]):
             return Refusal(Reason.PROLOGUE, product, product.inputs[k].op.name)
-    return None
+    window = next(iter(joining_windows(placement.points)), None)
+    return Refusal(Reason.PROLOGUE, window, "cat") if window else None
 
 
 def inside_order(nodes: Iterable[Node], position: dict[Node, int]) -> list[Node]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..graph import Node
-from ..ops.contractions import is_depthwise
+from ..ops.contractions import is_depthwise, kernel_of
 from ..reasons import Reason
 from .indices import Poly, const
 from .points import Index, Kind, Point, Refusal, broadcast_index, dims_of
@@ -62,6 +62,18 @@ def computed_operands(points: Iterable[Point]) -> list[tuple[Node, int]]:
     """(product, number of an operand) for those operands of products among the points that are computed where they are multiplied."""
     dots = [p for p in points if p.kind is Kind.DOT]
     return [(p.node, k) for p in dots if p.node for k in (0, 1) if not all(map(is_read, _under(p.operands[k])))]
+
+
+def joining_windows(points: Iterable[Point]) -> list[Node]:
+    """Convolutions and poolings among the points that pick what they read out of the pieces of a concatenation, once for each element of a
+    window. Where a window is one element, they pick once, and the concatenation need not be in memory."""
+    windows = [p for p in points if p.node and (p.kind is Kind.WINDOW or p.kind is Kind.DOT and p.node.op.name == "conv")]
+    several = [p for p in windows if p.node and any(k != 1 for k in kernel_of(p.node))]
+    return [p.node for p in several if p.node and any(q.kind is Kind.SELECT and _joins(q) for q in _under(p.operands[0]))]
+
+
+def _joins(point: Point) -> bool:
+    return point.node is not None and point.node.op.name == "cat"
 
 
 def _under(operand: Point) -> Iterator[Point]:

@@ -5,6 +5,7 @@ With `channels_last` a convolution or pooling takes and yields [n, *space, c] in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -119,8 +120,12 @@ def _cost_product(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
 def _infer_conv(
     x: TensorType, w: TensorType, b: TensorType | None = None, *, stride: tuple[int, ...], padding: tuple[int, ...],
     dilation: tuple[int, ...], groups: int = 1, transposed: bool = False, output_padding: tuple[int, ...] = (), channels_last: bool = False,
+    padding_after: tuple[int, ...] = (),
 ) -> Type:  # fmt: skip
-    """x [n, c, *space], w [out, c / groups, *kernel] (transposed: [c, out / groups, *kernel]) -> [n, out, *space']; 1 to 3 spatial dims."""
+    """x [n, c, *space], w [out, c / groups, *kernel] (transposed: [c, out / groups, *kernel]) -> [n, out, *space']; 1 to 3 spatial dims.
+
+    padding_after: the padding behind x, where it differs from `padding` before it.
+    """
     _same_dtype(x, w, *([b] if b else []))
     if channels_last:
         x = _first(x)
@@ -129,6 +134,9 @@ def _infer_conv(
         raise ValueError("x and w must have one batch, one channel and 1 to 3 spatial dimensions")
     if not len(stride) == len(padding) == len(dilation) == space:
         raise ValueError(f"stride, padding and dilation need one entry for each of the {space} spatial dimensions")
+    after = _after(padding, padding_after)
+    if padding_after and transposed:
+        raise ValueError("a transposed convolution has one padding")
     if not same(x.shape[1], w.shape[0] if transposed else dim(w.shape[1] * groups)):
         raise ValueError(f"x has {x.shape[1]} channels, w takes {w.shape[0] if transposed else dim(w.shape[1] * groups)}")
     if transposed:
@@ -138,9 +146,23 @@ def _infer_conv(
                for i, k, s, p, d, e in zip(x.shape[2:], w.shape[2:], stride, padding, dilation, extra)]  # fmt: skip
     else:
         channels = w.shape[0]
-        out = [window_count(i, k, s, p, p, d) for i, k, s, p, d in zip(x.shape[2:], w.shape[2:], stride, padding, dilation)]
+        out = [window_count(*each) for each in zip(x.shape[2:], w.shape[2:], stride, padding, after, dilation)]
     space_out = _positive(out)
     return x.with_shape((x.shape[0], *space_out, channels) if channels_last else (x.shape[0], channels, *space_out))
+
+
+def _after(padding: tuple[int, ...], padding_after: tuple[int, ...]) -> tuple[int, ...]:
+    if padding_after and len(padding_after) != len(padding):
+        raise ValueError("padding_after needs one entry for each spatial dimension")
+    return padding_after or padding
+
+
+def _filled(x: torch.Tensor, padding: Any, padding_after: Any, fill: float = 0.0) -> tuple[torch.Tensor, Any]:
+    """(x [.., *space], the padding that is left to torch, which has one for both sides)."""
+    if not padding_after:
+        return x, padding
+    pairs = [n for before, after in zip(reversed(padding), reversed(padding_after)) for n in (before, after)]
+    return F.pad(x, pairs, value=fill), (0,) * len(padding)
 
 
 def _first(x: TensorType) -> TensorType:
@@ -165,6 +187,11 @@ def is_depthwise(node: Any) -> bool:
     return node.op.name == "conv" and node.attrs["groups"] > 1 and not node.attrs["transposed"] and node.inputs[1].shape[1] == 1
 
 
+def kernel_of(node: Any) -> tuple[Dim, ...]:
+    """The sides of the window of a convolution or pooling."""
+    return node.inputs[1].shape[2:] if node.op.name == "conv" else node.attrs["kernel"]
+
+
 def _positive(space: Iterable[Dim]) -> tuple[Dim, ...]:
     sizes = tuple(dim(d) for d in space)
     if any(isinstance(d, int) and d < 1 for d in sizes):
@@ -184,10 +211,11 @@ def window_count(size: Dim, kernel: Dim, stride: int, low: int, high: int, dilat
 
 def _conv(
     x: Any, w: Any, b: Any = None, *, stride: Any, padding: Any, dilation: Any, groups: int, transposed: bool, output_padding: Any,
-    channels_last: bool,
+    channels_last: bool, padding_after: Any,
 ) -> Any:  # fmt: skip
     extra = output_padding or (0,) * (x.dim() - 2)
     x = channels_first_view(x) if channels_last else x
+    x, padding = _filled(x, padding, padding_after)
     out = torch.ops.aten.convolution(x, w, b, stride, padding, dilation, transposed, extra, groups)
     return channels_last_view(out) if channels_last else out
 
@@ -201,14 +229,15 @@ def _cost_conv(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
 
 def _infer_pool(
     x: TensorType, *, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
-    dilation: tuple[int, ...] = (), ceil: bool = False, channels_last: bool = False,
+    dilation: tuple[int, ...] = (), ceil: bool = False, channels_last: bool = False, padding_after: tuple[int, ...] = (),
 ) -> Type:  # fmt: skip
-    """x [..., *space] with len(kernel) spatial dims at the end."""
+    """x [..., *space] with len(kernel) spatial dims at the end. padding_after: the padding behind x, where it differs."""
     space = len(kernel)
     if channels_last:
         if x.rank != space + 2:
             raise ValueError("with channels last x must have one batch dimension, space and channels")
-        out = _infer_pool(_first(x), kernel=kernel, stride=stride, padding=padding, dilation=dilation, ceil=ceil)
+        window: Any = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+        out = _infer_pool(_first(x), **window, ceil=ceil, padding_after=padding_after)
         return x.with_shape((out.shape[0], *out.shape[2:], out.shape[1]))  # type: ignore[union-attr]
     if not 1 <= space <= 3 or x.rank not in (space + 1, space + 2):
         raise ValueError("x must have channels, 1 to 3 spatial dimensions, and at most one batch dimension")
@@ -216,43 +245,51 @@ def _infer_pool(
         raise ValueError("it takes a floating-point tensor")
     if any(2 * p > k for p, k in zip(padding, kernel)):
         raise ValueError("padding may be at most half of the kernel")
+    after = _after(padding, padding_after)
+    if padding_after and ceil:
+        raise ValueError("with padding_after it counts whole windows")
     dilations = dilation or (1,) * space
-    out = (window_count(i, k, s, p, p, d, ceil) for i, k, s, p, d in zip(x.shape[-space:], kernel, stride, padding, dilations))
+    out = (window_count(*each, ceil=ceil) for each in zip(x.shape[-space:], kernel, stride, padding, after, dilations))
     return x.with_shape((*x.shape[:-space], *_positive(out)))
 
 
 def _infer_avg_pool(
     x: TensorType, *, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
     ceil: bool = False, count_padding: bool = True, divisor: int | None = None, channels_last: bool = False,
+    padding_after: tuple[int, ...] = (),
 ) -> Type:  # fmt: skip
     """Means of windows; count_padding: padded zeros count as elements; divisor replaces the count."""
+    if padding_after and not count_padding and divisor is None:
+        raise ValueError("with padding_after all windows count as many elements")
     if len(kernel) == 1 and divisor is not None:
         raise ValueError("in one dimension there is no divisor")
     spatial = x.shape[1:-1] if channels_last else x.shape[-3:]
     if len(kernel) == 3 and any(isinstance(d, int) and d < k for d, k in zip(spatial, kernel)):
         raise ValueError("in three dimensions the kernel may not be larger than x without padding")
-    return _infer_pool(x, kernel=kernel, stride=stride, padding=padding, ceil=ceil, channels_last=channels_last)
+    window: Any = {"kernel": kernel, "stride": stride, "padding": padding, "padding_after": padding_after}
+    return _infer_pool(x, **window, ceil=ceil, channels_last=channels_last)
 
 
 _MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _AVG_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
-def _max_pool(x: Any, *, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool, channels_last: bool) -> Any:
-    pool = _MAX_POOL[len(kernel) - 1]
-    if channels_last:
-        return channels_last_view(pool(channels_first_view(x), kernel, stride, padding, dilation or 1, ceil))
-    return pool(x, kernel, stride, padding, dilation or 1, ceil)
+def _max_pool(
+    x: Any, *, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool, channels_last: bool, padding_after: Any
+) -> Any:  # fmt: skip
+    x, padding = _filled(channels_first_view(x) if channels_last else x, padding, padding_after, -math.inf)
+    out = _MAX_POOL[len(kernel) - 1](x, kernel, stride, padding, dilation or 1, ceil)
+    return channels_last_view(out) if channels_last else out
 
 
 def _avg_pool(
-    x: Any, *, kernel: Any, stride: Any, padding: Any, ceil: bool, count_padding: bool, divisor: int | None, channels_last: bool
+    x: Any, *, kernel: Any, stride: Any, padding: Any, ceil: bool, count_padding: bool, divisor: int | None, channels_last: bool,
+    padding_after: Any,
 ) -> Any:  # fmt: skip
     extra = {} if len(kernel) == 1 else {"divisor_override": divisor}
-    pool = _AVG_POOL[len(kernel) - 1]
-    if channels_last:
-        return channels_last_view(pool(channels_first_view(x), kernel, stride, padding, ceil, count_padding, **extra))
-    return pool(x, kernel, stride, padding, ceil, count_padding, **extra)
+    x, padding = _filled(channels_first_view(x) if channels_last else x, padding, padding_after)
+    out = _AVG_POOL[len(kernel) - 1](x, kernel, stride, padding, ceil, count_padding, **extra)
+    return channels_last_view(out) if channels_last else out
 
 
 def _cost_pool(types: tuple[Any, ...], out: Type, attrs: Any) -> Cost:
