@@ -70,12 +70,14 @@ class ReuseKV(Pass):
     of their own. What is kept is what attention reads: after RoPE, without repeats of heads. Refused, by CannotDerive: what mixes tokens
     otherwise.
 
-    size: of the tokens of a step. kv: one of KV_FORMATS. tokens: the name of the input, where there are several of [b, S].
+    size: of the tokens of a step. kv: one of KV_FORMATS. tokens: the name of the input, where there are several of [b, S]. scattered: the
+    tokens of a step do not stand side by side, and position is i64[b, size].
     """
 
     size: int = 1
     kv: str = "same"
     tokens: str = ""
+    scattered: bool = False
 
     name: ClassVar[str] = "reuse-kv"
 
@@ -121,7 +123,8 @@ class _Deriver:
         self.on_others = _depending(graph, {n for n in graph.inputs if n is not self.tokens})
         kind = self.tokens.tensor
         self.new: dict[Node, Node] = {self.tokens: graph_input(self.tokens.hint, kind.with_shape((self.batch, options.size)))}
-        self.position = graph_input("position", TensorType(torch.int64, (self.batch,), kind.device))
+        where = (self.batch, options.size) if options.scattered else (self.batch,)
+        self.position = graph_input("position", TensorType(torch.int64, where, kind.device))
         self.maker = ConstantMaker(graph)
         self.given: dict[Node, Node] = {}
         self.kept: dict[Node, tuple[Kept, ...]] = {}
@@ -215,6 +218,8 @@ class _Deriver:
     @property
     def at(self) -> Node:
         """The position of each token of the step, i64[b, size]; behind the last position, the last."""
+        if self.options.scattered:
+            return self.position
         if self._at is None:
             own = OPS["reshape"](self.position, shape=(self.batch, 1))
             if self.options.size > 1:
@@ -285,12 +290,21 @@ class _Deriver:
             shape = list(part.shape)
             shape[d] = self.length
             state = graph_input(f"kept_{len(self.kept)}" + (f"_{i}" if i else ""), part.tensor.with_shape(tuple(shape)), prov=point.prov)
-            updated.append(OPS["cache_update"](state, part, self.position, dim=d, hint=f"{state.hint}_new", prov=point.prov))
+            updated.append(self._written(state, part, d))
             self.writes.append((state, updated[-1]))
             kept.append(Kept(state, d))
         self.kept[point] = tuple(kept)
         self.notes.apply(ReuseKV.name, f"{describe(point)} kept as {' and '.join(str(k.node.type) for k in kept)}", point)
         return kind.decode(tuple(updated), point.dtype)
+
+    def _written(self, state: Node, part: Node, d: int) -> Node:
+        """The state with what is computed of the tokens of the step, along dimension d."""
+        names = {"hint": f"{state.hint}_new", "prov": state.prov}
+        if not self.options.scattered:
+            return OPS["cache_update"](state, part, self.position, dim=d, **names)
+        shape = tuple(n if i in (0, d) else 1 for i, n in enumerate(part.shape))
+        index = OPS["expand"](OPS["reshape"](self.position, shape=shape), shape=part.shape)
+        return OPS["scatter"](state, index, part, dim=d, **names)
 
     # -- nodes that read them
 
@@ -320,12 +334,13 @@ class _Deriver:
         assert batch is not None, describe(node)
         rank, (d, along) = node.tensor.rank, batch
         size, device = self.options.size, self.position.tensor.device
+        queries = size if self.options.scattered else 1
         own = self.position
         if not along.plain:
-            own = OPS["reshape"](own, shape=(1, self.batch, 1))
-            own = OPS["expand"](own, shape=(along.outer, self.batch, along.inner))
-        own = OPS["reshape"](own, shape=(*(1,) * d, along.extent(self.batch), *(1,) * (rank - 1 - d)))
-        if size > 1:
+            own = OPS["reshape"](own, shape=(1, self.batch, 1, queries))
+            own = OPS["expand"](own, shape=(along.outer, self.batch, along.inner, queries))
+        own = OPS["reshape"](own, shape=(*(1,) * d, along.extent(self.batch), *(1,) * (rank - 3 - d), queries, 1))
+        if queries < size:
             own = OPS["add"](own, OPS["reshape"](OPS["iota"](length=size, device=device), shape=(size, 1)))
         key = OPS["iota"](length=self.length, device=device)
         keep = OPS["ge"](own, key)
