@@ -45,12 +45,22 @@ def test_constant_weights_serve_every_size(channels, out, bias):
         torch.testing.assert_close(got.permute(0, 3, 1, 2).double(), want, rtol=1e-4, atol=1e-3)
 
 
+def test_large_constant_weights_with_padding_behind():
+    torch.manual_seed(0)
+    w, x = torch.randn(64, 64, 3, 3), images(64)
+    attrs = {**PLAIN, "padding": (0, 1), "padding_after": (1, 0)}
+    (got,) = program(x, OPS["conv"](x, constant("w", w), **attrs, channels_last=True))([channels_last(image := torch.randn(2, 64, 9, 9))])
+    want = torch.nn.functional.conv2d(torch.nn.functional.pad(image, (1, 0, 0, 1)), w)
+    torch.testing.assert_close(got, channels_last(want), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "w, attrs",
     [
         ((32, 1, 3, 3), {"groups": 32}),
         ((32, 8, 3, 3), {"groups": 4}),
         ((16, 32, 3, 3), {"stride": (2, 2), "dilation": (2, 2)}),
+        ((16, 32, 3, 3), {"padding": (1, 0), "padding_after": (0, 2)}),
         ((32, 16, 3, 3), {"transposed": True, "stride": (2, 2), "output_padding": (1, 1)}),
     ],
 )
@@ -68,9 +78,10 @@ def test_weights_that_are_inputs(w, attrs):
 
 
 @pytest.mark.parametrize("op", ["max_pool", "avg_pool"])
-def test_pools(op):
+@pytest.mark.parametrize("border", [{"ceil": True}, {"padding_after": (0, 1)}])
+def test_pools(op, border):
     x = images(5)
-    attrs = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), "ceil": True}
+    attrs = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), **border}
     made = program(x, OPS[op](x, **attrs, channels_last=True))
     image = torch.randn(2, 5, 8, 8)
     image[0, 0, 3, 3] = float("nan")

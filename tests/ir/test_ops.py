@@ -275,6 +275,31 @@ def test_pooling(space: int, size: int, kernel: int, stride: int, padding: int, 
     assert evaluate(count, {"s": size}) == expected.shape[-1]
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_padding_behind(last: bool) -> None:
+    """As much as the op puts there itself: zeros to a convolution and a mean, nothing to a maximum."""
+    x, w = t(2, 4, 9, 8) - 5, t(3, 4, 3, 2)
+    x = x.permute(0, 2, 3, 1) if last else x
+    image = x.permute(0, 3, 1, 2) if last else x
+    attrs: dict[str, Any] = {"stride": (2, 1), "padding": (1, 0), "padding_after": (0, 1), "channels_last": last}
+
+    def filled(value: float) -> torch.Tensor:
+        return F.pad(image, (0, 1, 1, 0), value=value)
+
+    found = [
+        run("conv", x, w, dilation=(1, 1), **attrs),
+        run("max_pool", x, kernel=(3, 2), **attrs),
+        run("avg_pool", x, kernel=(3, 2), **attrs),
+    ]
+    expected = [
+        F.conv2d(filled(0), w, stride=(2, 1)),
+        F.max_pool2d(filled(-torch.inf), (3, 2), (2, 1)),
+        F.avg_pool2d(filled(0), (3, 2), (2, 1)),
+    ]
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs.permute(0, 2, 3, 1) if last else theirs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_constants(dtype: torch.dtype) -> None:
     same(run("full", shape=(2, 0, 3), value=1, dtype=dtype), torch.full((2, 0, 3), 1, dtype=dtype))
@@ -393,6 +418,13 @@ def test_costs(build: Any, flops: Any, moved: Any) -> None:
         (lambda: ops.conv(sym(1, 3, 2), sym(4, 3, 5), stride=(1,), padding=(0,), dilation=(1,)), "no window fits"),
         (lambda: ops.conv(sym(1, 3, 9), sym(4, 2, 5), stride=(1,), padding=(0,), dilation=(1,)), "x has 3 channels, w takes 2"),
         (lambda: ops.max_pool(sym(1, 3, 9), kernel=(2,), stride=(2,), padding=(2,)), "padding may be at most half"),
+        (lambda: ops.max_pool(sym(1, 3, 9), kernel=(2,), stride=(2,), padding=(0,), padding_after=(1, 1)), "one entry for each spatial"),
+        (lambda: ops.max_pool(sym(1, 3, 9), kernel=(2,), stride=(2,), padding=(0,), padding_after=(1,), ceil=True), "counts whole windows"),
+        (lambda: ops.avg_pool(sym(1, 3, 9), kernel=(2,), stride=(2,), padding=(0,), padding_after=(1,), count_padding=False), "as many"),
+        (
+            lambda: ops.conv(sym(1, 3, 9), sym(3, 4, 5), stride=(1,), padding=(0,), padding_after=(1,), dilation=(1,), transposed=True),
+            "one padding",
+        ),
         (lambda: ops.index_put(sym(4, 3), sym(5), sym(2, dtype=I64), dims=(0,)), "do not broadcast"),
         (lambda: ops.item(sym(2), index=0), "it takes a value with several results"),
         (lambda: ops.reshape(sym(2)), "that attribute is required"),

@@ -46,6 +46,15 @@ def test_a_dear_value_is_not_computed_for_each_window():
     assert Reason.RECOMPUTE in {d.reason for d in notes.declined}
 
 
+@pytest.mark.parametrize("window", [DEPTHWISE.replace("(x", "(j"), f"max_pool(j, {POOL})"])
+def test_a_window_does_not_join_what_it_reads(window):
+    """Each element would be picked out of the pieces once for every window it is in."""
+    lines = ["a = relu(x)", "j = cat(a, z, dim=1)", f"y = {window}", "y"]
+    after, notes = fused(body(f"{IMAGE}, z: f32[2, 8, 32, 16]", *lines))
+    assert len(labels(after)) == 2
+    assert Reason.PROLOGUE in {d.reason for d in notes.declined}
+
+
 def test_one_kernel_walks_one_window():
     after, notes = fused(body(IMAGE, f"c = {DEPTHWISE}", "y = " + f"max_pool(c, {POOL})".replace("[1, 1]", "[0, 0]"), "y"))
     assert len(labels(after)) == 2
