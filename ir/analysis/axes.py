@@ -135,7 +135,7 @@ class _Search:
             self.size,
             places={n: kept for n in where if any(kept := _only(where[n], roles.rows.get(n, set())))},
             keys={n: kept for n in where if any(kept := _only(where[n], roles.keys.get(n, set())))},
-            labels=labelled(dependent, self.ends, self.conflicts, self.size),
+            labels=labelled(self.graph, dependent, self.ends, self.conflicts, self.size),
             sources=self.sources,
         )
 

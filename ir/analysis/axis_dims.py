@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..dims import Dim, same
+import sympy
+
+from ..dims import Dim, Mod, dim, floordiv, same
 from ..graph import Node
+from ..op import Category
 from ..types import TensorType
 from .places import OUT, PARALLEL, End, Label, Link
 
@@ -42,3 +45,19 @@ def like_first(mixed: Iterable[int], label: Label, rank: int) -> Links:
     """Result like the first operand; `mixed` are the dimensions that have this label."""
     mixed = set(mixed)
     return [Link(((0, d), (OUT, d)), label if d in mixed else PARALLEL) for d in range(rank)]
+
+
+def is_every_index(node: Node, length: Dim) -> bool:
+    """Whether a value is 0, 1, 2, ... length - 1, in any shape."""
+    while node.op.category is Category.VIEW and node.op.name in ("reshape", "expand") or node.op.name == "cast":
+        node = node.inputs[0]
+    return node.op.name == "iota" and node.attrs["start"] == 0 and node.attrs["step"] == 1 and same(node.attrs["length"], length)
+
+
+def quotient(a: Dim, b: Dim) -> Dim | None:
+    """a / b where b divides a for certain."""
+    if isinstance(b, int) and b == 0:
+        return None
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if a % b == 0 else None
+    return floordiv(a, b) if same(dim(Mod(sympy.sympify(a), sympy.sympify(b))), 0) else None

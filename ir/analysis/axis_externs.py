@@ -9,7 +9,8 @@ import torch
 from ..graph import Node
 from ..ops.structure import Ref, resolve
 from .axis_dims import Links, broadcast_links, result_types, tensors
-from .places import How, Label, Link, mixing
+from .axis_routing import SORTS, sort_of
+from .places import How, Label, Link, Reorder, mixing
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def extern_links(node: Node) -> Links:
     target = node.attrs["target"]
     if node.attrs["sequence"] is not None:
         return []  # what it draws depends on the shape
+    if target in SORTS and node.inputs[0].tensor.rank == 1:
+        return _rows_sorted(node)
     row = ROWS.get(target.rpartition(".")[0])
     if row is not None:
         return _along_rows(node, row)
@@ -61,6 +64,12 @@ def _is_pointwise(node: Node, target: str) -> bool:
 
 def _pointwise(node: Node) -> Links:
     return broadcast_links(node.shape, tensors(node))
+
+
+def _rows_sorted(node: Node) -> Links:
+    """The results hold the axis in the order of the sort; what is sorted is a permutation: in its inverse, each row is in its place."""
+    step = Reorder(node if sort_of(node.inputs[0]) is None else None)
+    return [Link(((0, 0), *((~r, 0) for r, _ in enumerate(result_types(node)))), mixing("it is ordered along it"), step)]
 
 
 def _along_rows(node: Node, row: Row) -> Links:

@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 
 from ..dims import Dim
-from ..graph import Node
+from ..graph import Graph, Node
 from ..op import Category
 from .axis_links import links
 from .axis_masks import Fill, Masks, Matrix, any_of, later, reach
+from .axis_routing import Routing
 from .axis_spread import spread
-from .places import OUT, PARALLEL, Along, End, How, Label, Link, mixing
+from .places import OUT, PARALLEL, Along, End, How, Label, Link, Step, mixing
 
 Ends = Mapping[End, Along]
 
@@ -24,15 +25,15 @@ HIDING = {
 """Op -> what elements must hold for its result not to read what they stand for."""
 
 
-def labelled(nodes: Iterable[Node], ends: Mapping[Node, Ends], conflicts: Mapping[Node, str], size: Dim) -> dict[Node, Label]:
+def labelled(graph: Graph, nodes: Iterable[Node], ends: Mapping[Node, Ends], conflicts: Mapping[Node, str], size: Dim) -> dict[Node, Label]:
     """The labels of nodes that depend on the axis, which they hold at `ends`."""
-    labels = _Labels(size)
+    labels = _Labels(size, Routing(graph, ends))
     return {n: mixing(conflicts[n]) if n in conflicts else labels.of(n, ends.get(n, {})) for n in nodes}
 
 
 class _Labels:
-    def __init__(self, size: Dim) -> None:
-        self.size, self.masks = size, Masks(size)
+    def __init__(self, size: Dim, routing: Routing) -> None:
+        self.size, self.masks, self.routing = size, Masks(size), routing
 
     def of(self, node: Node, ends: Ends) -> Label:
         if node.op.name == "input":
@@ -57,11 +58,12 @@ class _Labels:
         """How the node treats the axis in the operand at `end`."""
         how, along = link.label.how, ends[end]
         if how is How.MIXING:
-            return reach(self._attention(node, ends) if node.op.name == "attention" else self._hidden(node, link, ends), link.label)
+            hidden = self._attention(node, ends) if node.op.name == "attention" else self._hidden(node, link, ends)
+            return self.routing.label(node, link, ends) if hidden is None else reach(hidden, link.label)
         if how is How.PREFIX and (along.outer != 1 or along.order is not None):
             return mixing(f"{node.op.name} runs over other dimensions, too")
         result = next((ends[e] for e in link.ends if e[0] < 0 and e in ends), None)
-        if link.step is not None:
+        if isinstance(link.step, Step):
             near = replace(link.label, before=link.label.before * along.stride, after=link.label.after * along.stride)
             return mixing(f"{node.op.name} works on it merged with other dimensions") if result is None else near
         return link.label if result is None else link.label.and_also(_distance(along, result))

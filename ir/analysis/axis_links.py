@@ -13,10 +13,11 @@ from ..dims import same
 from ..graph import Node
 from ..op import Category
 from ..types import TensorType
-from .axis_dims import Links, broadcast_links, end_size, like_first, tensors
+from .axis_dims import Links, broadcast_links, end_size, is_every_index, like_first, tensors
 from .axis_externs import extern_links
+from .axis_routing import puts_back
 from .axis_windows import WINDOWS
-from .places import OUT, PARALLEL, End, How, Label, Link, mixing
+from .places import OUT, PARALLEL, End, How, Label, Link, Reorder, mixing
 
 
 def links(node: Node) -> Links:
@@ -144,7 +145,7 @@ def _index(node: Node) -> Links:
         read.append(Link(((OUT, front + b), *(e for e in ends if same(end_size(node, e), node.shape[front + b])))))
     indexed = [Link(((0, d),), mixing("it is read at computed indices")) for d in dims]
     for k, d in enumerate(dims):  # a dimension that is read in order, beside others at computed places: each of its indices alone
-        if _is_every_index(node.inputs[k + 1], x.shape[d]):
+        if is_every_index(node.inputs[k + 1], x.shape[d]):
             at = [
                 b for b, link in enumerate(read) if any(operand == k + 1 and end_size(node, (operand, e)) != 1 for operand, e in link.ends)
             ]
@@ -179,13 +180,6 @@ def _attention(node: Node) -> Links:
     ]
 
 
-def _is_every_index(node: Node, length: object) -> bool:
-    """Whether a value is 0, 1, 2, ... length - 1, in any shape."""
-    while node.op.category is Category.VIEW and node.op.name in ("reshape", "expand") or node.op.name == "cast":
-        node = node.inputs[0]
-    return node.op.name == "iota" and node.attrs["start"] == 0 and node.attrs["step"] == 1 and same(node.attrs["length"], length)  # type: ignore[arg-type]
-
-
 def _scatter(node: Node) -> Links:
     """scatter and gather's inverse: alone along every dimension but the one that is written at computed indices."""
     rank, d = node.tensor.rank, node.attrs["dim"] % max(node.tensor.rank, 1)
@@ -208,6 +202,9 @@ def _written(node: Node) -> Links:
 
 def _index_put(node: Node) -> Links:
     """Dimensions that are not indexed are each alone; the value's last ones are those."""
+    if puts_back(node):
+        rows = [Link(((1, 0), (2, 0))), Link(((1, 0), (OUT, 0)), step=Reorder(None)), Link(((0, 0), (OUT, 0)))]
+        return [*rows, *(Link(((0, d), (1, d), (OUT, d))) for d in range(1, node.tensor.rank))]
     rank, dims, value = node.tensor.rank, node.attrs["dims"], node.inputs[1].tensor
     label = mixing("it is written at computed indices")
     block = max(t.rank for k, t in tensors(node) if k > 1)

@@ -55,7 +55,8 @@ class Masks:
         return self._known[key]
 
     def _fills(self, node: Node, row: Spot, column: Spot) -> Fills:
-        if not isinstance(self.size, int) or isinstance(node.type, tuple):
+        whole = all(spot is None or spot[1].whole for spot in (row, column))
+        if not isinstance(self.size, int) or isinstance(node.type, tuple) or not whole:
             return {}
         if is_scalar(node):
             value = scalar_value(node)

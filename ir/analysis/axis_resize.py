@@ -9,12 +9,12 @@ computes on an input of that size where no node says otherwise by a constant (a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Union
 
-from ..dims import Dim, SymbolRange, contiguous_strides, free_symbols, same, same_shape
+from ..dims import Dim, SymbolRange, contiguous_strides, dim, free_symbols, same, same_shape
 from ..errors import TilewrightError, TypeInferenceError
 from ..graph import Graph, Node, order
 from ..ops import OPS
@@ -78,17 +78,27 @@ class _Resizer:
         given = self.given.get(node)
         if isinstance(given, Node):
             return given
-        inputs = self._operands(node)
+        ends = self._ends(node)
+        inputs = self._operands(node, ends)
         if given is not None:
             return given(node, inputs)
-        shapes = self._shapes(node)
+        self._check_part(node, ends)
+        shapes = self._shapes(node, ends)
         if node.op.name == "input":
             kind = node.tensor.with_shape(shapes[0])
             return replace(node, type=kind, attrs=MappingProxyType({**node.attrs, "type": kind, "strides": None}))
         return self._made(node, inputs, shapes)
 
-    def _operands(self, node: Node) -> tuple[Node, ...]:
-        ends = self._ends(node)
+    def _check_part(self, node: Node, ends: Mapping[End, Along]) -> None:
+        """Where a slice leaves out the end of what it reads, nobody says from which end it counts, unless the whole axis is left."""
+        if node.op.name != "slice":
+            return
+        d = node.attrs["dim"] % node.tensor.rank
+        here, there = ends.get((0, d)), ends.get((OUT, d))
+        if here is not None and (there is None or not there.whole) and not same(node.attrs["stop"], node.inputs[0].shape[d]):
+            raise self._error(node, "it takes a part of it, which may be counted from either end")
+
+    def _operands(self, node: Node, ends: Mapping[End, Along]) -> tuple[Node, ...]:
         found = []
         for k, x in enumerate(node.inputs):
             told = {(OUT, d): along for (operand, d), along in ends.items() if operand == k}
@@ -108,18 +118,19 @@ class _Resizer:
         except Conflict as conflict:
             raise self._error(node, conflict) from conflict
 
-    def _shapes(self, node: Node) -> list[tuple[Dim, ...]]:
+    def _shapes(self, node: Node, ends: Mapping[End, Along]) -> list[tuple[Dim, ...]]:
         """The new shapes of the results."""
-        if isinstance(node.type, tuple):
-            return [t.shape for t in node.type]
-        return [self._shape(node.shape, dict(enumerate(self.axis.everywhere(node) or ())))]
+        if not isinstance(node.type, tuple):
+            return [self._shape(node.shape, dict(enumerate(self.axis.everywhere(node) or ())))]
+        held = [{d: along for (operand, d), along in ends.items() if operand == ~r} for r in range(len(node.type))]
+        return [self._shape(kind.shape, places) for kind, places in zip(node.type, held)]
 
     def _shape(self, shape: tuple[Dim, ...], places: Mapping[int, Along | None]) -> tuple[Dim, ...]:
         return tuple(along.extent(self.size) if (along := places.get(d)) else extent for d, extent in enumerate(shape))
 
     def _made(self, node: Node, inputs: tuple[Node, ...], shapes: list[tuple[Dim, ...]]) -> Node:
         change = ATTRIBUTES.get(node.op.name)
-        attrs = MappingProxyType({**node.attrs, **(change(node, inputs, shapes[0]) if change else {})})
+        attrs = MappingProxyType({**node.attrs, **(change(node, inputs, shapes) if change else {})})
         try:
             made = replace(node, attrs=attrs).with_inputs(inputs)
         except TypeInferenceError as error:
@@ -167,36 +178,51 @@ class _Resizer:
         return CannotResize(node.prov.source, node=f"{node.op.name} {node.hint}".strip(), size=self.size, reason=reason)
 
 
-Change = Callable[[Node, tuple[Node, ...], "tuple[Dim, ...]"], Mapping[str, Any]]
+Shape = tuple[Dim, ...]
+Change = Callable[[Node, tuple[Node, ...], Sequence[Shape]], Mapping[str, Any]]
 
 
-def _new_shape(node: Node, inputs: tuple[Node, ...], shape: tuple[Dim, ...]) -> Mapping[str, Any]:
-    return {"shape": shape}
+def _new_shape(node: Node, inputs: tuple[Node, ...], shapes: Sequence[Shape]) -> Mapping[str, Any]:
+    return {"shape": shapes[0]}
 
 
-def _slice(node: Node, inputs: tuple[Node, ...], shape: tuple[Dim, ...]) -> Mapping[str, Any]:
-    """A slice of a whole dimension stays one."""
-    d = node.attrs["dim"] % len(shape)
-    whole = same(node.shape[d], node.inputs[0].shape[d])
-    return {"stop": inputs[0].shape[d]} if whole else {}
+def _slice(node: Node, inputs: tuple[Node, ...], shapes: Sequence[Shape]) -> Mapping[str, Any]:
+    """A slice that goes to the end still does; one that leaves the whole axis leaves it."""
+    d = node.attrs["dim"] % node.tensor.rank
+    if same(node.inputs[0].shape[d], inputs[0].shape[d]):
+        return {}
+    if same(node.attrs["stop"], node.inputs[0].shape[d]):
+        return {"stop": inputs[0].shape[d]}
+    return {"stop": dim(node.attrs["start"] + shapes[0][d])} if node.attrs["step"] == 1 else {}
 
 
-def _layout(node: Node, inputs: tuple[Node, ...], shape: tuple[Dim, ...]) -> Mapping[str, Any]:
+def _layout(node: Node, inputs: tuple[Node, ...], shapes: Sequence[Shape]) -> Mapping[str, Any]:
+    return {"strides": _strides(node.attrs["strides"], shapes[0])}
+
+
+def _strides(old: tuple[Dim, ...], shape: Shape) -> tuple[Dim, ...]:
     """Strides for the new shape, dimensions in memory in the order they were."""
-    old = node.attrs["strides"]
     if not all(isinstance(s, int) for s in old):
-        return {"strides": contiguous_strides(shape)}
+        return contiguous_strides(shape)
     nested = sorted(range(len(shape)), key=lambda d: (-old[d], d))
     dense = contiguous_strides(tuple(shape[d] for d in nested))
-    return {"strides": tuple(dense[nested.index(d)] for d in range(len(shape)))}
+    return tuple(dense[nested.index(d)] for d in range(len(shape)))
+
+
+def _extern(node: Node, inputs: tuple[Node, ...], shapes: Sequence[Shape]) -> Mapping[str, Any]:
+    """What torch returns has the new shapes; operands lie as they did."""
+    types = tuple(t.with_shape(shape) for t, shape in zip(node.attrs["types"], shapes))
+    strides = tuple(s and _strides(s, x.shape) for s, x in zip(node.attrs["strides"], inputs))
+    return {"types": types, "strides": strides}
 
 
 ATTRIBUTES: dict[str, Change] = {
     "reshape": _new_shape,
     "expand": _new_shape,
     "full": _new_shape,
-    "iota": lambda node, inputs, shape: {"length": shape[0]},
+    "iota": lambda node, inputs, shapes: {"length": shapes[0][0]},
     "slice": _slice,
     "layout": _layout,
+    "extern": _extern,
 }
-"""Op -> its attributes that hold sizes, for new operands and the new shape of its result."""
+"""Op -> its attributes that hold sizes, for new operands and the new shapes of its results."""

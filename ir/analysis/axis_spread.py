@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import sympy
-
-from ..dims import Dim, Mod, dim, floordiv, product, same
+from ..dims import Dim, dim, product, same
 from ..graph import Node
 from ..op import Category
-from .axis_dims import end_size
+from .axis_dims import end_size, quotient
 from .axis_links import links
 from .places import OUT, Along, End, Link
 
@@ -73,15 +71,6 @@ def reshaped(source: Sequence[Dim], target: Sequence[Dim], d: int, along: Along)
         if before is not None and after is not None and not same(extent, 1):
             return at, replace(along, outer=before, inner=after)
     return None
-
-
-def quotient(a: Dim, b: Dim) -> Dim | None:
-    """a / b where b divides a for certain."""
-    if isinstance(b, int) and b == 0:
-        return None
-    if isinstance(a, int) and isinstance(b, int):
-        return a // b if a % b == 0 else None
-    return floordiv(a, b) if same(dim(Mod(sympy.sympify(a), sympy.sympify(b))), 0) else None
 
 
 def operand_ends(node: Node, told: Mapping[End, Along], size: Dim, follow: bool = False) -> dict[End, Along]:

@@ -119,6 +119,16 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Reorder:
+    """A step to rows in the order of a sort; with `by` None, of rows back into their place."""
+
+    by: Node | None
+
+    def forward(self, along: Along) -> Along | None:
+        return replace(along, order=self.by) if self.by is None or along.whole else None
+
+
+@dataclass(frozen=True)
 class Link:
     """Dimensions of a node's operands and results that hold the same axis, and how the node treats it; `step`: from operands to results.
 
@@ -127,7 +137,7 @@ class Link:
 
     ends: tuple[End, ...]
     label: Label = PARALLEL
-    step: Step | None = None
+    step: Step | Reorder | None = None
 
 
 @dataclass(frozen=True)
