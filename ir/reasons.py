@@ -39,4 +39,6 @@ class Reason(enum.Enum):
     CHANGES = "it changes between calls"
     VARYING_SIZE = "a size differs between calls"
     WHOLE_IMAGE = "it may need the whole image"
+    NO_KEY_MASK = "no input is provably a mask of padded keys"
+    PADDED_ROWS = "what padding holds would matter"
     NOT_ON_ONE_GPU = "not everything is on one GPU"

@@ -1,0 +1,127 @@
+"""Calls without padding: a program over packed rows beside the padded one, and which of the two runs a call.
+
+    mask [[1, 1, 1, 0],      rows       0 1 2 4      first  0 0 0 3      places [[0,  1,  2, -1],
+          [1, 0, 0, 0]]      positions  0 1 2 0      last   3 3 3 4              [3, -1, -1, -1]]
+
+Which one runs is decided by the mask of the call: how many of its tokens are padding, and whether padding is at the ends only. How often
+each was taken, and why, is counted.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..codegen.program import Program
+from ..ir.graph import Graph, constants
+from ..passes.base import Notes
+from ..passes.canonicalize import Canonicalize
+from ..passes.remove_padding import FIRST, Packed, without_padding
+from .compile import Options, build_program, rewritten
+from .pipeline import FINISHING, PREPARING
+
+PAYS_BELOW = 0.9
+"""Share of tokens that are no padding, below which packing is thought to gain where nothing was measured: packing and unpacking cost about
+what a twentieth of the rows of a narrow encoder do."""
+
+Run = Callable[[list[Any]], list[Any]]
+
+
+class Way(enum.Enum):
+    """How a call went. All but the first are reasons to compute padding."""
+
+    PACKED = "without padding"
+    LITTLE = "there is too little padding"
+    HOLES = "padding stands between tokens"
+    VALUES = "the mask holds other values than 0 and 1"
+    EMPTY = "there is nothing but padding"
+    READ = "padding stands where a token is read by itself"
+
+
+def layout_of(present: np.ndarray) -> list[np.ndarray]:
+    """The further inputs of a packed graph (`passes.packed_masks.Layout`) for tokens [b, s] that are no padding."""
+    counts, rows = present.sum(1), np.flatnonzero(present)
+    ends = counts.cumsum()
+    places = np.full(present.size, -1)
+    places[rows] = np.arange(rows.size)
+    first, last = (ends - counts).repeat(counts), ends.repeat(counts)
+    return [rows, rows % present.shape[1], first, last, places.reshape(present.shape)]
+
+
+@dataclass(frozen=True)
+class WithoutPadding:
+    """A model's program over packed rows.
+
+    plan: what was packed; its graph is the one before code generation's passes. graph: after them. pays_below: the share of tokens that
+    are no padding, below which packing gains. counts: calls by the way they went.
+    """
+
+    plan: Packed
+    graph: Graph
+    program: Program
+    pays_below: float = PAYS_BELOW
+    counts: Counter[Way] = field(default_factory=Counter, repr=False, compare=False)
+
+    def run(self, inputs: list[Any], padded: Run) -> list[Any]:
+        """The outputs for the inputs of the padded program, by it or by the packed one."""
+        mask = inputs[self.plan.mask]
+        way, layout = self.choose(mask)
+        self.counts[way] += 1
+        if way is not Way.PACKED:
+            return padded(inputs)
+        inputs += [torch.from_numpy(x).to(mask.device) for x in layout]
+        return self.program.run(inputs)
+
+    def choose(self, mask: torch.Tensor) -> tuple[Way, Sequence[np.ndarray]]:
+        """How a call with this mask goes, and where its rows come from."""
+        values = mask.detach().to("cpu", torch.float32 if mask.dtype == torch.bfloat16 else mask.dtype).numpy()
+        present = values != self.plan.padding
+        if mask.dtype != torch.bool and not np.array_equal(values, present ^ bool(self.plan.padding)):
+            return Way.VALUES, ()
+        count = int(present.sum())
+        if count >= self.pays_below * present.size:
+            return Way.LITTLE, ()
+        if not count:
+            return Way.EMPTY, ()
+        begins = present[:, 1:] & ~present[:, :-1]
+        if bool((begins.sum(1) + present[:, 0] > 1).any()):
+            return Way.HOLES, ()
+        if not all(bool(present[:, 0 if at == FIRST else -1].all()) for at in self.plan.present):
+            return Way.READ, ()
+        return Way.PACKED, layout_of(present)
+
+    def statistic(self) -> dict[str, int]:
+        """Calls by the way they went, in words."""
+        return {way.value: self.counts[way] for way in Way if self.counts[way]}
+
+
+def compile_without_padding(graph: Graph, options: Options, notes: Notes, beside: Graph | None = None) -> WithoutPadding | None:
+    """A captured graph over packed rows, compiled; None where it has no such form, with the reason in the notes.
+
+    beside: the padded graph after its passes, whose constants it shares.
+    """
+    plain = replace(options, dump=None, offload=False)
+    found = without_padding(rewritten(graph, plain, PREPARING, Notes(), {}), notes)
+    if found is None:
+        return None
+    fused = rewritten(found.graph, plain, (Canonicalize(), *FINISHING), Notes(), {})
+    if beside is not None:
+        share_constants(fused, beside)
+    return WithoutPadding(found, fused, build_program(fused))
+
+
+def share_constants(graph: Graph, other: Graph) -> None:
+    """Constants of the same name that are equal become one memory."""
+    theirs = constants(other)
+    for name, data in constants(graph).items():
+        ours, their = data.value, theirs[name].value if name in theirs else None
+        if ours is None or their is None or ours is their or ours.dtype != their.dtype or ours.stride() != their.stride():
+            continue
+        if torch.equal(ours, their):
+            ours.data = their
