@@ -126,7 +126,7 @@ class _Deriver:
         where = (self.batch, options.size) if options.scattered else (self.batch,)
         self.position = graph_input("position", TensorType(torch.int64, where, kind.device))
         self.maker = ConstantMaker(graph)
-        self.given: dict[Node, Node] = {}
+        self.given: dict[Node, tuple[Node, Node]] = {}
         self.kept: dict[Node, tuple[Kept, ...]] = {}
         self.writes: list[tuple[Node, Node]] = []
         self.whole: dict[Node, Node] = {}
@@ -148,12 +148,12 @@ class _Deriver:
 
     def _result(self) -> Derived:
         kept = tuple(k for parts in self.kept.values() for k in parts)
-        inputs = (self.new[self.tokens], self.position, *self.given.values(), *(k.node for k in kept))
+        inputs = (self.new[self.tokens], self.position, *(n for _, n in self.given.values()), *(k.node for k in kept))
         outputs = tuple(self.new[n] for n in self.graph.outputs)
         fields = {"symbols": self.graph.symbols, "stage": self.graph.stage}
         step = cleaned(Graph(f"{self.graph.name}.step", inputs, outputs, writes=tuple(self.writes), **fields))
         others = tuple(n for n in self.graph.inputs if n is not self.tokens)
-        start = Graph(f"{self.graph.name}.start", others, tuple(self.given), **fields) if self.given else None
+        start = Graph(f"{self.graph.name}.start", others, tuple(n for n, _ in self.given.values()), **fields) if self.given else None
         return Derived(step, start, kept)
 
     # -- what is known
@@ -191,7 +191,7 @@ class _Deriver:
         if change is None:
             return node.with_inputs(inputs)
         shape = tuple(self.resized(d) if along else d for d, along in zip(node.shape, self.places(node)))
-        attrs = MappingProxyType({**node.attrs, **change(node, inputs, shape)})
+        attrs = MappingProxyType({**node.attrs, **change(node, inputs, [shape])})
         return replace(node, attrs=attrs).with_inputs(inputs)
 
     def resized(self, extent: Dim) -> Dim:
@@ -209,11 +209,34 @@ class _Deriver:
         return x
 
     def _given(self, node: Node, x: Node) -> Node:
-        if any(self.places(x)) or any(self.keys(x)):
-            raise self._error(f"{describe(node)} meets {describe(x)}, another input along the tokens", node)
+        """An input of the step, for a value that depends on other inputs of the model only. It is the same for all tokens."""
         if x not in self.given:
-            self.given[x] = graph_input(x.hint or x.op.name, x.tensor, prov=x.prov)
-        return self.given[x]
+            value: Node | None = x
+            for d in (d for d, along in enumerate(self.places(x)) if along is not None):
+                value = value and self._one_row(value, d)
+            if value is None:
+                raise self._error(f"{describe(node)} meets {describe(x)}, another input along the tokens", node)
+            self.given[x] = value, graph_input(x.hint or x.op.name, value.tensor, prov=x.prov)
+        return self.given[x][1]
+
+    def _one_row(self, x: Node, d: int) -> Node | None:
+        """The value with one row in dimension d, if all rows are alike."""
+        if same(x.shape[d], 1):
+            return x
+        if x in self.twin and x not in self.on_others:
+            value = self.value(x)
+            alike = bool((value == value.narrow(d, 0, 1)).all())
+            return OPS["slice"](x, dim=d, start=0, stop=1, prov=x.prov) if alike else None
+        if x.op.category is not Category.POINTWISE and x.op.name != "expand":
+            return None
+        inputs: list[Node | None] = [x.inputs[0], *x.inputs[1:]]
+        for k, operand in enumerate(x.inputs):
+            at = -1 if is_scalar(operand) else d - (x.tensor.rank - operand.tensor.rank)
+            inputs[k] = operand if at < 0 else self._one_row(operand, at)
+        if None in inputs:
+            return None
+        attrs = {**x.attrs, "shape": (*x.shape[:d], 1, *x.shape[d + 1 :])} if x.op.name == "expand" else x.attrs
+        return replace(x, attrs=MappingProxyType(dict(attrs))).with_inputs(tuple(n for n in inputs if n is not None))
 
     @property
     def at(self) -> Node:
