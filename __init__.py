@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .driver.optimize import optimize
     from .driver.prefixes import PrefixStore
     from .driver.receipt import receipts
+    from .driver.simplify import simplify
     from .driver.speculation import PromptLookup
     from .driver.split import split
 
@@ -23,11 +24,12 @@ _API = {
     "load": ".driver.artifact",
     "optimize": ".driver.optimize",
     "receipts": ".driver.receipt",
+    "simplify": ".driver.simplify",
     "split": ".driver.split",
 }
 _PACKAGES = ("codegen", "driver", "ir", "passes", "search")
 
-__all__ = ["Budget", "Generator", "PrefixStore", "PromptLookup", "load", "optimize", "receipts", "split"]
+__all__ = ["Budget", "Generator", "PrefixStore", "PromptLookup", "load", "optimize", "receipts", "simplify", "split"]
 
 
 def __getattr__(name: str) -> Any:

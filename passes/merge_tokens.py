@@ -154,6 +154,8 @@ def _from_stem(graph: Graph, attention: Node, stem: Node) -> Tokens | Refusal:
 
 def _cut(graph: Graph, stem: Node) -> tuple[Graph, Node, tuple[Node, ...]]:
     """The graph from `stem` on, which becomes an input of it."""
+    if stem.op.name == "input":
+        return graph, stem, graph.inputs
     inside = graph_input(stem.hint or "stem", stem.type, prov=stem.prov)
     cut = rewrite(graph, lambda node, inputs: inside if node is stem else None)
     return replace(cut, inputs=(*graph.inputs, inside)), inside, (*graph.inputs, stem)
@@ -270,7 +272,7 @@ class _Merging:
         here = self.levels[level].count
         most = most_merged(here, self.protected) if self.new[site.keys][1] == level else 0
         if count > most:
-            self.notes.decline(MergeTokens.name, site.name, Reason.TOO_LARGE, site.x, f"{count} of {here} tokens, {most} can go")
+            self.notes.decline(MergeTokens.name, site.name, Reason.SHAPE_MISMATCH, site.x, f"{count} of {here} tokens, {most} can go")
         if not 0 < count <= most or not self.notes.may(MergeTokens.name, site.x, site.name):
             return False
         self.notes.apply(MergeTokens.name, f"{site.name}: {here} -> {here - count} tokens", site.x)

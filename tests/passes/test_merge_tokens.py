@@ -120,14 +120,14 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """ends: what comes of the tokens."""
 
-    def __init__(self, ends: str = "mean", layers: int = 3, causal: bool = False, batch_first: bool = True) -> None:
+    def __init__(self, ends: str = "mean", layers: int = 3, causal: bool = False, batch_first: bool = True, scale: float = 1.5) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(16, causal, batch_first) for _ in range(layers))
         self.table = nn.Parameter(torch.randn(12, 1))
-        self.ends, self.batch_first = ends, batch_first
+        self.ends, self.batch_first, self.scale = ends, batch_first, scale
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        x = x * 1.5
+        x = x * self.scale
         for block in self.blocks:
             x = block(x) if mask is None else block(x, mask)
             if self.ends == "positions in every block":
@@ -183,6 +183,14 @@ def test_duplicates_merge_exactly(ends: str, batch_first: bool) -> None:
     assert _lengths(after) == [12, 6, 3] and len(notes.applied) == 2
     before, now = (interpret(g, [x], torch.float64)[0] for g in (graph, after))
     assert now.shape == before.shape
+    torch.testing.assert_close(now, before, rtol=1e-13, atol=1e-13)
+
+
+def test_tokens_that_are_an_input() -> None:
+    graph = _graph(Encoder(scale=1.0), _twins(2))
+    assert len(_names(graph)) == 3
+    after, _ = _merge(graph, 6)
+    before, now = (interpret(g, [_twins(2)], torch.float64)[0] for g in (graph, after))
     torch.testing.assert_close(now, before, rtol=1e-13, atol=1e-13)
 
 

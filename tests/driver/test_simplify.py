@@ -1,0 +1,163 @@
+"""simplify: fewer tokens and blocks keep the error that is allowed, on inputs held out; what is not worth it stays exact."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import tilewright
+import torch
+from rich.console import Console
+from tilewright.driver import measure, simplify
+from tilewright.driver.errors import BadOption
+from tilewright.driver.receipt import Receipt
+from tilewright.ir.graph import order
+from tilewright.search.device import Device
+from tilewright.search.metrics import METRICS, UnknownMetric
+from torch import nn
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from digits_bits import ViT, train, wrong
+
+DEVICE = Device("a machine", 1, 1, 1e10, 1e10, {"float32": 1e11}, ())
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Times are not what decides here: nothing depends on how fast this machine is."""
+    monkeypatch.setattr(measure, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(simplify, "this_device", lambda: DEVICE)
+    monkeypatch.setattr(simplify, "CERTAINTY", 1e9)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A ViT that knows digits, trained for a moment; images and labels to judge by."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    data = load_digits()
+    images, labels = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
+    model = train(ViT(32), images[:1200], labels[:1200], 6)
+    return model, images, labels
+
+
+def _batches(images, count=4, size=64):
+    return [images[i * size : (i + 1) * size] for i in range(count)]
+
+
+def _simplified(digits, max_error, **options):
+    model, images, _ = digits
+    first, *others = _batches(images)
+    return tilewright.simplify(model, (first,), max_error=max_error, calibration=[(x,) for x in others], **options)
+
+
+def _lengths(made):
+    return [int(n.shape[-2]) for n in order(made.graph) for n in _inside(n) if n.op.name == "attention"]
+
+
+def _inside(node):
+    body = node.attrs.get("body")
+    return [node] if body is None else order(body)
+
+
+def test_tokens_are_merged_within_the_error(digits) -> None:
+    model, images, labels = digits
+    made = _simplified(digits, 0.1)
+    spent = made.receipt.spent
+    assert 0 < spent.error <= 0.1 and spent.held_out and spent.limits == {"error": 0.1}
+    assert min(_lengths(made)) < 16 and any(a.rule == "merge-tokens" for a in made.receipt.applied)
+    held = _batches(images)[-1]
+    assert METRICS["relative"]([made(held)], [model(held).detach()]) == pytest.approx(spent.error, rel=1e-2)
+    # what is reported to a user: accuracy before and after, and both times
+    judged = images[1200:1264], labels[1200:1264]
+    drop = wrong(*judged)(made) - wrong(*judged)(model)
+    assert drop <= 0.1 and spent.seconds > 0 and spent.exact_seconds > 0
+    (trial,) = [t for t in made.receipt.trials if "merge" in t.what]
+    assert trial.kept and trial.with_it == spent.seconds
+
+
+def test_more_error_more_tokens(digits) -> None:
+    few, many = (_simplified(digits, e) for e in (0.02, 0.3))
+    assert few.receipt.spent.error <= 0.02 and sum(_lengths(many)) < sum(_lengths(few)) <= 48
+
+
+def test_nothing_is_allowed_nothing_is_done(digits) -> None:
+    made = _simplified(digits, 0.0, rewrites=("merge-tokens", "remove-blocks", "share-blocks"))
+    assert set(_lengths(made)) == {16} and made.receipt.spent.error < 1e-5 and made.receipt.error.ok
+
+
+def test_blocks_are_removed(digits) -> None:
+    model, images, _ = digits
+    made = _simplified(digits, 0.9, rewrites=("remove-blocks",))
+    spent = made.receipt.spent
+    assert spent.error <= 0.9 and spent.bytes < spent.exact_bytes and any("is left out" in a.what for a in made.receipt.applied)
+    assert made(images[:64]).shape == (64, 10)
+
+
+def test_weights_are_shared_for_memory(digits) -> None:
+    made = _simplified(digits, 1.5, rewrites=("share-blocks",), objective="memory")
+    spent = made.receipt.spent
+    assert spent.bytes < spent.exact_bytes and any("computes with" in a.what for a in made.receipt.applied)
+
+
+def test_together(digits) -> None:
+    made = _simplified(digits, 1.0, rewrites=("merge-tokens", "remove-blocks"))
+    rules = {a.rule for a in made.receipt.applied}
+    assert {"merge-tokens", "prune-blocks"} <= rules and made.receipt.spent.error <= 1.0
+
+
+def test_errors_that_do_not_add_up_are_repaired(digits, monkeypatch) -> None:
+    """Predictions that are ten times too good: measuring finds out, and less is allowed."""
+    real = simplify.Rewrites.choices
+
+    def hopeful(self, effects, power):
+        small = [{name: type(e)(e.error / 10, e.seconds, e.bytes) for name, e in here.items()} for here in effects]
+        return real(self, small, power)
+
+    monkeypatch.setattr(simplify.Rewrites, "choices", hopeful)
+    spent = _simplified(digits, 0.05).receipt.spent
+    assert spent.attempts[0].verdict == "declined: over the error" and spent.error <= 0.05
+
+
+def test_what_is_slower_stays_exact(digits, monkeypatch) -> None:
+    monkeypatch.setattr(simplify, "CERTAINTY", -1e9)
+    made = _simplified(digits, 0.1)
+    assert set(_lengths(made)) == {16} and not made.receipt.trials[-1].kept and made.receipt.spent.error < 1e-5
+
+
+def test_a_class_token_is_protected() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(16, 2, 1024, 0.0, batch_first=True, norm_first=True)
+
+        def forward(self, x):
+            return self.layer(x)[:, 0]
+
+    x = torch.randn(2, 33, 16)
+    made = tilewright.simplify(First().eval(), (x,), max_error=1e-5, protected=1)
+    assert made.receipt.spent.error <= 1e-5 and min(_lengths(made)) == 33
+    assert any("tokens" in a.what for a in made.receipt.applied)  # behind the only attention, where the first token does not see it
+
+
+def test_receipts_are_kept_and_shown(digits) -> None:
+    made = _simplified(digits, 0.1)
+    assert Receipt.from_json(made.receipt.to_json()) == made.receipt
+    console = Console(width=120, record=True, file=io.StringIO())
+    made.receipt.render(console)
+    assert "error (relative)" in console.export_text()
+
+
+@pytest.mark.parametrize("option,value,words", [
+    ("rewrites", ("fewer-layers",), "there is no 'fewer-layers'; there are merge-tokens, remove-blocks, share-blocks"),
+    ("objective", "beauty", "there is no 'beauty'; there are latency, memory"), ("max_error", -1.0, "from 0 on"),
+])  # fmt: skip
+def test_what_cannot_be_meant(option, value, words) -> None:
+    with pytest.raises(BadOption, match=words):
+        tilewright.simplify(nn.Linear(4, 4), (torch.randn(2, 4),), **{"max_error": 0.1, option: value})
+    with pytest.raises(UnknownMetric):
+        tilewright.simplify(nn.Linear(4, 4), (torch.randn(2, 4),), max_error=0.1, metric="luck")
