@@ -86,8 +86,8 @@ class Pipeline:
         found: list[torch.Tensor] = []
         for value, kind, node in zip(flat, self._takes, self._stage.graph.inputs):
             rows = value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else None
-            size = kind.shape[0] if kind.rank else None
-            if rows is None or rows not in (size, size * self._micro_batches) or value.shape[1:] != kind.shape[1:]:
+            size, *rest = _sizes(kind) or (0,)
+            if rows is None or rows not in (size, size * self._micro_batches) or list(value.shape[1:]) != rest:
                 shown = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                 reason = f"{node.hint} is {shown}, and {self._micro_batches} micro-batches take {kind} each"
                 raise CannotPipeline(name=self._stage.graph.name, reason=reason)
@@ -106,4 +106,8 @@ def _sized(node: Node, graph: Graph) -> TensorType:
 
 def _empty(kinds: Sequence[TensorType]) -> tuple[torch.Tensor, ...]:
     """As torch wants to be told of tensors."""
-    return tuple(torch.empty(k.shape, dtype=k.dtype, device="meta") for k in kinds)
+    return tuple(torch.empty(_sizes(k), dtype=k.dtype, device="meta") for k in kinds)
+
+
+def _sizes(kind: TensorType) -> tuple[int, ...]:
+    return tuple(int(d) for d in kind.shape)  # type: ignore[arg-type]

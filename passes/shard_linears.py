@@ -1,0 +1,224 @@
+"""shard-linears: the part of a graph that one of several processes computes, tensor-parallel (Megatron-LM, Shoeybi et al., 2019).
+
+    h = linear(x, w1)       h' = linear(x, rows of w1)             columns of the result, each process its own
+    a = gelu(h)        -->  a' = gelu(h')
+    y = linear(a, w2)       y  = all_reduce(linear(a', columns of w2))
+
+Which linears go in pairs follows from the graph: every linear is taken to be sharded by the columns of its result, that is carried through
+what keeps it apart (pointwise ops, views, attention by heads), and where it ends in the last dimension of another linear's operand, partial
+sums are added up over the processes. A linear whose result is wanted whole anywhere else stays whole, on every process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from ..ir.graph import Graph, Node, Stage, is_scalar, order, users
+from ..ir.ops import OPS
+from ..ir.ops.structure import Ref
+from ..ir.reasons import Reason
+from ..ir.rewrite import remap, rewrite
+from .base import Notes, Pass, describe
+from .shard_rules import carried
+from .weights import ConstantMaker, is_constant
+
+WORLD = "0"
+"""How torch names the group of all processes."""
+
+
+@dataclass(frozen=True)
+class ShardLinears(Pass):
+    """The graph of process `rank` of `count`: the same function of the same inputs, if all of them run theirs. group: as torch names it."""
+
+    rank: int = 0
+    count: int = 2
+    group: str = WORLD
+
+    name: ClassVar[str] = "shard-linears"
+    needs: ClassVar[Stage] = Stage.CANONICAL
+
+    def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
+        notes = notes or Notes()
+        whole = apart(graph)
+        found = sharding(whole, self.count, notes)
+        return _Local(whole, found, self).made(notes) if found.columns else graph
+
+
+@dataclass
+class Sharding:
+    """columns: linears of which each process has columns of the result; rows: those that read such, and whose results are added up.
+    dims: of each value that is sharded, the dimension."""
+
+    columns: set[Node] = field(default_factory=set)
+    rows: set[Node] = field(default_factory=set)
+    dims: dict[Node, int] = field(default_factory=dict)
+
+
+def apart(graph: Graph) -> Graph:
+    """Slices of a linear's result, of which each is read on its own, as linears of their own: q, k and v have heads of their own."""
+    readers, roots = users(graph), set(graph.roots)
+
+    def rule(node: Node, inputs: tuple[Node, ...]) -> Node | None:
+        source = node.inputs[0] if node.op.name == "slice" else node
+        if source is node or not _shardable(source) or source in roots or not all(_is_columns(r) for r in readers[source]):
+            return None
+        start, stop = node.attrs["start"], node.attrs["stop"]
+        x, *weights = inputs[0].inputs
+        parts = [OPS["slice"](w, dim=0, start=start, stop=stop, prov=w.prov) for w in weights]
+        return OPS["linear"](x, *parts, hint=node.hint, prov=source.prov.union(node.prov))
+
+    return rewrite(graph, rule)
+
+
+def _shardable(node: Node) -> bool:
+    return node.op.name == "linear" and all(is_constant(w) for w in node.inputs[1:])
+
+
+def _is_columns(node: Node) -> bool:
+    return node.op.name == "slice" and node.attrs["dim"] == node.tensor.rank - 1 and node.attrs["step"] == 1
+
+
+def sharding(graph: Graph, count: int, notes: Notes) -> Sharding:
+    """The largest set of linears that can be shared out: all, less those of which a shard cannot be carried to a linear that ends it."""
+    whole: set[Node] = set()
+    while True:
+        found, conflicts = _carried_on(graph, count, whole)
+        if not conflicts:
+            return found
+        for node, (sources, value) in conflicts.items():
+            for source in sources - whole:
+                notes.decline("shard-linears", describe(source), Reason.SHARED, node, value)
+            whole |= sources
+
+
+Conflicts = dict[Node, "tuple[set[Node], str]"]
+
+
+def _carried_on(graph: Graph, count: int, whole: set[Node]) -> tuple[Sharding, Conflicts]:
+    """Every linear not in `whole` by columns, as far as it goes; and where it does not go on, which linears are to blame."""
+    found, conflicts = Sharding(), Conflicts()
+    sources: dict[Node, set[Node]] = {}
+    for node in order(graph):
+        sharded = [i for i in node.inputs if i in found.dims]
+        blamed = set().union(*(sources[i] for i in sharded))
+        if not sharded:
+            if _shardable(node) and node not in whole and _divides(node, count):
+                found.columns.add(node)
+                found.dims[node], sources[node] = node.tensor.rank - 1, {node}
+        elif _ends(node, found.dims, count):
+            found.rows.add(node)
+        else:
+            dim = carried(node, found.dims, count)
+            if dim is None:
+                conflicts[node] = _blamed(node, sharded, found.dims, sources, count) or blamed, describe(node)
+            else:
+                found.dims[node], sources[node] = dim, blamed
+    for root in graph.roots:
+        if root in found.dims:
+            conflicts[root] = sources[root], "the result"
+    return found, conflicts
+
+
+def _blamed(node: Node, sharded: Sequence[Node], dims: Mapping[Node, int], sources: Mapping[Node, set[Node]], count: int) -> set[Node]:
+    """Where one of the operands alone would go on, what the others come from: queries, say, if keys have one head for all."""
+    for kept in sharded:
+        others = set().union(*(sources[i] for i in sharded)) - sources[kept]
+        if others and carried(node, {kept: dims[kept]}, count) is not None:
+            return others
+    return set()
+
+
+def _divides(node: Node, count: int) -> bool:
+    size = node.shape[-1]
+    return isinstance(size, int) and size % count == 0
+
+
+def _ends(node: Node, dims: Mapping[Node, int], count: int) -> bool:
+    """Whether a linear adds up over the shards of its operand."""
+    return _shardable(node) and dims.get(node.inputs[0]) == node.inputs[0].tensor.rank - 1 and _divides(node.inputs[0], count)
+
+
+class _Local:
+    """The graph of one process. local: whole value -> what this process has of it."""
+
+    def __init__(self, graph: Graph, found: Sharding, item: ShardLinears) -> None:
+        self.graph, self.found, self.item = graph, found, item
+        self.maker = ConstantMaker(graph)
+        self.local: dict[Node, Node] = {}
+        self.weights: dict[tuple[Node, int], Node] = {}
+        self.step = 1 + max((n.attrs["sequence"] for n in order(graph) if n.attrs.get("sequence") is not None), default=-1)
+
+    def made(self, notes: Notes) -> Graph:
+        for node in order(self.graph):
+            self.local[node] = self._node(node)
+        paired = f"{len(self.found.columns)} linears by columns, {len(self.found.rows)} by rows"
+        notes.apply("shard-linears", f"process {self.item.rank + 1} of {self.item.count}: {paired}")
+        return remap(self.graph, self.local)
+
+    def _node(self, node: Node) -> Node:
+        if node in self.found.columns:
+            x, *weights = node.inputs
+            return OPS["linear"](self.local[x], *(self._weight(w, 0) for w in weights), hint=node.hint, prov=node.prov)
+        if node in self.found.rows:
+            return self._row(node)
+        if node in self.found.dims:
+            return self._carried(node)
+        inputs = tuple(self.local[i] for i in node.inputs)
+        return node if inputs == node.inputs else replace(node, inputs=inputs)
+
+    def _row(self, node: Node) -> Node:
+        """The bias is added once, after the sum."""
+        x, w, *bias = node.inputs
+        total = self._sum(OPS["linear"](self.local[x], self._weight(w, 1), hint=node.hint, prov=node.prov))
+        return OPS["add"](total, self.local[bias[0]], prov=node.prov) if bias else total
+
+    def _sum(self, value: Node) -> Node:
+        """Over all processes. Every one of them sums in the same order, which the numbers keep."""
+        self.step += 2
+        begun = collective("all_reduce", value, value.type, ("sum", self.item.group), self.step - 2)
+        return collective("wait_tensor", begun, value.type, (), self.step - 1)
+
+    def _weight(self, weight: Node, dim: int) -> Node:
+        if (weight, dim) not in self.weights:
+            rank, count = self.item.rank, self.item.count
+            made = self.maker.derived([weight], f"shard{rank}", lambda w: w.chunk(count, dim)[rank].clone(), weight.prov)
+            self.weights[weight, dim] = made
+        return self.weights[weight, dim]
+
+    def _carried(self, node: Node) -> Node:
+        """The node on shards; operands that every process has whole are cut to what goes with its own."""
+        dim = self.found.dims[node]
+        inputs = tuple(self._operand(node, i, x, dim) for i, x in enumerate(node.inputs))
+        attrs = dict(node.attrs)
+        if "shape" in attrs:
+            attrs["shape"] = tuple(self._share(d) if i == dim else d for i, d in enumerate(node.shape))
+        return node.op(*inputs, hint=node.hint, prov=node.prov, **attrs)
+
+    def _operand(self, node: Node, number: int, operand: Node, dim: int) -> Node:
+        value = self.local[operand]
+        if operand in self.found.dims or is_scalar(operand):
+            return value
+        place = whole_operand_dim(node, number, dim)
+        if place is None or operand.shape[place] == 1:
+            return value
+        if is_constant(operand):
+            return self._weight(operand, place)
+        size = self._share(operand.shape[place])
+        return OPS["slice"](value, dim=place, start=self.item.rank * size, stop=(self.item.rank + 1) * size, prov=operand.prov)
+
+    def _share(self, size: Any) -> int:
+        return int(size) // self.item.count
+
+
+def whole_operand_dim(node: Node, number: int, dim: int) -> int | None:
+    """The dimension of an operand that goes with dimension `dim` of the result; None where it has none."""
+    place = dim - (node.tensor.rank - node.inputs[number].tensor.rank)
+    return place if place >= 0 and node.op.name not in ("rms_norm", "layer_norm") else None
+
+
+def collective(name: str, value: Node, kind: Any, rest: Sequence[Any], sequence: int) -> Node:
+    """A step of all processes, by torch.distributed's functional collectives."""
+    target = f"_c10d_functional.{name}.default"
+    return OPS["extern"](value, target=target, args=(Ref(0), *rest), types=(kind,), sequence=sequence, prov=value.prov)
