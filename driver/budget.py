@@ -24,8 +24,9 @@ DEFAULT_FORMATS = (
 )  # fmt: skip
 """Those that are tried unless the user says which."""
 
-Loss = Callable[[Callable[..., Any]], float]
-"""Takes a model, to be called like the original; returns a number that grows as it gets worse, for example 1 - its accuracy."""
+Loss = Callable[[Callable[..., Any]], Any]
+"""Takes a model, to be called like the original; returns a number that grows as it gets worse, for example 1 - its accuracy. A scalar
+tensor with derivatives by what the model returns tells more: by how much it grows is then foretold (`search.curvature`)."""
 
 _UNITS = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "s": 1.0, "ms": 1e-3, "us": 1e-6}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*(%|[a-zA-Z]*)\s*")

@@ -29,10 +29,11 @@ from ..passes.scale_channels import ScaleChannels
 from ..search.allocate import Allocation, Infeasible, allocate
 from ..search.channels import channel_scales, tried
 from ..search.choices import LayerChoices, layer_choices, plan_of
+from ..search.curvature import Curvature, traces
 from ..search.database import Database
 from ..search.layer_times import EXACT
 from ..search.pareto import pareto
-from ..search.sensitivity import Progress, Sensitivity, counts
+from ..search.sensitivity import Effect, Progress, Sensitivity, counts
 from ..search.tuner import CERTAINTY
 from .artifact import Optimized
 from .budget import OBJECTIVES, Attempt, Budget, LayerLine, Point, Spent, quantity
@@ -97,6 +98,8 @@ class _Within:
         with torch.no_grad():
             self.graph = rewritten(captured.graph, Options(), PREPARING, self.notes, self.seconds)
         self.metric = budget.of_outputs
+        self.foretells = isinstance(budget.metric, str)  # whether what layers err is what the user limits
+        self.adds = self.metric.power  # their errors to this power add up
         batches = [flat_example(model, captured, convention), *self._calibration()]
         held = max(1, len(batches) // HELD_OUT) if len(batches) > 1 else 0
         self.chosen_on, self.judged_on = (batches[:-held], batches[-held:]) if held else (batches, batches)
@@ -133,19 +136,31 @@ class _Within:
         formats = self.budget.formats
         with self._progress("measuring what formats do to the results") as progress:
             self.sensitivity = Sensitivity(self.graph, self.layers, self.chosen_on, self.metric, self.database)
-            effects = self.sensitivity.effects(formats, progress)
+            effects = self._effects(formats, progress)
             self.candidates = counts(effects)
         with self._progress(f"{'measuring' if self.place.measured else 'foretelling'} how long layers take in each format") as progress:
             seconds = self.place.layer_times(self.graph, self.layers, formats, self.database, progress)
-        self.choices = layer_choices(self.graph, self.layers, formats, effects, seconds, self.metric.power)
+        self.choices = layer_choices(self.graph, self.layers, formats, effects, seconds, self.adds)
         self.offered = [c.choices for c in self.choices]
         with torch.no_grad():
             self.references = [interpret(self.captured.graph, copied(flat), torch.float64) for flat in self.judged_on]
             own = [interpret(self.captured.graph, copied(flat)) for flat in self.judged_on]
         self.rounding = max(map(self.metric, own, self.references)) if isinstance(self.budget.metric, str) else 0.0
         model = apart(self.model, self.captured)
-        self.original_loss = 0.0 if isinstance(self.budget.metric, str) else self.budget.metric(model.module)
+        self.original_loss = 0.0 if isinstance(self.budget.metric, str) else self._loss(model.module)
         self.exact_seconds, self.whole_seconds = self.place.exact_times()
+
+    def _effects(self, formats: Sequence[str], progress: Progress) -> dict[tuple[str, str], Effect]:
+        """By what formats do to outputs; of a user's loss that can be differentiated twice, by its curvature."""
+        if isinstance(self.budget.metric, str):
+            return self.sensitivity.effects(formats, progress)
+        loss = self.budget.metric
+        found = traces(self.layers, lambda known: loss(self._callable(lambda flat: interpret(self.graph, flat, known=known), grad=True)))
+        if found is None:
+            return self.sensitivity.effects(formats, progress)
+        self.foretells, self.adds = True, 1
+        score = Curvature(self.graph, self.sensitivity.replays, self.sensitivity.grams, found).error
+        return self.sensitivity.foretold(formats, score, progress)
 
     @contextmanager
     def _progress(self, name: str) -> Iterator[Progress]:
@@ -177,8 +192,8 @@ class _Within:
         """Of the predicted error, to begin with."""
         if self.budget.max_error is None:
             return math.inf
-        start = self.budget.max_error if isinstance(self.budget.metric, str) else LOSS_START
-        return start**self.metric.power
+        start = self.budget.max_error if self.foretells else LOSS_START
+        return start**self.adds
 
     def _first_limits(self) -> dict[str, float]:
         """All limits. A loss says itself what it minds: what its outputs are off at first may be all that the other limits need."""
@@ -303,13 +318,18 @@ class _Within:
     def _error_of(self, run: Callable[[list[Any]], list[Any]]) -> float:
         """On the inputs that judge, against float64; of a loss, by how much it grows."""
         if not isinstance(self.budget.metric, str):
-            return self.budget.metric(self._callable(run)) - self.original_loss
+            return self._loss(self._callable(run)) - self.original_loss
         with torch.no_grad():
             return max(self.metric(run(copied(flat)), reference) for flat, reference in zip(self.judged_on, self.references))
 
-    def _callable(self, run: Callable[[list[Any]], list[Any]]) -> Callable[..., Any]:
+    def _loss(self, model: Callable[..., Any]) -> float:
+        assert not isinstance(self.budget.metric, str)
+        with torch.no_grad():
+            return float(self.budget.metric(model))
+
+    def _callable(self, run: Callable[[list[Any]], list[Any]], grad: bool = False) -> Callable[..., Any]:
         def model(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():
+            with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
                 return self.convention.pack(run(flattened(self.convention, self.captured, args, kwargs)))
 
         return model
@@ -322,8 +342,8 @@ class _Within:
 
     def _predicted_error(self, allocation: Allocation) -> float | None:
         """Layers add up to this, as far as they err apart; what the last attempt erred more or less than that, the next will too. None for
-        a loss before the first attempt: what layers do to outputs says nothing of it yet."""
-        if self.taught is None and not isinstance(self.budget.metric, str):
+        a loss without curvature before the first attempt: what layers do to outputs says nothing of it yet."""
+        if self.taught is None and not self.foretells:
             return None
         return (max(allocation.costs["error"], 0.0) * (1.0 if self.taught is None else self.taught)) ** (1 / self._power)
 
@@ -340,7 +360,7 @@ class _Within:
 
     def _said(self, cost: str, value: float) -> str:
         if cost == "error":
-            return f"error {max(value, 0.0) ** (1 / self.metric.power):.2g}"
+            return f"error {max(value, 0.0) ** (1 / self.adds):.2g}"
         if cost == "bytes":
             return f"{(value + self.exact_bytes - self._exact('bytes')) / 1e6:.1f} MB"
         if cost == "time":
@@ -377,7 +397,7 @@ class _Within:
 
     def _line(self, choices: LayerChoices, name: str) -> LayerLine:
         exact, taken, layer = choices.named(EXACT).costs, choices.named(name).costs, choices.layer
-        error = taken["error"] ** (1 / self.metric.power)
+        error = taken["error"] ** (1 / self.adds)
         source = layer.readers[0].prov.source
         bits = 8 * layer.weight.dtype.itemsize
         return LayerLine(layer.name, source, name, int(taken["bytes"]), layer.nbytes, taken["time"], exact["time"], error, bits)

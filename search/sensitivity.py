@@ -85,9 +85,25 @@ class Sensitivity:
         self, formats: Sequence[str], progress: Progress = lambda done, total: None, seconds: float = SECONDS
     ) -> dict[tuple[str, str], Effect]:
         """(layer, format) -> what the format does there."""
+        short = self._short(len(self.layers) * len(formats) - len(self.known), seconds)
+        return self._effects(formats, lambda layer, fits: self._of_layer(layer, fits, short), progress)
+
+    def foretold(
+        self, formats: Sequence[str], score: Callable[[Encoded], float], progress: Progress = lambda done, total: None
+    ) -> dict[tuple[str, str], Effect]:
+        """The same by a score: nothing is measured."""
+
+        def of_layer(layer: Layer, fits: Mapping[str, Encoded]) -> dict[str, Effect]:
+            return {name: Effect(score(made), made.nbytes, estimated=True) for name, made in fits.items()}
+
+        return self._effects(formats, of_layer, progress)
+
+    def _effects(
+        self, formats: Sequence[str], of_layer: Callable[[Layer, Mapping[str, Encoded]], Mapping[str, Effect]], progress: Progress
+    ) -> dict[tuple[str, str], Effect]:
+        """of_layer: what the formats that serve a layer do there."""
         found: dict[tuple[str, str], Effect] = {}
         total = len(self.layers) * len(formats)
-        short = self._short(total - len(self.known), seconds)
         for layer in self.layers:
             progress(len(found), total)
             parts: Known = {}
@@ -95,7 +111,7 @@ class Sensitivity:
             fits = {name: m for name, m in made.items() if isinstance(m, Encoded)}
             declined = {name: m for name, m in made.items() if not isinstance(m, Encoded)}
             found |= {(layer.name, name): Effect(math.inf, layer.nbytes, f"{m[0].value} ({m[1]})") for name, m in declined.items()}
-            found |= {(layer.name, name): effect for name, effect in self._of_layer(layer, fits, short).items()}
+            found |= {(layer.name, name): effect for name, effect in of_layer(layer, fits).items()}
         progress(total, total)
         return monotone(found, [layer.name for layer in self.layers])
 

@@ -164,6 +164,23 @@ def test_a_loss_of_the_users_own(ids) -> None:
     assert made.receipt.spent.metric == "loss" and wrong(made) <= 0.02 and made.receipt.spent.bytes < made.receipt.spent.exact_bytes
 
 
+def test_a_loss_with_derivatives_is_foretold(ids) -> None:
+    """By its curvature: nothing is measured but the candidates, and a number need not be a float."""
+    exact = Net().eval()
+    labels = [exact(x).argmax(-1).flatten() for x in ids]
+
+    def loss(model):
+        return sum(torch.nn.functional.cross_entropy(5 * model(x).flatten(0, 1), y) for x, y in zip(ids, labels)) / len(ids)
+
+    budget = Budget(max_error=2e-3, metric=loss, formats=FORMATS, objective="memory", calibration=ids[1:])
+    found = tilewright.optimize(exact, (ids[0],), tuning_seconds=0, budget=budget)
+    spent = found.receipt.spent
+    assert spent.candidates.keys() == {"estimated"} and spent.bytes < 0.5 * spent.exact_bytes
+    assert spent.attempts[0].predicted_error is not None and 0.05 < spent.attempts[0].predicted_error / spent.attempts[0].error < 20
+    with torch.no_grad():
+        assert float(loss(found) - loss(exact)) == pytest.approx(spent.error, rel=0.05) and spent.error <= 2e-3
+
+
 def test_a_loss_decides_itself_how_far_outputs_may_be_off(ids) -> None:
     """All weights in 4 bits move the outputs by more than is tried first; this loss does not mind."""
     budget = Budget(max_error=0.01, metric=lambda model: 0.5, formats=("int4-g32",), memory="17%", objective="error", calibration=ids[1:])
