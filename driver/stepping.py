@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +121,15 @@ class Stepper:
         return self._any[size]
 
     def _program(self, batch: int, size: int, graph: Graph) -> Step:
+        known = self._programs.get((batch, size))
+        if known is None:
+            self._programs[batch, size] = known = self.compiled(graph, batch)
+        return known
+
+    def compiled(self, graph: Graph, batch: int) -> Step:
+        """A program of a canonical graph for a batch; weights that other programs hold are in memory once."""
         with self._lock:
-            if (batch, size) not in self._programs:
-                self._programs[batch, size] = self._compiled(with_sizes(graph, {self._batch: batch}))
-            return self._programs[batch, size]
+            return self._compiled(with_sizes(graph, {self._batch: batch}))
 
     def _compiled(self, graph: Graph) -> Step:
         notes, seconds = Notes(), dict[str, float]()
@@ -174,7 +179,7 @@ def stepper(
     if isinstance(model, torch.nn.Module):
         if tokens is None:
             raise BadInputs(spec="tokens", reason="a module needs example tokens [batch, length] to be captured")
-        graph = _captured(model, tokens, dict(inputs or {}), name)
+        graph = _captured(model, tokens, inputs or {}, name)
         name = TOKENS
     else:
         graph = model if isinstance(model, Graph) else model.graph
@@ -194,26 +199,32 @@ def _formats(plan: Plan | str | None) -> list[Quantize]:
 TOKENS = "tokens"
 
 
-class _Logits(torch.nn.Module):
-    """(tokens, other inputs by name) -> logits alone."""
+def _logits(model: torch.nn.Module, argument: str, others: Sequence[str], options: Mapping[str, Any]) -> torch.nn.Module:
+    """A module of (tokens, *others) -> logits alone. torch.export reads the names of its arguments."""
 
-    def __init__(self, model: torch.nn.Module, argument: str, options: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.model, self.argument, self.options = model, argument, dict(options)
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
 
-    def forward(self, tokens: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
-        result = self.model(**{self.argument: tokens}, **others, **self.options)
-        if isinstance(result, torch.Tensor):
-            return result
-        return result.logits if hasattr(result, "logits") else result[0]
+        def forward(self, *given: torch.Tensor) -> torch.Tensor:
+            result = self.model(**dict(zip((argument, *others), given)), **options)
+            if isinstance(result, torch.Tensor):
+                return result
+            return result.logits if hasattr(result, "logits") else result[0]
+
+    names = ("self", TOKENS, *others)
+    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    Logits.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return Logits()
 
 
-def _captured(model: torch.nn.Module, tokens: torch.Tensor, inputs: dict[str, torch.Tensor], name: str) -> Graph:
+def _captured(model: torch.nn.Module, tokens: torch.Tensor, inputs: Mapping[str, torch.Tensor], name: str) -> Graph:
     """The graph of a module for any batch: its logits, without a cache of its own."""
     parameters = inspect.signature(model.forward).parameters
     argument = name or ("decoder_input_ids" if "decoder_input_ids" in parameters and inputs else next(iter(parameters)))
     options = {"use_cache": False} if "use_cache" in parameters else {}
     examples = {TOKENS: tokens, **inputs}
-    two = {k: x[:1].expand(2, *x.shape[1:]).contiguous() for k, x in examples.items()}  # of one, torch would take the batch for fixed
-    example = Example((two.pop(TOKENS),), two, {k: {0: ALL_BATCHES} for k in examples})
-    return captured_of(export_module(type(model).__name__.lower(), _Logits(model, argument, options), example)).graph
+    two = tuple(x[:1].expand(2, *x.shape[1:]).contiguous() for x in examples.values())  # of one, torch would take the batch for fixed
+    example = Example(two, {}, {k: {0: ALL_BATCHES} for k in examples})
+    return captured_of(export_module(type(model).__name__.lower(), _logits(model, argument, tuple(inputs), options), example)).graph

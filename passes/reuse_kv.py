@@ -126,6 +126,7 @@ class _Deriver:
         where = (self.batch, options.size) if options.scattered else (self.batch,)
         self.position = graph_input("position", TensorType(torch.int64, where, kind.device))
         self.maker = ConstantMaker(graph)
+        self.items = {(n.inputs[0], n.attrs["index"]): n for n in order(graph) if n.op.name == "item"}
         self.given: dict[Node, tuple[Node, Node]] = {}
         self.kept: dict[Node, tuple[Kept, ...]] = {}
         self.writes: list[tuple[Node, Node]] = []
@@ -190,11 +191,22 @@ class _Deriver:
         change = ATTRIBUTES.get(node.op.name)
         if change is None:
             return node.with_inputs(inputs)
-        shape = tuple(self.resized(d) if along else d for d, along in zip(node.shape, self.places(node)))
-        attrs = MappingProxyType({**node.attrs, **change(node, inputs, [shape])})
+        attrs = MappingProxyType({**node.attrs, **change(node, inputs, self._shapes(node))})
         return replace(node, attrs=attrs).with_inputs(inputs)
 
-    def resized(self, extent: Dim) -> Dim:
+    def _shapes(self, node: Node) -> list[tuple[Dim, ...]]:
+        """Of the results, on the tokens of the step."""
+        if not isinstance(node.type, tuple):
+            return [self._resized(node, node.tensor)]
+        return [self._resized(self.items.get((node, i)), kind) for i, kind in enumerate(node.type)]
+
+    def _resized(self, node: Node | None, kind: TensorType) -> tuple[Dim, ...]:
+        places = self.places(node) if node is not None else (None,) * kind.rank  # a result that nobody reads
+        if node is not None and any(along is not None and (along.extra, along.stride, along.start) != (0, 1, 0) for along in places):
+            raise self._error(f"{describe(node)} holds some of the tokens only", node)
+        return tuple(self._of_step(d) if along else d for d, along in zip(kind.shape, places))
+
+    def _of_step(self, extent: Dim) -> Dim:
         """A dimension that holds the tokens, for those of the step."""
         return dim(sympy.cancel(sympy.sympify(extent) * self.options.size / self.length))
 
@@ -204,9 +216,14 @@ class _Deriver:
             return self.new[x]
         if x in self.on_others:
             return self._given(node, x)
-        if not is_scalar(x) and any(self.places(x)):
-            return self.table(node, x)
-        return x
+        if is_scalar(x) or not any(self.places(x)):
+            return x
+        return self.remade(x, ()) if x.op.name == "full" or self._numbers(x) else self.table(node, x)
+
+    def _numbers(self, x: Node) -> bool:
+        """Whether it numbers the tokens of all rows, one after the other, as routing to experts does; it is no position."""
+        batch = self.batch_of(x)
+        return x.op.name == "iota" and batch is not None and self.places(x)[batch[0]] is not None
 
     def _given(self, node: Node, x: Node) -> Node:
         """An input of the step, for a value that depends on other inputs of the model only. It is the same for all tokens."""
