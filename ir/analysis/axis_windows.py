@@ -56,13 +56,19 @@ def _cat(node: Node) -> Links:
     return found
 
 
-def _window(d: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool = False) -> Link:
-    """One spatial dimension of a convolution or pooling."""
-    span = dilation * (kernel - 1)
-    if span == 0 and stride == 1 and padding == 0:
+def _window(node: Node, d: int, kernel: int, at: int) -> Link:
+    """Spatial dimension number `at` of a convolution or pooling, which is dimension d."""
+    attrs = node.attrs
+    stride, low = attrs["stride"][at], attrs["padding"][at]
+    high = (attrs["padding_after"] or attrs["padding"])[at]
+    reach = (kernel - 1) * (attrs["dilation"][at] if attrs.get("dilation") else 1)
+    if reach == low == high == 0 and stride == 1:
         return Link(((0, d), (OUT, d)))
-    step = Step(stride, 0, 2 * padding - span - 1 + stride + (stride - 1 if ceil else 0))
-    return Link(((0, d), (OUT, d)), Label(How.WINDOW, padding, span - padding), step)
+    pad = low + high - reach - 1 + stride
+    length, count = node.inputs[0].shape[d], node.shape[d]
+    if isinstance(length, int) and isinstance(count, int) and (length + pad) // stride != count:
+        pad = count * stride - length  # the last window reaches beyond the end
+    return Link(((0, d), (OUT, d)), Label(How.WINDOW), Step(stride, -low, pad, reach))
 
 
 def _space(node: Node, count: int) -> Sequence[int]:
@@ -87,17 +93,15 @@ def _conv(node: Node) -> Links:
         if attrs["transposed"] or not isinstance(kernel, int):
             found.append(Link(((0, d),), mixing("a transposed convolution spreads it")))
         else:
-            found.append(_window(d, kernel, attrs["stride"][i], attrs["padding"][i], attrs["dilation"][i]))
+            found.append(_window(node, d, kernel, i))
     return found
 
 
 def _pool(node: Node) -> Links:
-    attrs = node.attrs
-    space = _space(node, len(attrs["kernel"]))
-    dilation = attrs.get("dilation") or (1,) * len(space)
+    kernel = node.attrs["kernel"]
+    space = _space(node, len(kernel))
     sides = [Link(((0, d), (OUT, d))) for d in range(node.tensor.rank) if d not in space]
-    windows = zip(space, attrs["kernel"], attrs["stride"], attrs["padding"], dilation)
-    return sides + [_window(d, k, s, p, wide, attrs["ceil"]) for d, k, s, p, wide in windows]
+    return sides + [_window(node, d, k, i) for i, (d, k) in enumerate(zip(space, kernel))]
 
 
 WINDOWS: dict[str, Callable[[Node], Links]] = {

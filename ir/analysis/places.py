@@ -102,20 +102,27 @@ OUT = -1
 
 @dataclass(frozen=True)
 class Step:
-    """How positions of a result follow from those of an operand: result j stands where operand first + j * by does.
+    """How positions of a result follow from those of an operand: result j reads those from first + j * by on, and `reach` more.
 
-    The result has (length + pad) // by positions.
+    The result has (length + pad) // by positions. It stands for one of the indices it reads: for the axis' own first one, if it can.
     """
 
     by: int = 1
     first: int = 0
     pad: Dim = 0
+    reach: int = 0
 
     def forward(self, along: Along) -> Along | None:
         if not along.single or along.order is not None:
             return None
-        start, stride = along.start + self.first * along.stride, along.stride * self.by
-        return replace(along, start=start, stride=stride, extra=dim(along.extra + self.pad * along.stride))
+        at = min(max(-along.start // along.stride, self.first), self.first + self.reach)
+        extra = dim(along.extra + self.pad * along.stride)
+        return replace(along, start=along.start + at * along.stride, stride=along.stride * self.by, extra=extra)
+
+    def label(self, along: Along, result: Along, reason: str) -> Label:
+        """How far a result reads from the index it stands for."""
+        before = result.start - along.start - self.first * along.stride
+        return Label(How.WINDOW, before, self.reach * along.stride - before, reason)
 
 
 @dataclass(frozen=True)
