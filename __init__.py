@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from .driver.artifact import load
     from .driver.budget import Budget
     from .driver.generate import Generator
+    from .driver.iterated import reuse_blocks
     from .driver.optimize import optimize
+    from .driver.padding import padding_counts
     from .driver.prefixes import PrefixStore
     from .driver.receipt import receipts
     from .driver.simplify import simplify
@@ -23,13 +25,27 @@ _API = {
     "PromptLookup": ".driver.speculation",
     "load": ".driver.artifact",
     "optimize": ".driver.optimize",
+    "padding_counts": ".driver.padding",
     "receipts": ".driver.receipt",
+    "reuse_blocks": ".driver.iterated",
     "simplify": ".driver.simplify",
     "split": ".driver.split",
 }
 _PACKAGES = ("codegen", "driver", "ir", "passes", "search")
 
-__all__ = ["Budget", "Generator", "PrefixStore", "PromptLookup", "load", "optimize", "receipts", "simplify", "split"]
+__all__ = [
+    "Budget",
+    "Generator",
+    "PrefixStore",
+    "PromptLookup",
+    "load",
+    "optimize",
+    "padding_counts",
+    "receipts",
+    "reuse_blocks",
+    "simplify",
+    "split",
+]
 
 
 def __getattr__(name: str) -> Any:
