@@ -69,7 +69,7 @@ class Listing:
         self.source = "\n\n".join([*(k.text for k in built.kernels), source])
         self.fallbacks, self.library = _runs(graph, built)
         self.copies = tuple(host.copies)
-        self.arena_bytes: Dim = _peak(graph)
+        self.arena_bytes: Dim = arena_bytes(graph)
         self.seconds = dict(built.seconds)
 
     def run(self, inputs: list[Any]) -> list[Any]:
@@ -154,7 +154,7 @@ def _emitted(graph: Graph, targets: Mapping[str, Target]) -> tuple[Host, str, Bu
     for node in order(graph):
         _emit(host, node, built, rows)
     results, kept = _emit_results(host, given)
-    return host, host.source(_peak(graph), results, kept), built
+    return host, host.source(arena_bytes(graph), results, kept), built
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,8 @@ def aligned(x: torch.Tensor, alignment: int) -> torch.Tensor:
     return laid_out(x, x.stride(), own=True) if x.data_ptr() % alignment else x
 
 
-def _peak(graph: Graph) -> Dim:
+def arena_bytes(graph: Graph) -> Dim:
+    """What the intermediate values of a graph that went through plan-memory take at a time."""
     ends = [dim(s.offset + s.size) for s in graph.arena.values()]
     if all(isinstance(e, int) for e in ends):
         return max(ends, default=0)  # type: ignore[type-var]
