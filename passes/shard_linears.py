@@ -84,22 +84,25 @@ def sharding(graph: Graph, count: int, notes: Notes) -> Sharding:
     """The largest set of linears that can be shared out: all, less those of which a shard cannot be carried to a linear that ends it."""
     whole: set[Node] = set()
     while True:
-        found, conflicts = _carried_on(graph, count, whole)
-        if not conflicts:
+        found, conflict = _carried_on(graph, count, whole)
+        if conflict is None:
             return found
-        for node, (sources, value) in conflicts.items():
-            for source in sources - whole:
-                notes.decline("shard-linears", describe(source), Reason.SHARED, node, value)
-            whole |= sources
+        for source in (n for n in order(graph) if n in conflict.blamed):
+            notes.decline("shard-linears", describe(source), Reason.SHARED, source, conflict.value)
+        whole |= conflict.blamed
 
 
-Conflicts = dict[Node, "tuple[set[Node], str]"]
+@dataclass(frozen=True)
+class _Conflict:
+    """Where shards do not go on, in words, and which linears are to blame."""
+
+    blamed: set[Node]
+    value: str
 
 
-def _carried_on(graph: Graph, count: int, whole: set[Node]) -> tuple[Sharding, Conflicts]:
-    """Every linear not in `whole` by columns, as far as it goes; and where it does not go on, which linears are to blame."""
-    found, conflicts = Sharding(), Conflicts()
-    sources: dict[Node, set[Node]] = {}
+def _carried_on(graph: Graph, count: int, whole: set[Node]) -> tuple[Sharding, _Conflict | None]:
+    """Every linear not in `whole` by columns, as far as it goes: to the first conflict, for others may follow from it."""
+    found, sources = Sharding(), dict[Node, set[Node]]()
     for node in order(graph):
         sharded = [i for i in node.inputs if i in found.dims]
         blamed = set().union(*(sources[i] for i in sharded))
@@ -112,13 +115,10 @@ def _carried_on(graph: Graph, count: int, whole: set[Node]) -> tuple[Sharding, C
         else:
             dim = carried(node, found.dims, count)
             if dim is None:
-                conflicts[node] = _blamed(node, sharded, found.dims, sources, count) or blamed, describe(node)
-            else:
-                found.dims[node], sources[node] = dim, blamed
-    for root in graph.roots:
-        if root in found.dims:
-            conflicts[root] = sources[root], "the result"
-    return found, conflicts
+                return found, _Conflict(_blamed(node, sharded, found.dims, sources, count) or blamed, describe(node))
+            found.dims[node], sources[node] = dim, blamed
+    returned = next((root for root in graph.roots if root in found.dims), None)
+    return found, None if returned is None else _Conflict(sources[returned], "the result")
 
 
 def _blamed(node: Node, sharded: Sequence[Node], dims: Mapping[Node, int], sources: Mapping[Node, set[Node]], count: int) -> set[Node]:
