@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .driver.artifact import load
     from .driver.budget import Budget
+    from .driver.chunks import ChunkStore
     from .driver.generate import Generator
     from .driver.iterated import reuse_blocks
     from .driver.optimize import optimize
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _API = {
     "Budget": ".driver.budget",
+    "ChunkStore": ".driver.chunks",
     "Generator": ".driver.generate",
     "PrefixStore": ".driver.prefixes",
     "PromptLookup": ".driver.speculation",
@@ -35,6 +37,7 @@ _PACKAGES = ("codegen", "driver", "ir", "passes", "search")
 
 __all__ = [
     "Budget",
+    "ChunkStore",
     "Generator",
     "PrefixStore",
     "PromptLookup",

@@ -25,6 +25,7 @@ from ..ir.graph import Data, Graph, Node, constants
 from ..ir.sizes import with_sizes
 from ..passes.base import Notes
 from ..passes.canonicalize import Canonicalize
+from ..passes.last_rows import LastRows
 from ..passes.manager import run_passes
 from ..passes.quantize import Plan, Quantize
 from ..passes.reuse_kv import Derived, ReuseKV, tokens_of
@@ -78,7 +79,7 @@ class Stepper:
         batch, self.max_length = tokens_of(graph, self.tokens).shape
         self._batch = str(batch)
         self._any: dict[int, Derived] = {}
-        self._programs: dict[tuple[int, int], Step] = {}
+        self._programs: dict[tuple[int, int, bool], Step] = {}
         self._weights: dict[tuple[Any, ...], Data] = {}
         self._lock = threading.Lock()
         self.vocab = int(self._derived(1).step.outputs[0].shape[-1])
@@ -101,29 +102,45 @@ class Stepper:
     def step(self, tokens: torch.Tensor, position: torch.Tensor, state: State) -> torch.Tensor:
         """Logits [b, n, vocab] of tokens [b, n] that stand at position [b] and after it; the state is updated in place."""
         batch, count = tokens.shape
+        tokens = self._whole(tokens, position)
+        (logits,) = self.program(batch, tokens.shape[1]).program.run([tokens, position, *state.given, *state.tensors])
+        return logits if tokens.shape[1] == count else logits[:, :count]
+
+    def last(self, tokens: torch.Tensor, position: torch.Tensor, at: torch.Tensor, state: State) -> torch.Tensor:
+        """As `step`, but the logits [b, vocab] of the token `at` [b] of each row alone: all that reading a prompt needs."""
+        if tokens.shape[1] == 1:
+            return self.step(tokens, position, state)[:, 0]
+        tokens = self._whole(tokens, position)
+        program = self.program(*tokens.shape, last=True).program
+        (logits,) = program.run([tokens, position, *state.given, *state.tensors, at])
+        return logits[:, 0]
+
+    def _whole(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """The tokens, and as many more as the size of their step takes. Raises OutOfPlace."""
+        count = tokens.shape[1]
         first, last = (int(p) for p in position.aminmax())
         if first < 0 or last + count > self.max_length or not count:
             raise OutOfPlace(count=count, position=last if first >= 0 else first, most=self.max_length)
         size = size_class(count, self.max_length)
-        if size != count:
-            tokens = torch.nn.functional.pad(tokens, (0, size - count))
-        (logits,) = self.program(batch, size).program.run([tokens, position, *state.given, *state.tensors])
-        return logits if size == count else logits[:, :count]
+        return tokens if size == count else torch.nn.functional.pad(tokens, (0, size - count))
 
-    def program(self, batch: int, size: int) -> Step:
-        """What computes steps of this size; compiled when first asked for."""
-        known = self._programs.get((batch, size))
-        return known or self._program(batch, size, self._derived(size).step)
+    def program(self, batch: int, size: int, last: bool = False) -> Step:
+        """What computes steps of this size, or the logits of one token of each row; compiled when first asked for."""
+        known = self._programs.get((batch, size, last))
+        if known is not None:
+            return known
+        graph = self._derived(size).step
+        return self._program(batch, size, LastRows().run(graph, self.notes) if last else graph, last)
 
     def _derived(self, size: int) -> Derived:
         if size not in self._any:
             self._any[size] = ReuseKV(size, self.kv, self.tokens).derive(self.graph, self.notes)
         return self._any[size]
 
-    def _program(self, batch: int, size: int, graph: Graph) -> Step:
-        known = self._programs.get((batch, size))
+    def _program(self, batch: int, size: int, graph: Graph, last: bool = False) -> Step:
+        known = self._programs.get((batch, size, last))
         if known is None:
-            self._programs[batch, size] = known = self.compiled(graph, batch)
+            self._programs[batch, size, last] = known = self.compiled(graph, batch)
         return known
 
     def compiled(self, graph: Graph, batch: int) -> Step:

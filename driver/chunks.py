@@ -1,0 +1,235 @@
+"""`ChunkStore`: what a model computed for pieces of text, for use wherever they stand in later ones.
+
+    store = ChunkStore(stepper, ratio=0.15)
+    read = store.prefill([document, another], question)      read.logits: of the token that follows; read.state: to go on from
+
+A prefix store (`prefixes.py`) needs texts that begin alike. Here each chunk is computed once, on its own; in a text, its keys are turned
+to where it stands now (they are kept before RoPE), and the tokens whose values differ most from what they are in this text are computed
+anew (`passes/blend_kv.py`). With ratio 1 all of them are, and the result is exact; with ratio 0 none, which is exact for models that were
+trained to read blocks on their own (Block-Attention, arXiv:2409.15355).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..passes.blend_kv import Blending, blending
+from ..passes.reuse_kv import CannotDerive
+from .budget import quantity
+from .errors import BadOption
+from .stepping import OutOfPlace, State, Step, Stepper
+
+Tokens = Sequence[int] | torch.Tensor
+RATIOS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+"""Shares of the tokens that `ratio_within` tries."""
+
+GRAIN = 64
+"""Sizes of programs are multiples of it, or powers of two below: few programs, and little that is computed in vain."""
+
+
+@dataclass
+class ChunkCounts:
+    """Chunks that were found and that were computed; tokens of texts that were reused, and computed anew; chunks that went."""
+
+    hits: int = 0
+    misses: int = 0
+    reused: int = 0
+    computed: int = 0
+    evicted: int = 0
+
+
+@dataclass(frozen=True)
+class Read:
+    """A text that was read. logits [1, vocab]: of the token after it; state, position i64[1]: to go on from. recomputed: the positions of
+    its chunks that were computed anew."""
+
+    logits: torch.Tensor
+    state: State
+    position: torch.Tensor
+    recomputed: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Keys [1, h, n, d] of a chunk as left [n, r] @ right [r, h * d]."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    shape: torch.Size
+
+    def whole(self) -> torch.Tensor:
+        return (self.left @ self.right).unflatten(1, (self.shape[1], self.shape[3])).transpose(0, 1)[None]
+
+
+@dataclass
+class _Programs:
+    """For one number of tokens; compiled when first asked for."""
+
+    graphs: Blending
+    made: dict[str, Step] = field(default_factory=dict)
+
+
+class ChunkStore:
+    """stepper: of a model whose positions enter by RoPE or by masks. ratio: the share of reused tokens that is computed anew. memory: what
+    chunks may take, the least recently used go first. rank: of the matrix that the keys of a chunk and a layer are kept as, before RoPE,
+    where that is smaller (ShadowKV, arXiv:2410.21465); None keeps them as they are.
+
+    Raises CannotBlend where positions enter otherwise, CannotDerive, BadOption.
+    """
+
+    def __init__(self, stepper: Stepper, *, ratio: float = 0.15, memory: str | float = "1GB", rank: int | None = None) -> None:
+        if stepper.kv != "same":
+            raise BadOption(option="kv", reason=f"chunks are blended into keys and values kept as computed, not as {stepper.kv}")
+        if rank is not None and rank < 1:
+            raise BadOption(option="rank", reason=f"it is at least 1, not {rank}")
+        self.stepper, self.ratio, self.rank = stepper, _share(ratio), rank
+        self.most_bytes = quantity("memory", memory, math.inf) or 0.0
+        self.counts, self.nbytes = ChunkCounts(), 0
+        self._sizes: dict[int, _Programs] = {}
+        self._chunks: OrderedDict[tuple[int, ...], list[torch.Tensor | _Factors]] = OrderedDict()
+        if stepper.state(1).given:
+            raise CannotDerive(model=stepper.graph.name, reason="what it computes of other inputs is not part of a chunk")
+        self._graphs(GRAIN)
+
+    def prefill(self, chunks: Sequence[Tokens], question: Tokens, ratio: float | None = None) -> Read:
+        """Chunks one after the other and a question behind them, which is always computed. Raises OutOfPlace where they are too long."""
+        texts, asked = [_ids(c) for c in chunks], _ids(question)
+        if not len(asked):
+            raise BadOption(option="question", reason="it has no tokens: nothing says what to compute")
+        context = torch.cat([*texts, asked[:0]])
+        if len(context) + len(asked) > self.stepper.max_length:
+            raise OutOfPlace(count=len(context) + len(asked), position=0, most=self.stepper.max_length)
+        state = self.stepper.state(1)
+        chosen = self._blended([t for t in texts if len(t)], context, state, self.ratio if ratio is None else _share(ratio))
+        self.counts.reused += len(context) - len(chosen)
+        self.counts.computed += len(chosen) + len(asked)
+        places = torch.cat([chosen, torch.arange(len(context), len(context) + len(asked))])
+        tokens = torch.cat([context, asked])[places]
+        logits = self._run("step", tokens, places, state)
+        return Read(logits[:, len(places) - 1], state, torch.tensor([len(context) + len(asked)]), chosen)
+
+    def ratio_within(self, max_error: float, examples: Sequence[tuple[Sequence[Tokens], Tokens]]) -> float:
+        """The least of RATIOS with which the logits of no example are off by more, relative to those of all tokens computed anew."""
+        exact = [self.prefill(chunks, question, 1.0).logits for chunks, question in examples]
+        for ratio in RATIOS[:-1]:
+            found = (self.prefill(chunks, question, ratio).logits for chunks, question in examples)
+            if all(float((a - b).norm()) <= max_error * float(b.norm()) for a, b in zip(found, exact)):
+                return ratio
+        return RATIOS[-1]
+
+    # -- what is computed
+
+    def _blended(self, texts: list[torch.Tensor], context: torch.Tensor, state: State, ratio: float) -> torch.Tensor:
+        """The state filled with the chunks; positions of the tokens that are to be computed anew, ascending."""
+        if not texts:
+            return torch.arange(0)
+        if ratio == 1:
+            return torch.arange(len(context))
+        everywhere = torch.arange(len(context))
+        known = [self._raw(text) for text in texts]
+        size, graphs = size_of(len(context)), self._graphs(size_of(len(context))).graphs
+        raw = [_padded(torch.cat(parts, d), d, size) for d, parts in zip(graphs.dims, zip(*known))]
+        self._program(size, "encode").program.run([_row(everywhere, size), *raw, *state.tensors])
+        count = math.ceil(ratio * len(context))
+        if not count or len(texts) == 1:  # a chunk at the start stands where it stood
+            return everywhere[:0]
+        d = state.dims[graphs.checked]
+        stored = state.tensors[graphs.checked].narrow(d, 0, len(context)).clone()
+        new = self._run("probe", context, everywhere, state).narrow(d, 0, len(context))
+        others = tuple(i for i in range(new.dim()) if i != d)
+        deviation = (new - stored).double().square().sum(others)
+        return deviation.topk(count).indices.sort().values
+
+    def _raw(self, text: torch.Tensor) -> list[torch.Tensor]:
+        """Of a chunk on its own: keys before RoPE, and values, each with len(text) tokens."""
+        name = tuple(text.tolist())
+        found = self._chunks.get(name)
+        if found is None:
+            self.counts.misses += 1
+            made = self._computed(text)
+            self._keep(name, made)
+            return [x.whole() if isinstance(x, _Factors) else x for x in made]
+        self.counts.hits += 1
+        self._chunks.move_to_end(name)
+        return [x.whole() if isinstance(x, _Factors) else x for x in found]
+
+    def _computed(self, text: torch.Tensor) -> list[torch.Tensor | _Factors]:
+        graphs, state = self._graphs(size_of(len(text))).graphs, self.stepper.state(1)
+        found = self._run_all("read", text, torch.arange(len(text)), state)
+        exact = [x.narrow(d, 0, len(text)).clone() for x, d in zip(found, graphs.dims)]
+        return [self._factored(x) if is_key and x.dim() == 4 and d == 2 else x for x, d, is_key in zip(exact, graphs.dims, graphs.keys)]
+
+    def _factored(self, keys: torch.Tensor) -> torch.Tensor | _Factors:
+        """Of the rank that is asked for, if that takes less."""
+        _, heads, count, width = keys.shape
+        if self.rank is None or self.rank * (count + heads * width) >= count * heads * width:
+            return keys
+        u, s, v = torch.linalg.svd(keys[0].transpose(0, 1).flatten(1), full_matrices=False)
+        return _Factors((u * s)[:, : self.rank].contiguous(), v[: self.rank].contiguous(), keys.shape)
+
+    def _keep(self, name: tuple[int, ...], parts: list[torch.Tensor | _Factors]) -> None:
+        taken = _nbytes(parts)
+        if taken > self.most_bytes:
+            return
+        self._chunks[name] = parts
+        self.nbytes += taken
+        while self.nbytes > self.most_bytes:
+            _, gone = self._chunks.popitem(last=False)
+            self.nbytes -= _nbytes(gone)
+            self.counts.evicted += 1
+
+    # -- programs
+
+    def _run(self, what: str, tokens: torch.Tensor, places: torch.Tensor, state: State) -> torch.Tensor:
+        return self._run_all(what, tokens, places, state)[0]
+
+    def _run_all(self, what: str, tokens: torch.Tensor, places: torch.Tensor, state: State) -> list[torch.Tensor]:
+        """Results for tokens [n] at ascending places [n]. What fills up the size of the program repeats the last token at its place."""
+        size = size_of(len(tokens))
+        return self._program(size, what).program.run([_row(tokens, size), _row(places, size), *state.tensors])
+
+    def _graphs(self, size: int) -> _Programs:
+        if size not in self._sizes:
+            self._sizes[size] = _Programs(blending(self.stepper.graph, size, self.stepper.tokens))
+        return self._sizes[size]
+
+    def _program(self, size: int, what: str) -> Step:
+        known = self._graphs(size)
+        if what not in known.made:
+            known.made[what] = self.stepper.compiled(getattr(known.graphs, what), 1)
+        return known.made[what]
+
+
+def size_of(count: int) -> int:
+    """The size of the program for so many tokens."""
+    return 1 << (count - 1).bit_length() if count <= GRAIN else -(-count // GRAIN) * GRAIN
+
+
+def _row(values: torch.Tensor, size: int) -> torch.Tensor:
+    return _padded(values[None], 1, size)
+
+
+def _padded(x: torch.Tensor, d: int, size: int) -> torch.Tensor:
+    """With the last of dimension d repeated up to the size."""
+    missing = size - x.shape[d]
+    return x if not missing else torch.cat([x, x.narrow(d, -1, 1).expand(*(missing if i == d else n for i, n in enumerate(x.shape)))], d)
+
+
+def _nbytes(parts: Sequence[torch.Tensor | _Factors]) -> int:
+    return sum(p.left.nbytes + p.right.nbytes if isinstance(p, _Factors) else p.nbytes for p in parts)
+
+
+def _ids(tokens: Tokens) -> torch.Tensor:
+    ids = torch.as_tensor(tokens, dtype=torch.int64)
+    return ids.reshape(-1)
+
+
+def _share(ratio: float) -> float:
+    if not 0 <= ratio <= 1:
+        raise BadOption(option="ratio", reason=f"it is a share of the tokens, 0 to 1, not {ratio}")
+    return float(ratio)
