@@ -1,0 +1,58 @@
+"""A limit on what intermediate values take, kept by computing the first stage of images patch by patch (`passes.split_space`).
+
+    "30%"  -->  a share of what plan-memory makes of the graph as it is  -->  the patches with the least arithmetic that take no more
+
+What patches will take is foretold; what plan-memory makes of them decides, and where that is more, less is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..codegen.program import arena_bytes
+from ..ir.dims import hint
+from ..ir.graph import Graph
+from ..passes.base import Notes, Pass
+from ..passes.manager import run_passes
+from ..passes.split_space import SplitSpace
+from .budget import quantity
+from .errors import CannotOptimize
+from .pipeline import FINISHING, PREPARING
+
+ATTEMPTS = 4
+
+
+def activation_passes(graph: Graph, limit: str | float) -> tuple[Pass, ...]:
+    """The passes after which the intermediate values of a captured graph take no more than `limit`: bytes, "2MB", or "30%" of what they do.
+
+    Sizes that vary are taken at a plausible value. Raises CannotOptimize where patches within the arithmetic that they may take do not
+    suffice, and BadOption for what is no amount.
+    """
+    before = _taken(graph, (*PREPARING, *FINISHING))
+    allowed = quantity("activations", limit, before) or 0.0
+    if before <= allowed:
+        return (*PREPARING, *FINISHING)
+    aim, least, notes = allowed, before, Notes()
+    for _ in range(ATTEMPTS):
+        passes, notes = (*PREPARING, SplitSpace(limit=max(1, int(aim))), *FINISHING), Notes()
+        taken = _taken(graph, passes, notes)
+        if taken <= allowed:
+            return passes
+        if taken >= least:  # asking for less gives no less
+            break
+        aim, least = aim * allowed / taken, taken
+    more = f"{SplitSpace().overhead:.0%}"
+    found = f"{before:,} bytes, in patches with up to {more} more arithmetic {least:,}"
+    reason = f"intermediate values take {found}, and {int(allowed):,} are allowed"
+    raise CannotOptimize(path=graph.name, reason="; ".join([reason, *_declined(notes)]))
+
+
+def _taken(graph: Graph, passes: Sequence[Pass], notes: Notes | None = None) -> int:
+    made = run_passes(graph, passes, notes or Notes())
+    return hint(arena_bytes(made), made.symbols)
+
+
+def _declined(notes: Notes) -> list[str]:
+    """Where patches end, and why, with the user's source lines."""
+    found = [d for d in notes.declined if d.rule == SplitSpace.name]
+    return [f"{d.what}{f' ({d.source})' if d.source else ''}: {d.value}" for d in found]
