@@ -25,6 +25,9 @@ INLINE_FLOPS = 8
 MASK_FLOPS = 32
 """The same for what attentions alone read, a mask or bias: an element of it costs them four flops for each column of their heads."""
 
+LONG = 1024
+"""What a size that is known at run time only is taken for where it matters most that a value reads almost nothing: where it is large."""
+
 FILLS = frozenset({"full", "iota"})
 
 
@@ -147,7 +150,7 @@ def _inline_cheap(units: Units) -> None:
             leaves[node] = sum(leaves.get(i, 0) for i in node.inputs)
             chains[node] = _joined(chains, node)
             continue
-        size = 0 if is_scalar(node) or isinstance(node.type, tuple) else hint(node.tensor.nbytes, symbols)
+        size = 0 if is_scalar(node) or isinstance(node.type, tuple) else hint(node.tensor.nbytes, symbols, LONG)
         flops[node], leaves[node] = 0, size
         if node.op.category is not Category.POINTWISE or not units.computes(node):
             continue
