@@ -3,9 +3,9 @@
     python benchmarks/decode.py [--rounds 20] [--layers 12] [--out benchmarks/results/decode.json]
 
 A model like Llama of 110 million random weights (12 layers of 768, 12 heads, a vocabulary of 32000), one text of 512 tokens, one thread,
-CPU time. All forms are timed in one run, round by round, and the least time of a call counts: the derived step, with weights and with keys
-and values in several formats; the whole model over 512 tokens, compiled by us; the same model written by hand with a static cache, compiled by
-Inductor as it comes and with its freezing of weights. Errors are those of the last logits against float64, relative to the largest.
+CPU time. All forms are timed in one run, round by round, and the least time of a call counts: the derived step, with weights and with
+keys and values in several formats; the whole model over 512 tokens, compiled by us; the same model written by hand with a static cache,
+compiled by Inductor as it comes and with its freezing of weights. Errors are those of the last logits against float64, relative to the largest.
 """
 
 from __future__ import annotations

@@ -275,8 +275,9 @@ def _runs(graph: Graph, built: Built) -> tuple[list[Fallback], list[LibraryCall]
     """What runs by torch: op by op because it must, and by its library because it should."""
     fallbacks: list[Fallback] = []
     library: list[LibraryCall] = []
+    ours = native_rows(graph, built).nodes
     for node in order(graph):
-        if node.op.category in (Category.VIEW, Category.CONSTANT) or node.op.name == "item":
+        if node.op.category in (Category.VIEW, Category.CONSTANT) or node.op.name == "item" or node in ours:
             continue
         flops, moved = cost(graph, node)
         if node.op.name == "region":

@@ -72,10 +72,10 @@ class Stepper:
     graph: canonical, its tokens i64[b, max_length] with a size symbol for b. Safe to call from several threads.
     """
 
-    def __init__(self, graph: Graph, kv: str = "same", tokens: str = "") -> None:
+    def __init__(self, graph: Graph, kv: str = "same", tokens: str = "", notes: Notes | None = None) -> None:
         """Raises CannotDerive."""
         self.graph, self.kv, self.tokens = graph, kv, tokens_of(graph, tokens).hint
-        self.notes = Notes()
+        self.notes = notes if notes is not None else Notes()
         batch, self.max_length = tokens_of(graph, self.tokens).shape
         self._batch = str(batch)
         self._any: dict[int, Derived] = {}
@@ -200,9 +200,10 @@ def stepper(
         name = TOKENS
     else:
         graph = model if isinstance(model, Graph) else model.graph
+    notes = Notes()
     with torch.no_grad():
-        prepared = run_passes(graph, [*PREPARING, *_formats(plan)], Notes())
-    return Stepper(prepared, kv, name)
+        prepared = run_passes(graph, [*PREPARING, *_formats(plan)], notes)
+    return Stepper(prepared, kv, name, notes)
 
 
 def _formats(plan: Plan | str | None) -> list[Quantize]:

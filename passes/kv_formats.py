@@ -9,6 +9,7 @@ import torch
 
 from ..ir.graph import Node
 from ..ir.ops import OPS
+from ..ir.types import compute_dtype
 
 Parts = tuple[Node, ...]
 
@@ -21,13 +22,16 @@ class KvFormat:
     decode: Callable[[Parts, torch.dtype], Node]
 
 
+def _cast(x: Node, dtype: torch.dtype) -> Node:
+    return x if x.dtype == dtype else OPS["cast"](x, dtype=dtype)
+
+
 def _cast_to(dtype: torch.dtype | None) -> KvFormat:
     def encode(x: Node) -> Parts:
-        return (x if dtype in (None, x.dtype) else OPS["cast"](x, dtype=dtype),)
+        return (x if dtype is None else _cast(x, dtype),)
 
     def decode(parts: Parts, wanted: torch.dtype) -> Node:
-        (x,) = parts
-        return x if x.dtype == wanted else OPS["cast"](x, dtype=wanted)
+        return _cast(parts[0], wanted)
 
     return KvFormat(encode, decode)
 
@@ -48,7 +52,7 @@ MOST = 7.0
 def _int4(x: Node) -> Parts:
     """Levels of 4 bits, two in a byte, and a scale for each row."""
     rank = x.tensor.rank
-    wide = OPS["cast"](x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    wide = _cast(x, compute_dtype(x.dtype))
     step = OPS["div"](OPS["amax"](OPS["abs"](wide), dims=(rank - 1,), keepdim=True), MOST)
     scale = OPS["where"](OPS["gt"](step, 0.0), step, 1.0)
     levels = OPS["add"](OPS["clamp"](OPS["round"](OPS["div"](wide, scale)), -MOST, MOST), 8.0)

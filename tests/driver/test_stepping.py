@@ -1,0 +1,111 @@
+"""Steps of a small model by the programs that are made of them: in place, for any batch, with weights and state in formats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tilewright.driver.errors import BadInputs
+from tilewright.driver.stepping import OutOfPlace, Stepper, size_class, stepper
+from torch import nn
+from torch.nn import functional as F
+
+LENGTH, VOCAB, WIDTH = 24, 50, 64
+
+
+class Tiny(nn.Module):
+    """Learned positions, two layers of attention with four heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.positions = nn.Embedding(VOCAB, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        for layer in self.layers:
+            q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in layer(x).chunk(3, -1))
+            x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return self.head(x)
+
+
+MODEL = Tiny().eval().requires_grad_(False)
+TEXT = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def steps() -> Stepper:
+    return stepper(MODEL, TEXT)
+
+
+def test_what_it_says_of_itself(steps):
+    assert (steps.max_length, steps.vocab) == (LENGTH, VOCAB)
+    state = steps.state(5)
+    assert [t.shape for t in state.tensors] == [(5, 4, LENGTH, 16)] * 4 and state.dims == (2,) * 4
+
+
+def test_steps_of_any_size_write_in_place(steps):
+    expected, state, at = MODEL(TEXT), steps.state(3), 0
+    places = [t.data_ptr() for t in state.tensors]
+    for size in (5, 1, 1, 3, 14):
+        logits = steps.step(TEXT[:, at : at + size], torch.full((3,), at), state)
+        torch.testing.assert_close(logits, expected[:, at : at + size], rtol=1e-4, atol=1e-5)
+        at += size
+    assert [t.data_ptr() for t in state.tensors] == places
+    program = steps.program(3, 1).program
+    assert not program.fallbacks and not program.library
+    assert program.source.split("def call")[1].count("run(calls") == 1, "a step is one call of kernels"
+
+
+def test_rows_stand_where_they_stand(steps):
+    expected, state = MODEL(TEXT), steps.state(3)
+    steps.step(TEXT[:, :4], torch.zeros(3, dtype=torch.int64), state)
+    at = torch.tensor([4, 2, 0])
+    logits = steps.step(TEXT[torch.arange(3)[:, None], at[:, None] + torch.arange(2)], at, state)
+    for row, position in enumerate(at.tolist()):
+        torch.testing.assert_close(logits[row], expected[row, position : position + 2], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_in_memory_once(steps):
+    for size in (1, 2):
+        steps.program(3, size)
+    tensors = [{v.data_ptr() for v in p.program._prepare.__globals__.values() if isinstance(v, torch.Tensor) and v.numel() > 4000}
+               for p in (steps.program(3, 1), steps.program(3, 2))]  # fmt: skip
+    assert tensors[0] and len(tensors[0] & tensors[1]) >= 2
+
+
+@pytest.mark.parametrize(("kv", "most"), [("bf16", 2e-2), ("int8", 2e-2), ("int4", 0.3)])
+def test_formats_of_state(kv, most):
+    made = stepper(MODEL, TEXT, kv=kv)
+    expected, state = MODEL(TEXT), made.state(3)
+    for at in range(0, 8, 2):
+        logits = made.step(TEXT[:, at : at + 2], torch.full((3,), at), state)
+        error = (logits - expected[:, at : at + 2]).abs().max() / expected.abs().max()
+        assert float(error) < most
+    assert not made.program(3, 2).program.fallbacks
+
+
+def test_formats_of_weights():
+    made = stepper(MODEL, TEXT, plan="int8")
+    logits = made.step(TEXT, torch.zeros(3, dtype=torch.int64), made.state(3))
+    expected = MODEL(TEXT)
+    error = float((logits - expected).abs().max() / expected.abs().max())
+    assert 1e-4 < error < 5e-2
+    assert any("int8" in a.what for a in made.notes.applied)
+
+
+def test_out_of_place(steps):
+    state = steps.state(1)
+    for tokens, position in ((TEXT[:1, :2], LENGTH - 1), (TEXT[:1, :1], -1), (TEXT[:1, :0], 0)):
+        with pytest.raises(OutOfPlace, match=f"at most {LENGTH}"):
+            steps.step(tokens, torch.tensor([position]), state)
+
+
+def test_asked_wrongly():
+    with pytest.raises(BadInputs, match="example tokens"):
+        stepper(MODEL)
+
+
+def test_sizes():
+    assert [size_class(n, 24) for n in (1, 2, 3, 5, 16, 17, 24)] == [1, 2, 4, 8, 16, 24, 24]
