@@ -70,7 +70,7 @@ def judged(axis: Axis, first: dict[Node, Any], second: dict[Node, Any]) -> Itera
             wrong = [at for at in reached if may.isdisjoint(at) and label.how is not How.MIXING]
             if wrong:
                 yield node, f"index {i} reaches {sorted(wrong)}: {label}"
-        if label.how is How.MIXING and all(at and i in at for i, reached in spread.items() for at in reached):
+        if label.how is How.MIXING and any(spread.values()) and all(i in at for i, reached in spread.items() for at in reached):
             yield node, f"each index reaches only itself: {label}"
 
 

@@ -10,7 +10,10 @@ from ..graph import Node
 from ..ops.structure import Ref, resolve
 from .axis_dims import Links, broadcast_links, result_types, tensors
 from .axis_routing import SORTS, sort_of
-from .places import How, Label, Link, Reorder, mixing
+from .places import PARALLEL, How, Label, Link, Reorder, mixing
+
+
+ORDERED = mixing("it is ordered along it")
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Row:
 
     at: int = 1
     default: int | None = -1
-    label: Label = mixing("it is ordered along it")
+    label: Label = ORDERED
 
 
 _PREFIX = Label(How.PREFIX)
@@ -42,8 +45,14 @@ ROWS: dict[str, Row] = {
 """ATen op, without its overload -> how it works along a dimension; along the others it works element by element."""
 
 
+SUMS = ("_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.default")
+"""Sums over processes: element by element, though in an order that all processes keep."""
+
+
 def extern_links(node: Node) -> Links:
     target = node.attrs["target"]
+    if target in SUMS:
+        return _pointwise(node)
     if node.attrs["sequence"] is not None:
         return []  # what it draws depends on the shape
     if target in SORTS and node.inputs[0].tensor.rank == 1:
@@ -83,7 +92,8 @@ def _along_rows(node: Node, row: Row) -> Links:
     found, kept = [], 0
     for d in range(rank):
         dropped = d == at % rank and any(t.rank < rank for t in result_types(node))
-        ends = [(~r, kept) for r, t in enumerate(result_types(node)) if not dropped]
-        found.append(Link(((0, d), *ends), row.label if d == at % rank else Label(How.PARALLEL)))
+        elsewhere = dropped or (d == at % rank and row.label is ORDERED)
+        ends = [] if elsewhere else [(~r, kept) for r, _ in enumerate(result_types(node))]
+        found.append(Link(((0, d), *ends), row.label if d == at % rank else PARALLEL))
         kept += not dropped
     return found

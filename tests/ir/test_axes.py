@@ -4,24 +4,15 @@ import pytest
 import torch
 from tilewright.ir.analysis.axes import Along, CannotResize, How, axis_of, resized
 from tilewright.ir.dims import symbol
-from tilewright.ir.graph import order
+from tilewright.ir.graph import graph_input, order
 from tilewright.ir.interpret import interpret
 from tilewright.ir.text import parse
+from tilewright.ir.types import TensorType
 from tilewright.ir.verify import verify
-
-
-def axis(text: str, dim: int = 1, input: int = 0):
-    """The graph of some lines over `x: f32[2, 6, 8]` or the given header, and the axis of one of its inputs."""
-    graph = parse(text if text.lstrip().startswith("graph") else "graph g(x: f32[2, 6, 8]) {\n" + text + "\n}")
-    return graph, axis_of(graph, graph.inputs[input], dim)
 
 
 def named(graph, name):
     return next(n for n in order(graph) if n.hint == name)
-
-
-def how(graph, found, name="y"):
-    return found.labels[named(graph, name)].how
 
 
 DECODER = """
@@ -62,20 +53,17 @@ WRITTEN_OUT = """
 """
 
 
-def with_weights(graph):
-    """Seeded values for the constants; a `bias` is causal."""
+def decoder(body):
+    """The decoder with seeded weights; its bias is causal."""
     generator = torch.Generator().manual_seed(0)
-    for node in order(graph):
-        if node.op.name == "constant":
-            data = node.attrs["data"]
-            causal = torch.full(node.shape, -torch.inf).triu(1) if data.name == "bias" else None
-            data._value = torch.randn(node.shape, generator=generator) if causal is None else causal
-    return graph
+    shapes = {"table": (11, 8), "positions": (1, 6, 8), "w": (24, 8), "angles": (1, 6, 4)}
+    constants = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return parse(DECODER.replace("BODY", body), constants | {"bias": torch.full((6, 6), -torch.inf).triu(1)})
 
 
 @pytest.mark.parametrize("body", [FUSED, WRITTEN_OUT])
 def test_a_decoder_is_prefix_along_tokens_and_parallel_along_the_batch(body):
-    graph = with_weights(parse(DECODER.replace("BODY", body)))
+    graph = decoder(body)
     tokens = axis_of(graph, graph.inputs[0], 1)
     assert tokens.first(How.MIXING) is None
     assert {n.op.name for n, label in tokens.labels.items() if label.how is How.PREFIX} <= {"attention", "softmax", "matmul"}
@@ -90,7 +78,7 @@ def test_a_decoder_is_prefix_along_tokens_and_parallel_along_the_batch(body):
 @pytest.mark.parametrize("body", [FUSED, WRITTEN_OUT])
 @pytest.mark.parametrize("size", [1, 4, 6, symbol("s")])
 def test_a_decoder_for_fewer_tokens_computes_what_it_computes_on_a_prefix(body, size):
-    graph = with_weights(parse(DECODER.replace("BODY", body)))
+    graph = decoder(body)
     small = resized(graph, axis_of(graph, graph.inputs[0], 1), size)
     verify(small)
     tokens = torch.arange(12).reshape(2, 6) % 11
@@ -101,16 +89,46 @@ def test_a_decoder_for_fewer_tokens_computes_what_it_computes_on_a_prefix(body, 
 
 
 def test_constants_do_not_grow():
-    graph = with_weights(parse(DECODER.replace("BODY", FUSED)))
+    graph = decoder(FUSED)
     with pytest.raises(CannotResize, match="constant positions cannot be made for size 9"):
         resized(graph, axis_of(graph, graph.inputs[0], 1), 9)
 
 
 def test_roles_of_masks_and_scores():
-    graph = with_weights(parse(DECODER.replace("BODY", WRITTEN_OUT)))
+    graph = decoder(WRITTEN_OUT)
     found = axis_of(graph, graph.inputs[0], 1)
     assert found.places[named(graph, "scores")] == (None, None, Along(), None)
     assert found.keys[named(graph, "scores")] == (None, None, None, Along())
     assert found.keys[named(graph, "bias")] == (None, Along())
     assert found.places[named(graph, "bias")] == (Along(), None)
     assert named(graph, "k") not in found.keys
+
+
+def test_what_stands_for_a_node_is_made_from_its_new_operands():
+    graph = decoder(FUSED)
+    found = axis_of(graph, graph.inputs[0], 1)
+    positions, a = named(graph, "positions"), named(graph, "a")
+    given = graph_input("here", TensorType(torch.float32, (1, 2, 8)))
+
+    def windowed(node, operands):
+        assert [x.shape for x in operands] == [(2, 2, 2, 4)] * 3
+        return node.op(*operands, **{**node.attrs, "causal": False})
+
+    small = resized(graph, found, 2, {positions: given, a: windowed})
+    verify(small)
+    assert [n.hint for n in small.inputs] == ["tokens", "here"]
+    assert not any(n.attrs.get("causal") for n in order(small))
+
+
+def test_a_refusal_names_the_node_and_the_line():
+    text = "graph g(x: f32[2, 6, 8]) {\n  pooled = mean(x, dims=[1])  # model.py:41 head\n  return pooled\n}"
+    graph = parse(text)
+    found = axis_of(graph, graph.inputs[0], 1)
+    node = found.first(How.MIXING)
+    assert found.why(node) == "mean pooled reads all indices together: mean reduces it (at model.py:41)"
+
+
+def test_an_axis_of_one_index_cannot_be_followed():
+    graph = parse("graph g(x: f32[1, 6, 8]) {\n  y = relu(x)\n  return y\n}")
+    found = axis_of(graph, graph.inputs[0], 0)
+    assert "single index" in found.why(found.first(How.MIXING))
