@@ -47,11 +47,13 @@ from .native_code import (
     program_on_gpu,
     sums,
 )
+from .padding import WithoutPadding
 from .receipt import Receipt
 from .trust import unsafe_in_graph
 
 FORMAT = 1
 MEMBERS = ("graph", "receipt", "kernels")
+UNPADDED = "unpadded"  # one more, of a model that leaves padding out
 DAMAGE = (
     SafetensorError,
     OSError,
@@ -74,7 +76,8 @@ STATE = "state "  # what the names of updated buffers begin with
 class Optimized:
     """An optimized model: call it like the original. `receipt` says what was done to it, `graph` is its IR, `program` runs it.
 
-    state: the buffers that the model updates as it runs, by name. code: its binaries, where it was compiled for a target, or loaded with
+    state: the buffers that the model updates as it runs, by name. unpadded: the program that leaves padding out, where it was asked for
+    (`driver.padding`). code: its binaries, where it was compiled for a target, or loaded with
     them; what was compiled here for another machine can be saved, and not called.
     """
 
@@ -84,6 +87,7 @@ class Optimized:
     receipt: Receipt
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     code: Code[Any] | None = None
+    unpadded: WithoutPadding | None = None
     _known: set[Any] = field(default_factory=set, repr=False, compare=False)  # kinds of inputs that have been checked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +99,8 @@ class Optimized:
             self.convention.checked(flat, self.graph)
             if len(self._known) < KNOWN_CALLS:
                 self._known.add(kind)
-        return self.convention.pack(self.program.run(flat + [self.state[name] for name in self.convention.state]))
+        inputs = flat + [self.state[name] for name in self.convention.state]
+        return self.convention.pack(self.program.run(inputs) if self.unpadded is None else self.unpadded.run(inputs, self.program.run))
 
     def with_own_state(self) -> Optimized:
         """The same model, whose buffers are copies: what it does to them is not seen here."""
@@ -113,7 +118,11 @@ def save(path: str | Path, model: Optimized, levels: Collection[str] = tuple(LEV
     """Writes the artifact under a temporary name and renames it; raises CannotWrite and leaves nothing behind."""
     code = compiled_for_levels(model.graph, levels) if model.code is None else model.code
     members = {"graph": str(model.graph), "receipt": model.receipt.to_json(), "kernels": model.program.source}
-    weights = {name: data.value for name, data in constants(model.graph).items() if data.value is not None}
+    graphs = [model.graph]
+    if model.unpadded is not None:
+        graphs.append(model.unpadded.plan.graph)
+        members[UNPADDED] = str(graphs[-1])
+    weights = {name: data.value for graph in graphs for name, data in constants(graph).items() if data.value is not None}
     tensors, names = _distinct(weights | {f"{STATE}{name}": value for name, value in model.state.items()})
     tensors, about = _coded(tensors) if compress else (tensors, {})
     manifest: dict[str, Any] = {
@@ -124,6 +133,8 @@ def save(path: str | Path, model: Optimized, levels: Collection[str] = tuple(LEV
     }
     if about:
         manifest["coded"] = about
+    if model.unpadded is not None:
+        manifest[UNPADDED] = model.unpadded.to_json()
     if code is not None:
         manifest["code"] = described(code)
         manifest["sha256"] |= sums(code)
@@ -265,25 +276,38 @@ def _load(path: Path, operators: Collection[str], trust_code: bool) -> Optimized
     _verify(path, manifest, metadata, tensors, code)
     plain = _plain(manifest.get("coded", {}), tensors)
     values = {name: plain[stored] for name, stored in manifest["weights"].items()}
-    graph = parse(metadata["graph"], values)
-    missing = next((name for name, data in constants(graph).items() if not data.known), None)
-    if missing is not None:
-        raise BadArtifact(path=path, reason=f"its graph needs {_shown(missing)}, which is not among its weights")
-    unsafe = unsafe_in_graph(graph, operators)
-    if unsafe:
-        raise BadArtifact(path=path, reason=unsafe)
+    graph = _graph(path, metadata["graph"], values, operators)
+    rows = _graph(path, metadata[UNPADDED], values, operators) if UNPADDED in metadata else None
     convention = CallingConvention.from_json(manifest["convention"])
     receipt = Receipt.from_json(metadata["receipt"])
     state = {name: values[f"{STATE}{name}"].clone() for name in convention.state}
     if is_for_cpu(graph, code):
         kernels = len(receipt.kernels)
         program = build_program(graph) if code is None else program_on_cpu(path, graph, code, kernels, trust_code)
-        return Optimized(graph, convention, program, receipt, state, code)
+        return Optimized(graph, convention, program, receipt, state, code, _unpadded(manifest, rows))
     machine = machine_for(path, code.target if code is not None else None)
     graph = retarget(graph, machine.device, machine.move)
     state = {name: machine.move(value) for name, value in state.items()}
     program = build_program(graph) if code is None else program_on_gpu(path, graph, code, machine, len(receipt.kernels), trust_code)
-    return Optimized(graph, convention, program, receipt, state, code)
+    rows = None if rows is None else retarget(rows, machine.device, machine.move)
+    return Optimized(graph, convention, program, receipt, state, code, _unpadded(manifest, rows))
+
+
+def _graph(path: Path, text: str, values: Mapping[str, torch.Tensor], operators: Collection[str]) -> Graph:
+    """A graph of the file, which has its weights and calls nothing that it may not."""
+    graph = parse(text, values)
+    missing = next((name for name, data in constants(graph).items() if not data.known), None)
+    if missing is not None:
+        raise BadArtifact(path=path, reason=f"its graph needs {_shown(missing)}, which is not among its weights")
+    unsafe = unsafe_in_graph(graph, operators)
+    if unsafe:
+        raise BadArtifact(path=path, reason=unsafe)
+    return graph
+
+
+def _unpadded(manifest: Mapping[str, Any], graph: Graph | None) -> WithoutPadding | None:
+    """The program that leaves padding out; its kernels are compiled here."""
+    return None if graph is None else WithoutPadding.from_json(manifest[UNPADDED], graph, build_program(graph))
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -302,7 +326,7 @@ def _manifest(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if found != FORMAT:
         hint = "a newer tilewright wrote it" if isinstance(found, int) and found > FORMAT else "optimize the model again"
         raise BadArtifact(path=path, reason=f"it has format {found!r}, this version reads {FORMAT}; {hint}")
-    foreign = next((name for name in metadata if name not in ("tilewright", *MEMBERS)), None)
+    foreign = next((name for name in metadata if name not in ("tilewright", *MEMBERS, UNPADDED)), None)
     if foreign is not None:
         raise BadArtifact(path=path, reason=f"it has a member {_shown(foreign)!r}, which tilewright never writes")
     return manifest
@@ -313,7 +337,8 @@ def _verify(
 ) -> None:
     binaries = sums(code) if code is not None else {}
     weights = {f"weight {n}": _tensor_digest(t) for n, t in tensors.items() if n not in binaries}
-    found = {m: _digest(metadata[m]) for m in MEMBERS} | {"manifest": _manifest_digest(manifest)} | weights | binaries
+    members = (*MEMBERS, UNPADDED) if UNPADDED in metadata else MEMBERS
+    found = {m: _digest(metadata[m]) for m in members} | {"manifest": _manifest_digest(manifest)} | weights | binaries
     expected = manifest["sha256"]
     wrong = [m for m, digest in expected.items() if found.get(m) != digest] + [m for m in found if m not in expected]
     if wrong:

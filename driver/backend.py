@@ -17,6 +17,7 @@ from ..passes.base import Notes, Reason
 from .compile import Compiled, Options, compile_graph
 from .errors import BadOption
 from .freeze import declined, freeze
+from .padding import compile_packed, plan_without_padding, recorded
 from .receipt import failed_receipt, record
 from .replay import device_to_record, replayed
 
@@ -35,6 +36,7 @@ def tilewright(
     mode="max-autotune", or options={"max_autotune": True}: see `driver.tune`; it does not freeze, as torch.compile's own mode does not:
     whoever wants both says options={"max_autotune": True, "freeze": True}.
     mode="reduce-overhead", or options={"cuda_graphs": True}: see `driver.replay`; for inference on one GPU with sizes that stay.
+    options={"remove_padding": True}: see `driver.padding`; for inference, `tilewright.padding_counts()` says how calls went.
 
     Every graph leaves a receipt (`tilewright.receipts()`). One that cannot be captured or compiled runs by eager, and its receipt says why.
     """
@@ -42,8 +44,11 @@ def tilewright(
 
     def compiled(graph: Graph, notes: Notes, held: Held) -> CompiledGraph:
         place = device_to_record(graph, notes) if checked.cuda_graphs else None
+        packed = plan_without_padding(graph, checked, notes) if checked.remove_padding and not graph.name.endswith(TRAINING) else None
         made = _tuned(graph, checked, notes, held) if checked.tunes else compile_graph(graph, checked, notes)
         record(made.receipt)
+        if packed is not None:
+            return recorded(compile_packed(packed, checked, made.graph), made.program.run)
         return made.program.run if place is None else replayed(made.program.run, graph, held, place)
 
     def frozen(graph: Graph, held: Held) -> CompiledGraph:
@@ -74,6 +79,9 @@ def checked_options(mode: str | None, options: Mapping[str, Any] | None) -> Opti
     made = Options(**{**MODES[mode or "default"], **(options or {})})
     if made.offload and not made.freeze:
         raise BadOption(option="options['offload']", reason="it moves what freezing leaves over: it needs options['freeze'] too")
+    if made.remove_padding and (made.cuda_graphs or made.passes is not None):
+        reason = "rows differ in every call, and the default passes make them: leave out options['cuda_graphs'] and options['passes']"
+        raise BadOption(option="options['remove_padding']", reason=reason)
     _passes(made)
     return made
 

@@ -54,6 +54,9 @@ FormatsOption = Annotated[str | None, typer.Option(help='formats to choose from,
 CalibrationOption = Annotated[
     list[str], typer.Option("--calibration", help="a file of inputs like --inputs; several files: a quarter verifies the result")
 ]
+PaddingOption = Annotated[
+    bool, typer.Option("--remove-padding", help="tokens that an attention mask says are padding are not computed, where that gains")
+]
 TrustOption = Annotated[bool, typer.Option("--trust-pickle", help="read pickled modules; they can run any code")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="also write the receipt as JSON")]
 ReportOption = Annotated[Path | None, typer.Option("--report", help="also write the receipt as an HTML page")]
@@ -78,6 +81,7 @@ def optimize(
     target: TargetOption = None,
     levels: LevelsOption = "v2,v3,v4",
     compress: CompressOption = False,
+    remove_padding: PaddingOption = False,
     trust_pickle: TrustOption = False,
     json: JsonOption = None,
     report: ReportOption = None,
@@ -105,7 +109,7 @@ def optimize(
         _check_target(target)
         with stage(f"reading {model}"):
             read = load_model(model, parse_inputs(inputs), trust_pickle)
-        optimized = optimize_model(read, passes, stage, tune, target, budget)
+        optimized = optimize_model(read, passes, stage, tune, target, budget, remove_padding)
         with stage(f"writing {artifact}, with code for {levels}" if stored and not target else f"writing {artifact}"):
             optimized.save(artifact, stored, compress)
     if json:

@@ -32,6 +32,7 @@ class Options:
     graph needs in another form only move to a file (`driver.offload`). max_autotune: measure the rewrites, and take back those that do
     not gain (`driver.tune`); a list of passes of the user's own is not questioned. tuning_seconds: how long that may take for one graph,
     the compilation of what is compared included. cuda_graphs: launches are recorded once and replayed (torch.compile; `driver.replay`).
+    remove_padding: tokens that an attention mask says are padding are not computed, where that gains (`driver.padding`).
     """
 
     passes: str | None = None
@@ -41,6 +42,7 @@ class Options:
     max_autotune: bool = False
     tuning_seconds: float = 30.0
     cuda_graphs: bool = False
+    remove_padding: bool = False
     dump: str | None = None
 
     @property

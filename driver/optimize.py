@@ -15,10 +15,12 @@ from .artifact import Optimized
 from .budget import Budget
 from .calling import CallingConvention
 from .compile import Compiled, Options, compile_graph
+from .errors import BadOption
 from .inputs import Example
 from .loading import Model, captured_of, export_module
 from .measure import apart, convention_for, error_check, flat_example, timed, with_speed
 from .outline import machine_of, outline
+from .packing import with_packing
 from .pipeline import passes_from
 from .places import Elsewhere, Here
 from .receipt import Trial
@@ -41,6 +43,7 @@ def optimize(
     tuning_seconds: float = TUNING_SECONDS,
     target: str | None = None,
     budget: Budget | None = None,
+    remove_padding: bool = False,
 ) -> Optimized:
     """Optimizes a module for inference on example arguments: exactly, or as far as a budget of error allows.
 
@@ -49,13 +52,19 @@ def optimize(
     tuning_seconds: how long that may take (0: nothing is measured), beside compiling and the final checks.
     target: "sm_90", "gfx942": compile for such a GPU, which need not be here (`driver.targets`); the result can be saved, and loaded there.
     budget: limits, within which weights may be kept in fewer bits (`driver.budget`, `driver.within`).
+    remove_padding: tokens that an attention mask says are padding are not computed, where that gains (`driver.padding`).
     Raises CannotOptimize where the model cannot be exported or captured, or nothing keeps the budget.
     """
     if target is not None:
         require_target(target)
     example = Example(tuple(args), dict(kwargs or {}), {k: dict(v) for k, v in (dynamic or {}).items()})
     return optimize_model(
-        export_module(type(model).__name__, model, example), passes, tuning_seconds=tuning_seconds, target=target, budget=budget
+        export_module(type(model).__name__, model, example),
+        passes,
+        tuning_seconds=tuning_seconds,
+        target=target,
+        budget=budget,
+        remove_padding=remove_padding,
     )
 
 
@@ -66,12 +75,14 @@ def optimize_model(
     tuning_seconds: float = TUNING_SECONDS,
     target: str | None = None,
     budget: Budget | None = None,
+    remove_padding: bool = False,
 ) -> Optimized:
     """Captures, rewrites, generates, builds; then measures error against float64 and speed against eager on the model's example.
 
     For a target that is elsewhere, speed is not measured, and error only of the rewritten graph.
     """
-    options = Options(passes=passes, max_autotune=tuning_seconds > 0, tuning_seconds=tuning_seconds)
+    options = Options(passes=passes, max_autotune=tuning_seconds > 0, tuning_seconds=tuning_seconds, remove_padding=remove_padding)
+    _check_padding(options, target, budget)
     with stage("capturing the graph"):
         captured = captured_of(model)
     convention = convention_for(model, captured)
@@ -89,7 +100,19 @@ def optimize_model(
     with stage("checking against float64"):
         allowed = None if budget is None else budget.allowed_relative
         error = error_check(apart(model, captured), captured, convention, optimized.with_own_state(), allowed)
-    return _outlined(replace(optimized, receipt=replace(optimized.receipt, error=error)), captured, stage, options.tunes)
+    optimized = replace(optimized, receipt=replace(optimized.receipt, error=error))
+    if remove_padding:
+        with stage("leaving padding out"):
+            optimized = with_packing(model, captured, optimized, options)
+    return _outlined(optimized, captured, stage, options.tunes)
+
+
+def _check_padding(options: Options, target: str | None, budget: Budget | None) -> None:
+    """Padding is left out by the default passes, exactly, and measured: not together with what changes any of that. Raises BadOption."""
+    others = {"passes": options.passes, "target": target, "budget": budget}
+    given = next((name for name, value in others.items() if value is not None), None)
+    if options.remove_padding and given is not None:
+        raise BadOption(option="remove_padding", reason=f"it does not go together with {given}; leave out one of the two")
 
 
 def _outlined(made: Optimized, captured: CapturedModule, stage: Stages, measure: bool = False) -> Optimized:
@@ -114,7 +137,7 @@ def _compiled_for(
     require_portable(model.name, captured.graph, target)
     seconds = options.tuning_seconds if options.tunes else 0.0
     if budget is not None:
-        made = optimize_within(model, captured, convention, budget, Elsewhere(target, captured, convention, seconds), stage)
+        made = optimize_within(model, captured, convention, budget, Elsewhere(target, model, captured, convention, seconds), stage)
     else:
         with stage(f"rewriting and building kernels for {target}"):
             found = compile_for(captured.graph, target, passes_from(options.passes), seconds)

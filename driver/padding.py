@@ -10,8 +10,9 @@ each was taken, and why, is counted.
 from __future__ import annotations
 
 import enum
-from collections import Counter
-from collections.abc import Callable, Sequence
+import functools
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,13 +23,16 @@ from ..codegen.program import Program
 from ..ir.graph import Graph, constants
 from ..passes.base import Notes
 from ..passes.canonicalize import Canonicalize
-from ..passes.remove_padding import FIRST, Packed, without_padding
+from ..passes.remove_padding import FIRST, LAST, Packed, without_padding
 from .compile import Options, build_program, rewritten
 from .pipeline import FINISHING, PREPARING
 
 PAYS_BELOW = 0.9
 """Share of tokens that are no padding, below which packing is thought to gain where nothing was measured: packing and unpacking cost about
 what a twentieth of the rows of a narrow encoder do."""
+
+LAYOUT = 5
+"""Further inputs of a packed graph."""
 
 Run = Callable[[list[Any]], list[Any]]
 
@@ -58,12 +62,11 @@ def layout_of(present: np.ndarray) -> list[np.ndarray]:
 class WithoutPadding:
     """A model's program over packed rows.
 
-    plan: what was packed; its graph is the one before code generation's passes. graph: after them. pays_below: the share of tokens that
-    are no padding, below which packing gains. counts: calls by the way they went.
+    plan: its graph, after all passes, and what that takes for granted. pays_below: the share of tokens that are no padding, below which
+    packing gains. counts: calls by the way they went.
     """
 
     plan: Packed
-    graph: Graph
     program: Program
     pays_below: float = PAYS_BELOW
     counts: Counter[Way] = field(default_factory=Counter, repr=False, compare=False)
@@ -100,28 +103,60 @@ class WithoutPadding:
         """Calls by the way they went, in words."""
         return {way.value: self.counts[way] for way in Way if self.counts[way]}
 
+    def to_json(self) -> dict[str, Any]:
+        """What an artifact keeps beside the graph."""
+        plan = self.plan
+        return {
+            "mask": plan.mask,
+            "padding": plan.padding,
+            "present": sorted(plan.present),
+            "spread": plan.spread,
+            "below": self.pays_below,
+        }
 
-def compile_without_padding(graph: Graph, options: Options, notes: Notes, beside: Graph | None = None) -> WithoutPadding | None:
-    """A captured graph over packed rows, compiled; None where it has no such form, with the reason in the notes.
+    @staticmethod
+    def from_json(data: Mapping[str, Any], graph: Graph, program: Program) -> WithoutPadding:
+        spread = tuple(None if dims is None else (int(dims[0]), int(dims[1])) for dims in data["spread"])
+        plan = Packed(graph, int(data["mask"]), int(data["padding"]), frozenset(map(int, data["present"])), spread)
+        if not 0 <= plan.mask < len(graph.inputs) - LAYOUT or plan.padding not in (0, 1) or not plan.present <= {FIRST, LAST}:
+            raise ValueError("what it says of padding fits no graph")
+        return WithoutPadding(plan, program, float(data["below"]))
 
-    beside: the padded graph after its passes, whose constants it shares.
-    """
-    plain = replace(options, dump=None, offload=False)
-    found = without_padding(rewritten(graph, plain, PREPARING, Notes(), {}), notes)
-    if found is None:
-        return None
-    fused = rewritten(found.graph, plain, (Canonicalize(), *FINISHING), Notes(), {})
-    if beside is not None:
-        share_constants(fused, beside)
-    return WithoutPadding(found, fused, build_program(fused))
+
+def plan_without_padding(graph: Graph, options: Options, notes: Notes) -> Packed | None:
+    """A captured graph over packed rows; None where it has no such form, with the reason in the notes."""
+    return without_padding(rewritten(graph, replace(options, dump=None), PREPARING, Notes(), {}), notes)
+
+
+def compile_packed(plan: Packed, options: Options, beside: Graph) -> WithoutPadding:
+    """A planned graph, compiled. beside: the padded graph after its passes, whose constants it shares."""
+    fused = rewritten(plan.graph, replace(options, dump=None), (Canonicalize(), *FINISHING), Notes(), {})
+    share_constants(fused, beside)
+    return WithoutPadding(replace(plan, graph=fused), build_program(fused))
 
 
 def share_constants(graph: Graph, other: Graph) -> None:
-    """Constants of the same name that are equal become one memory."""
+    """Constants of the same name that are equal become one memory; where they differ, ours get a name of their own."""
     theirs = constants(other)
     for name, data in constants(graph).items():
         ours, their = data.value, theirs[name].value if name in theirs else None
-        if ours is None or their is None or ours is their or ours.dtype != their.dtype or ours.stride() != their.stride():
+        if ours is None or their is None or ours is their:
             continue
-        if torch.equal(ours, their):
+        if ours.dtype == their.dtype and ours.stride() == their.stride() and torch.equal(ours, their):
             ours.data = their
+        else:
+            data.name = f"{name}.rows"
+
+
+_COMPILED: deque[WithoutPadding] = deque(maxlen=4096)
+
+
+def recorded(made: WithoutPadding, padded: Run) -> Run:
+    """What runs the calls of a graph that torch.compile gave us; `padding_counts` has how they went."""
+    _COMPILED.append(made)
+    return functools.partial(made.run, padded=padded)
+
+
+def padding_counts() -> list[dict[str, int]]:
+    """Of every graph that torch.compile gave us with `remove_padding`, newest last: calls without padding, and with it by the reason."""
+    return [made.statistic() for made in _COMPILED]
