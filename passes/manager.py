@@ -24,12 +24,13 @@ from .prune_blocks import PruneBlocks
 from .quantize import Plan, Quantize
 from .recognize import Recognize
 from .reuse_kv import ReuseKV
+from .split_batch import SplitBatch, SplitHalves
 from .split_bias import SplitBias
 from .split_space import SplitSpace
 
 _KINDS = (
     Canonicalize, ChooseLayouts, FoldConstants, FoldNorms, FuseRegions, MergeLinears, MergeTokens, PackWeights, PlanMemory,
-    PruneBlocks, Quantize, Recognize, ReuseKV, SplitBias, SplitSpace,
+    PruneBlocks, Quantize, Recognize, ReuseKV, SplitBatch, SplitBias, SplitHalves, SplitSpace,
 )  # fmt: skip
 
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _KINDS}
