@@ -12,7 +12,6 @@ from .axis_dims import Links, broadcast_links, result_types, tensors
 from .axis_routing import SORTS, sort_of
 from .places import PARALLEL, How, Label, Link, Reorder, mixing
 
-
 ORDERED = mixing("it is ordered along it")
 
 

@@ -63,8 +63,8 @@ class _Labels:
             return mixing(f"{node.op.name} runs over other dimensions, too")
         result = next((ends[e] for e in link.ends if e[0] < 0 and e in ends), None)
         if isinstance(link.step, Step):
-            merged = mixing(f"{node.op.name} works on it merged with other dimensions")
-            return merged if result is None else link.step.label(along, result, link.label.reason)
+            lost = "a single index of it is left" if along.single else f"{node.op.name} works on it merged with other dimensions"
+            return mixing(lost) if result is None else link.step.label(along, result, link.label.reason)
         return link.label if result is None else link.label.and_also(_distance(along, result))
 
     def _hidden(self, node: Node, link: Link, ends: Ends) -> Matrix | None:

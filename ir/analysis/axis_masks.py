@@ -39,6 +39,9 @@ LOWEST = -1e9
 """Logits from here down count as LOW; models write the lowest number of the dtype, -1e9 or -inf."""
 
 
+LEAST_SCALE = 1e-2
+
+
 class Masks:
     """What masks hide, along an axis of this size; nothing where the size is not known. Keeps what it has found."""
 
@@ -63,6 +66,8 @@ class Masks:
             return _of_tensor(torch.tensor(value), None, None, self.size) if isinstance(value, (bool, int, float)) else {}
         if self._is_fixed(node):
             return _of_tensor(interpret(Graph("mask", (), (node,)), ())[0], row, column, self.size)
+        if node.op.name == "softmax" and (column is None or node.attrs["dim"] % node.tensor.rank != column[0]):
+            return {}  # what is low for all that it is compared with has a share like theirs
         rule = _carry if node.op.category is Category.VIEW else RULES.get(node.op.name)
         operands = self._operands(node, row, column) if rule and (row or column) else []
         return rule(node, operands) if rule and operands else {}
@@ -160,11 +165,13 @@ def _sub(node: Node, xs: list[Fills]) -> Fills:
 
 
 def _mul(node: Node, xs: list[Fills]) -> Fills:
+    """Low logits stay low when they are scaled, but not by next to nothing."""
     a, b = xs
-    positive = next((x for x in node.inputs if is_scalar(x) and isinstance(scalar_value(x), (int, float)) and scalar_value(x) > 0), None)  # type: ignore[operator]
     low = any_of(_both(a.get(Fill.ONE), b.get(Fill.LOW)), _both(a.get(Fill.LOW), b.get(Fill.ONE)))
-    if positive is not None:
-        low = any_of(low, xs[1 - node.inputs.index(positive)].get(Fill.LOW))
+    for factor, x in zip(node.inputs, (b, a)):
+        value = scalar_value(factor)
+        if isinstance(value, (int, float)) and value >= LEAST_SCALE:
+            low = any_of(low, x.get(Fill.LOW))
     return _made(low=low, zero=any_of(a.get(Fill.ZERO), b.get(Fill.ZERO)), one=_both(a.get(Fill.ONE), b.get(Fill.ONE)))
 
 

@@ -45,11 +45,10 @@ def _moves(node: Node, table: Sequence[Link], end: End, along: Along, size: Dim)
         yield from ((other, there, True) for other, there in _reshaped(node, end, along, size))
     for link in (link for link in table if end in link.ends):
         there = along if link.step is None else link.step.forward(along) if end[0] >= 0 else None
-        if there is not None:
-            extent = there.extent(size)
-            yield from (
-                (other, there, link.step is not None) for other in link.ends if other != end and same(end_size(node, other), extent)
-            )
+        if there is None or (link.step is not None and same(there.length(size), 1)):  # a single index looks like what broadcasts
+            continue
+        extent = there.extent(size)
+        yield from ((other, there, link.step is not None) for other in link.ends if other != end and same(end_size(node, other), extent))
 
 
 def _reshaped(node: Node, end: End, along: Along, size: Dim) -> Iterator[tuple[End, Along]]:

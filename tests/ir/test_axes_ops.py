@@ -171,6 +171,8 @@ ATTENTIONS = [
     ("m = logical_and(causal, around)\ny = attention(q, k, k, m, scale=0.5)", Label(How.PREFIX, before=1)),
     ("m = logical_or(causal, around)\ny = attention(q, k, k, m, scale=0.5)", MIXING),  # back to the first token, and one ahead
     (f"{SCORES}\na = add(s, low)\np = softmax(a, dim=3)\ny = matmul(p, k)", PREFIX),
+    (f"{SCORES}\na = add(s, low)\np = softmax(a, dim=1)\ny = matmul(p, k)", MIXING),  # over heads: none of them is lower than the others
+    (f"{SCORES}\na = add(s, low)\nb = mul(a, 0.125)\np = softmax(b, dim=3)\ny = matmul(p, k)", PREFIX),
     (f"{SCORES}\na = where(band, s, -inf)\np = softmax(a, dim=3)\ny = matmul(p, k)", Label(How.PREFIX, 2)),
     ("t = permute(q, dims=[0, 1, 3, 2])\ns = matmul(k, t)\nc = permute(low, dims=[1, 0])\na = add(s, c)\np = softmax(a, dim=2)\n"
      "r = permute(p, dims=[0, 1, 3, 2])\ny = matmul(r, k)", PREFIX),
