@@ -6,7 +6,7 @@ Budget(max_error=1e-2, memory="50%", objective="latency")
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,12 @@ Loss = Callable[[Callable[..., Any]], Any]
 """Takes a model, to be called like the original; returns a number that grows as it gets worse, for example 1 - its accuracy. A scalar
 tensor with derivatives by what the model returns tells more: by how much it grows is then foretold (`search.curvature`)."""
 
-_UNITS = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "s": 1.0, "ms": 1e-3, "us": 1e-6}
+_UNITS: Mapping[str, Mapping[str, float]] = {
+    "memory": {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9},
+    "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
+    "bops": {},
+}
+_WRITTEN = {"memory": '"50%" or "200MB"', "latency": '"80%" or "5ms"', "bops": '"25%" or 1e12'}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*(%|[a-zA-Z]*)\s*")
 
 
@@ -61,14 +66,20 @@ class Budget:
             raise BadOption(option="objective", reason=f"it is {', '.join(OBJECTIVES)}, not {self.objective!r}")
         if isinstance(self.metric, str):
             metric(self.metric)
+        if isinstance(self.formats, str):
+            raise BadOption(option="formats", reason=f'it is a tuple of names, as ("{self.formats}",)')
         unknown = next((name for name in self.formats if name not in FORMATS), None)
         if unknown is not None:
             raise BadOption(option="formats", reason=f"there is no {unknown!r}; there are {', '.join(FORMATS)}")
+        if not isinstance(self.calibration, Iterable):
+            raise BadOption(option="calibration", reason=f"it is a list of inputs, not {self.calibration!r}")
         if self.max_error is None and self.objective != "error":
             raise BadOption(option="max-error", reason=f"say how large it may be; least {self.objective} has no end without it")
         if self.max_error is not None and not self.max_error >= 0:
             raise BadOption(option="max-error", reason=f"it is a number from 0 on, not {self.max_error}")
-        for name in ("memory", "latency", "bops"):
+        if self.bits is not None and not (isinstance(self.bits, (int, float)) and self.bits > 0):
+            raise BadOption(option="bits", reason=f"it is a number above 0, not {self.bits!r}")
+        for name in _UNITS:
             quantity(name, getattr(self, name), 1.0)
 
     @property
@@ -102,10 +113,10 @@ def quantity(name: str, value: str | float | None, whole: float) -> float | None
         return None
     match = _QUANTITY.fullmatch(str(value))
     unit = match[2].lower() if match else ""
-    if match is None or (unit not in ("", "%") and unit not in _UNITS):
-        raise BadOption(option=name, reason=f'{value!r} is no amount; write for example "50%", "200MB" or "5ms"')
+    if match is None or (unit not in ("", "%") and unit not in _UNITS[name]):
+        raise BadOption(option=name, reason=f"{value!r} is no amount; write for example {_WRITTEN[name]}")
     number = float(match[1])
-    return number / 100 * whole if unit == "%" else number * _UNITS.get(unit, 1.0)
+    return number / 100 * whole if unit == "%" else number * _UNITS[name].get(unit, 1.0)
 
 
 @dataclass(frozen=True)

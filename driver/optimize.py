@@ -83,6 +83,8 @@ def optimize_model(
     """
     options = Options(passes=passes, max_autotune=tuning_seconds > 0, tuning_seconds=tuning_seconds, remove_padding=remove_padding)
     _check_padding(options, target, budget)
+    if budget is not None and passes is not None:
+        raise BadOption(option="passes", reason="a budget runs the default ones, with formats between them; leave out one of the two")
     with stage("capturing the graph"):
         captured = captured_of(model)
     convention = convention_for(model, captured)

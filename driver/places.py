@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..ir.capture import CapturedModule
+from ..ir.dims import SymbolRange
 from ..ir.graph import Graph
-from ..ir.interpret import interpret
+from ..ir.interpret import bind_sizes, interpret
 from ..ir.retarget import retarget
 from ..passes.base import Notes, Pass
 from ..passes.layers import Layer
@@ -23,7 +24,7 @@ from .artifact import Optimized
 from .calling import CallingConvention
 from .compile import Options, compile_graph, rewritten
 from .loading import Model
-from .measure import apart, timed, with_speed
+from .measure import apart, flat_example, timed, with_speed
 from .pipeline import FINISHING, PREPARING
 from .targets import compile_for, retargeted
 
@@ -75,11 +76,12 @@ class Here(Place):
 
     def __init__(self, model: Model, captured: CapturedModule, convention: CallingConvention, made: Optimized) -> None:
         self._model, self._captured, self._convention, self._exact = model, captured, convention, made
+        self._sizes = bind_sizes(captured.graph, flat_example(model, captured, convention))
 
     def layer_times(
         self, graph: Graph, layers: Sequence[Layer], formats: Sequence[str], database: Database, progress: Progress
     ) -> dict[tuple[str, str], float]:
-        return layer_times(layers, formats, _runner, database, progress)
+        return layer_times(layers, formats, _runner, database, progress, {name: SymbolRange(n, n) for name, n in self._sizes.items()})
 
     def exact_times(self) -> tuple[float, float]:
         timings = timed(apart(self._model, self._captured), ours=self._exact).timings
@@ -106,9 +108,10 @@ class Elsewhere(Place):
 
     measured = False
 
-    def __init__(self, target: str, captured: CapturedModule, convention: CallingConvention, tuning_seconds: float) -> None:
+    def __init__(self, target: str, model: Model, captured: CapturedModule, convention: CallingConvention, tuning_seconds: float) -> None:
         self._target, self._captured, self._convention, self._tuning_seconds = target, captured, convention, tuning_seconds
-        self._foretold = _foretold(target, searched=tuning_seconds > 0)
+        sizes = bind_sizes(captured.graph, flat_example(model, captured, convention))
+        self._foretold = _foretold(target, tuning_seconds > 0, sizes)
         self._exact_seconds = 0.0
 
     def layer_times(
@@ -141,7 +144,7 @@ class Elsewhere(Place):
         return Optimized(made.graph, self._convention, made.program, made.receipt, self._captured.state, made.code)
 
 
-def _foretold(target: str, searched: bool) -> Callable[[Graph], float]:
+def _foretold(target: str, searched: bool, sizes: Mapping[str, int]) -> Callable[[Graph], float]:
     from ..search.foretold import Foretold  # Triton need not be there where no target is
 
-    return Foretold(of_target(target), searched)
+    return Foretold(of_target(target), searched, sizes)

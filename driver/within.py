@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -39,13 +40,14 @@ from .artifact import Optimized
 from .budget import OBJECTIVES, Attempt, Budget, LayerLine, Point, Spent, quantity
 from .calling import CallingConvention
 from .compile import Options, rewritten
-from .errors import BadInputs, CannotOptimize
+from .errors import BadInputs, BadOption, CannotOptimize
 from .inputs import copied
 from .loading import Model
 from .measure import apart, flat_example, flattened
 from .memory import constant_bytes
 from .pipeline import PREPARING
 from .places import Made, Place
+from .words import scaled
 
 ATTEMPTS = 8
 LEAST_WEIGHTS = 4096
@@ -116,7 +118,9 @@ class _Within:
             kwargs = dict(item) if isinstance(item, Mapping) else {}
             args = () if kwargs else tuple(item) if isinstance(item, (tuple, list)) else (item,)
             try:
-                found.append(flattened(self.convention, self.captured, args, kwargs))
+                flat = flattened(self.convention, self.captured, args, kwargs)
+                self.convention.checked(flat, self.captured.graph)
+                found.append(flat)
             except TypeError as error:
                 raise BadInputs(spec="for calibration", reason=str(error)) from error
         return found
@@ -134,6 +138,9 @@ class _Within:
     def measure(self) -> None:
         """Errors and times of every layer in every format, and what exact results and their own errors are."""
         formats = self.budget.formats
+        self.original_loss = 0.0 if isinstance(self.budget.metric, str) else self._loss(apart(self.model, self.captured).module)
+        if not math.isfinite(self.original_loss):
+            raise BadOption(option="metric", reason=f"of the model itself it is {self.original_loss}")
         with self._progress("measuring what formats do to the results") as progress:
             self.sensitivity = Sensitivity(self.graph, self.layers, self.chosen_on, self.metric, self.database)
             effects = self._effects(formats, progress)
@@ -146,8 +153,6 @@ class _Within:
             self.references = [interpret(self.captured.graph, copied(flat), torch.float64) for flat in self.judged_on]
             own = [interpret(self.captured.graph, copied(flat)) for flat in self.judged_on]
         self.rounding = max(map(self.metric, own, self.references)) if isinstance(self.budget.metric, str) else 0.0
-        model = apart(self.model, self.captured)
-        self.original_loss = 0.0 if isinstance(self.budget.metric, str) else self._loss(model.module)
         self.exact_seconds, self.whole_seconds = self.place.exact_times()
 
     def _effects(self, formats: Sequence[str], progress: Progress) -> dict[tuple[str, str], Effect]:
@@ -318,14 +323,20 @@ class _Within:
     def _error_of(self, run: Callable[[list[Any]], list[Any]]) -> float:
         """On the inputs that judge, against float64; of a loss, by how much it grows."""
         if not isinstance(self.budget.metric, str):
-            return self._loss(self._callable(run)) - self.original_loss
+            grown = self._loss(self._callable(run)) - self.original_loss
+            return grown if grown == grown else math.inf
         with torch.no_grad():
             return max(self.metric(run(copied(flat)), reference) for flat, reference in zip(self.judged_on, self.references))
 
     def _loss(self, model: Callable[..., Any]) -> float:
         assert not isinstance(self.budget.metric, str)
         with torch.no_grad():
-            return float(self.budget.metric(model))
+            found = self.budget.metric(model)
+        if isinstance(found, torch.Tensor) and found.numel() == 1:
+            found = found.item()
+        if not isinstance(found, Real):
+            raise BadOption(option="metric", reason=f"it is to return a number, not {type(found).__name__}")
+        return float(found)
 
     def _callable(self, run: Callable[[list[Any]], list[Any]], grad: bool = False) -> Callable[..., Any]:
         def model(*args: Any, **kwargs: Any) -> Any:
@@ -362,7 +373,7 @@ class _Within:
         if cost == "error":
             return f"error {max(value, 0.0) ** (1 / self.adds):.2g}"
         if cost == "bytes":
-            return f"{(value + self.exact_bytes - self._exact('bytes')) / 1e6:.1f} MB"
+            return f"{scaled(max(0, round(value + self.exact_bytes - self._exact('bytes'))))}B"
         if cost == "time":
             return f"{1e3 * (value + self.exact_seconds - self._exact('time')):.3g} ms"
         return f"{cost} {value:.3g}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 
-from ..ir.dims import SymbolRange, hint
-from ..ir.graph import Graph, Node
+from ..ir.dims import SymbolRange, free_symbols, hint
+from ..ir.graph import Graph, Node, graph_input, order
 from ..ir.types import ScalarType
 
 
@@ -23,6 +25,17 @@ def example_inputs(graph: Graph, known: Mapping[int, torch.Tensor] = {}) -> list
         value = known[i].detach() if i in known else _example(node, graph.symbols)
         values.append(value.clone() if i in known and node in written else value)
     return values
+
+
+def with_sizes(graph: Graph) -> Graph:
+    """A part of a larger graph, with an input for each size that its values mention: no other input needs to tell it."""
+    sizes = sorted({s for node in order(graph) for s in _symbols(node)}, key=str)
+    return replace(graph, inputs=(*graph.inputs, *(graph_input(str(s), ScalarType(torch.int64, s)) for s in sizes)))
+
+
+def _symbols(node: Node) -> set[sympy.Symbol]:
+    types = node.type if isinstance(node.type, tuple) else (node.type,)
+    return free_symbols([d for t in types if not isinstance(t, ScalarType) for d in t.shape])  # type: ignore[return-value]
 
 
 def _example(node: Node, symbols: Mapping[str, SymbolRange]) -> Any:

@@ -7,7 +7,8 @@ dequantize+linear   kernel     cost.py, under the schedule that it starts from, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -15,7 +16,7 @@ from ..codegen.kernel import Kernel
 from ..codegen.regions import cost, lowered_regions
 from ..codegen.triton.legalize import UnsupportedByTriton
 from ..codegen.triton.templates import build
-from ..ir.dims import hint, symbol
+from ..ir.dims import SymbolRange, hint, symbol
 from ..ir.graph import Graph, Node, order
 from ..ir.op import Category
 from ..ir.types import TensorType
@@ -34,14 +35,16 @@ LEAST = 5e-6
 class Foretold:
     """foretold(graph): seconds of a call of a fused graph, of which what has no kernel runs op by op.
 
-    searched: kernels will have the best of their schedules, by the same model; else those that they start from.
+    searched: kernels will have the best of their schedules, by the same model; else those that they start from. sizes: of symbols.
     """
 
-    def __init__(self, gpu: Gpu, searched: bool, device: str = "cuda") -> None:
+    def __init__(self, gpu: Gpu, searched: bool, sizes: Mapping[str, int] = {}, device: str = "cuda") -> None:
         self._gpu, self._searched, self._device = gpu, searched, device
+        self._symbols = {name: SymbolRange(size, size) for name, size in sizes.items()}
         self._known: dict[tuple[str, str], float] = {}
 
     def __call__(self, graph: Graph) -> float:
+        graph = replace(graph, symbols={**graph.symbols, **self._symbols})
         alone = math.fsum(_by_torch(graph, node, self._gpu) for node in order(graph) if node.op.name != "region")
         return alone + math.fsum(self._of(kernel, nodes, graph) for kernel, nodes in lowered_regions(graph, (self._device,)))
 

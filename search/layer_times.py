@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..ir.analysis.hashing import structural_hash
+from ..ir.dims import SymbolRange, hint, symbol
 from ..ir.graph import Graph
 from ..passes.formats import FORMATS
 from ..passes.layers import Layer
@@ -38,14 +39,15 @@ def layer_times(
     compiled: Compile,
     database: Database,
     progress: Progress = lambda done, total: None,
+    symbols: Mapping[str, SymbolRange] = {},
 ) -> dict[tuple[str, str], float]:
     """(layer, format) -> seconds of a call of its readers; of the format "exact" too. What a format cannot serve is missing.
 
-    compiled: makes a canonical graph something to call.
+    compiled: makes a canonical graph something to call. symbols: sizes that vary, measured at a plausible value of their range.
     """
 
     def measured(shape: str, members: Sequence[Layer]) -> Mapping[str, float]:
-        return _measured(shape, members[:COPIES], formats, compiled, database)
+        return _measured(members[:COPIES], shape, formats, compiled, database, symbols)
 
     return _of_groups(layers, measured, progress)
 
@@ -88,8 +90,8 @@ def _of_groups(
     return found
 
 
-def _exact(layers: Sequence[Layer]) -> Graph:
-    return alone([Encoded(layer, FORMATS["bf16"], {}) for layer in layers])[0]
+def _exact(layers: Sequence[Layer], symbols: Mapping[str, SymbolRange] = {}) -> Graph:
+    return alone([Encoded(layer, FORMATS["bf16"], {}) for layer in layers], symbols)[0]
 
 
 def _variants(layer: Layer, formats: Sequence[str]) -> dict[str, Encoded]:
@@ -97,24 +99,27 @@ def _variants(layer: Layer, formats: Sequence[str]) -> dict[str, Encoded]:
     return {name: made for name in formats if isinstance(made := encoded(layer, FORMATS[name], known=parts), Encoded)}
 
 
-def _measured(shape: str, layers: Sequence[Layer], formats: Sequence[str], compiled: Compile, database: Database) -> Mapping[str, float]:
+def _measured(
+    layers: Sequence[Layer], shape: str, formats: Sequence[str], compiled: Compile, database: Database, symbols: Mapping[str, SymbolRange]
+) -> Mapping[str, float]:
     """Format -> seconds for one layer of the group."""
-    variants, exact = _variants(layers[0], formats), _exact(layers)
+    variants, exact = _variants(layers[0], formats), _exact(layers, symbols)
 
     def candidates() -> dict[str, Run]:
         inputs = example_inputs(exact)
-        graphs = {EXACT: exact} | {name: _in_format(layers, made) for name, made in variants.items()}
+        graphs = {EXACT: exact} | {name: _in_format(layers, made, symbols) for name, made in variants.items()}
         return {name: _call(compiled(graph), inputs) for name, graph in graphs.items()}
 
     names = (EXACT, *variants)
-    text = f"layers\0{shape}\0{len(layers)}"
+    sizes = f"\0{sorted((name, hint(symbol(name), symbols)) for name in symbols)}" if symbols else ""
+    text = f"layers\0{shape}\0{len(layers)}{sizes}"
     key = Key.here(hashlib.sha256(text.encode()).hexdigest(), ", ".join(str(n.type) for n in exact.inputs))
     verdict = remembered(key, database, candidates, EXACT, names, SECONDS * len(names))
     return {name: timing.seconds / len(layers) for name, timing in verdict.timings.items()}
 
 
-def _in_format(layers: Sequence[Layer], made: Encoded) -> Graph:
-    return requantized(*alone(_as(layers, made)))
+def _in_format(layers: Sequence[Layer], made: Encoded, symbols: Mapping[str, SymbolRange]) -> Graph:
+    return requantized(*alone(_as(layers, made), symbols))
 
 
 def _as(layers: Sequence[Layer], made: Encoded) -> list[Encoded]:

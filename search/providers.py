@@ -7,17 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import sympy
-import torch
-
 from ..codegen.program import Program, compile_program
 from ..codegen.regions import region_key
-from ..ir.dims import free_symbols
 from ..ir.graph import Data, Graph, Node, Stage, graph_input, is_scalar, order
 from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.rewrite import inline, rewrite
-from ..ir.types import ScalarType
 from ..passes.base import Notes, Pass
 from ..passes.contractions import PRODUCTS, WINDOW_PANELS, is_packed
 from ..passes.fuse_regions import FuseRegions
@@ -26,7 +21,7 @@ from ..passes.plan_memory import PlanMemory
 from ..passes.split_bias import SplitBias
 from ..passes.weights import is_constant, value_of
 from .database import Database, Key
-from .examples import example_inputs
+from .examples import example_inputs, with_sizes
 from .tuner import Run, Verdict, remembered
 
 NATIVE, VENDOR = "native", "vendor"
@@ -90,14 +85,7 @@ def alone(region: Node, graph: Graph) -> Graph:
         operands.append(graph_input(inner.hint, inner.type, inner.attrs["strides"]))
         inputs.append(operands[-1])
     results = inline(body, operands)
-    sizes = sorted({s for node in order(Graph("", tuple(inputs), results)) for s in _symbols(node)}, key=str)
-    inputs += [graph_input(str(s), ScalarType(torch.int64, s)) for s in sizes]
-    return Graph(graph.name, tuple(inputs), results, symbols=graph.symbols, stage=Stage.CANONICAL)
-
-
-def _symbols(node: Node) -> set[sympy.Symbol]:
-    types = node.type if isinstance(node.type, tuple) else (node.type,)
-    return free_symbols([d for t in types if not isinstance(t, ScalarType) for d in t.shape])  # type: ignore[return-value]
+    return with_sizes(Graph(graph.name, tuple(inputs), results, symbols=graph.symbols, stage=Stage.CANONICAL))
 
 
 def unpacked(graph: Graph) -> Graph:

@@ -25,11 +25,13 @@ from typing import Any
 import torch
 
 from ..ir.analysis.hashing import structural_hash
+from ..ir.dims import SymbolRange
 from ..ir.graph import Graph, Node, Stage, graph_input
 from ..passes.formats import FORMATS
 from ..passes.layers import Layer
 from ..passes.quantize import Encoded, Known, encoded, requantized
 from .database import Database
+from .examples import with_sizes
 from .fisher import Fisher
 from .metrics import Metric
 from .priors import LEAST_BITS, important
@@ -188,8 +190,9 @@ def counts(effects: Mapping[tuple[str, str], Effect]) -> dict[str, int]:
     return dict(found)
 
 
-def alone(chosen: Sequence[Encoded]) -> tuple[Graph, list[Encoded]]:
-    """A graph of the readers of some layers, and the layers in it. Whatever else readers read are its inputs."""
+def alone(chosen: Sequence[Encoded], symbols: Mapping[str, SymbolRange] = {}) -> tuple[Graph, list[Encoded]]:
+    """A graph of the readers of some layers, and the layers in it. Whatever else readers read are its inputs, and the sizes that vary, of
+    which `symbols` are told."""
     operands: dict[Node, Node] = {}
     moved: list[Encoded] = []
     for made in chosen:
@@ -200,7 +203,7 @@ def alone(chosen: Sequence[Encoded]) -> tuple[Graph, list[Encoded]]:
         moved.append(replace(made, layer=replace(made.layer, readers=readers)))
     inputs = tuple(x for x in operands.values() if x.op.name == "input")
     outputs = tuple(r for made in moved for r in made.layer.readers)
-    return Graph("alone", inputs, outputs, stage=Stage.CANONICAL), moved
+    return with_sizes(Graph("alone", inputs, outputs, symbols=symbols, stage=Stage.CANONICAL)), moved
 
 
 def efficient(points: Mapping[str, tuple[float, float]]) -> list[str]:
