@@ -52,6 +52,13 @@ class Stepper(Protocol):
     def step(self, tokens: torch.Tensor, position: torch.Tensor, state: Any) -> torch.Tensor: ...
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """A stepper that can leave out the logits of all but one token of each row, the one `at` [batch]: [batch, vocabulary]."""
+
+    def last(self, tokens: torch.Tensor, position: torch.Tensor, at: torch.Tensor, state: Any) -> torch.Tensor: ...
+
+
 @dataclass
 class Statistics:
     """What was done: prompt tokens that a stored prefix spared, and that were computed; tokens made; steps after the prompts; drafts that
@@ -233,12 +240,12 @@ class _Batch:
         self.counted.reused += sum(known)
         while len(last) < len(self.rows):
             parts = [row.text[row.done : row.done + chunk] for row in self.rows]
-            logits = self._compute(parts)
+            logits = self._compute_last(parts)
             for i, (row, part) in enumerate(zip(self.rows, parts)):
                 row.done += len(part)
                 self.counted.computed += len(part)
                 if part and row.done == len(row.text):
-                    last[i] = logits[i][-1].clone()
+                    last[i] = logits[i].clone()
         made = [row.take([row.sampler.choose(last[i], row.text)]) for i, row in enumerate(self.rows)]
         self.counted.generated += len(made)
         self.counted.prompt_seconds += time.perf_counter() - begin
@@ -265,7 +272,25 @@ class _Batch:
         return tokens
 
     def _compute(self, parts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Logits of the tokens that follow what the state holds of each row; none of a row for which there are none.
+        """Logits of the tokens that follow what the state holds of each row; none of a row for which there are none."""
+        tokens, starts = self._placed(parts)
+        with torch.no_grad():
+            logits = self.stepper.step(tokens, starts, self.state)
+        offsets = (row.done - start for row, start in zip(self.rows, starts.tolist()))
+        return [computed[at : at + len(part)] for computed, at, part in zip(logits, offsets, parts)]
+
+    def _compute_last(self, parts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits [batch, vocabulary] of the last token of each part; of a row without any they mean nothing."""
+        tokens, starts = self._placed(parts)
+        ends = [max(row.done - start + len(part) - 1, 0) for row, start, part in zip(self.rows, starts.tolist(), parts)]
+        at = torch.tensor(ends, device=tokens.device)
+        with torch.no_grad():
+            if isinstance(self.stepper, Reader):
+                return self.stepper.last(tokens, starts, at, self.state)
+            return self.stepper.step(tokens, starts, self.state)[torch.arange(len(ends)), at]
+
+    def _placed(self, parts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [batch, width], and where the first of each row stands.
 
         A step has one width. Where a row has fewer tokens, what is behind them is written behind its position and means nothing; where
         the width reaches beyond the last place, it begins earlier, with tokens that are computed again to the same end.
@@ -275,9 +300,7 @@ class _Batch:
         texts = [[*row.text[start : row.done], *part] for row, start, part in zip(self.rows, starts, parts)]
         device = self.state.tensors[0].device
         tokens = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
-        with torch.no_grad():
-            logits = self.stepper.step(tokens, torch.tensor(starts, device=device), self.state)
-        return [computed[row.done - s : row.done - s + len(part)] for computed, row, s, part in zip(logits, self.rows, starts, parts)]
+        return tokens, torch.tensor(starts, device=device)
 
 
 def _stepper(model: torch.nn.Module, max_length: int | None, kv: str) -> Stepper:

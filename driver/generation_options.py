@@ -122,8 +122,9 @@ def _laid_out(input_ids: Tokens, mask: torch.Tensor | None, pad: int | None, sto
     """Prompts [batch, width], and which of their tokens count. Without a mask those that are padding do not, if padding can be told."""
     if isinstance(input_ids, (list, tuple)):
         rows = [torch.as_tensor(row).reshape(-1) for row in (input_ids if input_ids and not isinstance(input_ids[0], int) else [input_ids])]
-        width = max(map(len, rows))
-        kept = torch.tensor([[i >= width - len(row) for i in range(width)] for row in rows], dtype=torch.bool).reshape(len(rows), width)
+        lengths = torch.tensor([[len(row)] for row in rows])
+        width = int(lengths.max())
+        kept = torch.arange(width) >= width - lengths
         fill = pad if pad is not None else stop[0] if stop else 0
         padded = torch.full((len(rows), width), fill).masked_scatter(kept, torch.cat(rows).long())
         return padded, kept
@@ -141,7 +142,7 @@ def _laid_out(input_ids: Tokens, mask: torch.Tensor | None, pad: int | None, sto
 def _require_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
     if not prompts or not all(prompts):
         raise BadOption(option="input_ids", reason="a prompt without tokens has no next one; begin with one, such as the model's bos token")
-    wrong = next((token for prompt in prompts for token in prompt if not 0 <= token < vocabulary), None)
+    wrong = next((t for prompt in prompts for t in (min(prompt), max(prompt)) if not 0 <= t < vocabulary), None)
     if wrong is not None:
         raise BadOption(option="input_ids", reason=f"there is no token {wrong}; the model knows 0 to {vocabulary - 1}")
 
