@@ -35,6 +35,17 @@ def _pointwise(node: Node, dims: Dims, count: int) -> int | None:
     return rank + place if all(i.shape[place] == node.shape[place] for i in node.inputs if i in dims) else None
 
 
+def _matmul(node: Node, dims: Dims, count: int) -> int | None:
+    """In a dimension that matrices are lined up along."""
+    found = _pointwise(node, dims, count)
+    return found if found is not None and found < node.tensor.rank - 2 and all(i.tensor.rank > 2 for i in node.inputs) else None
+
+
+def _cat(node: Node, dims: Dims, count: int) -> int | None:
+    found = _pointwise(node, dims, count)
+    return found if found != node.attrs["dim"] else None
+
+
 def _reshape(node: Node, dims: Dims, count: int) -> int | None:
     """Of a dimension that is split, the outer part; one that is merged with those behind it is the outer part of the new one."""
     source = node.inputs[0]
@@ -98,6 +109,8 @@ def _rope(node: Node, dims: Dims, count: int) -> int | None:
 
 
 _RULES: dict[str, Callable[[Node, Dims, int], int | None]] = {
+    "matmul": _matmul,
+    "cat": _cat,
     "reshape": _reshape,
     "permute": _permute,
     "expand": _expand,

@@ -2,61 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import pytest
 import torch
 from pass_checks import assert_becomes
-from support import in_threads
+from processes import together
 from tilewright.ir.graph import Graph, constants, order
 from tilewright.ir.interpret import interpret
-from tilewright.ir.ops import structure
 from tilewright.ir.text import parse
 from tilewright.ir.verify import verify
 from tilewright.passes.base import Notes, Reason
 from tilewright.passes.scatter_norms import ScatterNorms
 from tilewright.passes.shard_linears import ShardLinears
-
-
-class Processes:
-    """torch's collectives among threads, one for each process."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.values = count, [torch.empty(0)] * count
-        self.barrier = threading.Barrier(count, timeout=20)
-        self.own = threading.local()
-
-    def exchange(self, value: torch.Tensor) -> list[torch.Tensor]:
-        self.values[self.own.rank] = value
-        self.barrier.wait()
-        found = list(self.values)
-        self.barrier.wait()
-        return found
-
-    def resolve(self, target: str) -> Callable[..., torch.Tensor]:
-        return {
-            "_c10d_functional.all_reduce.default": lambda x, *rest: torch.stack(self.exchange(x)).sum(0),
-            "_c10d_functional.all_gather_into_tensor.default": lambda x, *rest: torch.cat(self.exchange(x)),
-            "_c10d_functional.reduce_scatter_tensor.default": lambda x, *rest: (
-                torch.stack(self.exchange(x)).sum(0).chunk(self.count)[self.own.rank]
-            ),
-            "_c10d_functional.wait_tensor.default": lambda x: x,
-        }[target]
-
-
-def together(graphs: Sequence[Graph], inputs: Sequence[Any], patch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
-    """What each process returns."""
-    processes, found = Processes(len(graphs)), [[torch.empty(0)]] * len(graphs)
-    patch.setattr(structure, "resolve", processes.resolve)
-
-    def work(rank: int) -> None:
-        processes.own.rank = rank
-        found[rank] = interpret(graphs[rank], inputs)
-
-    in_threads(work, len(graphs))
-    return found
 
 
 def sharded(graph: Graph, count: int, scatter: bool = False) -> tuple[list[Graph], Notes]:
