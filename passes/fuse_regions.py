@@ -73,6 +73,7 @@ class _Partition:
         for node, region in self.home.items():
             found = self.builder.price((node,)) if units.computes(node) else None
             region.price = found if isinstance(found, Price) else None
+        self.products = list(itertools.accumulate((n.op.category is Category.CONTRACTION for n in units.nodes), initial=0))
         self.refused: dict[tuple[Region, Region], Refusal] = {}
         self.heap: list[tuple[int, int, Region, Region]] = []
         self.ticket = itertools.count()
@@ -124,7 +125,17 @@ class _Partition:
         gain = a.price.work + b.price.work - cost.work
         if gain <= 0:
             self.refused[a, b] = Refusal(Reason.RECOMPUTE, b.members[0], f"{-gain} bytes' worth of time lost")
+        elif cost.bytes >= a.price.bytes + b.price.bytes and b not in a.next and a not in b.next and self._products_between(a, b):
+            self.refused[a, b] = Refusal(Reason.NO_GAIN, b.members[0], "one start is saved, and a result lies in memory for long")
+            return None
         return gain
+
+    def _products_between(self, a: Region, b: Region) -> int:
+        """How many contractions and windows run after one of them and before the other: patches of an image follow each other so."""
+        position = self.builder.position
+        first, second = sorted((a, b), key=lambda region: position[region.members[0]])
+        start, stop = position[first.members[-1]], position[second.members[0]]
+        return self.products[max(stop, start)] - self.products[start]
 
     def _joint(self, a: Region, b: Region) -> Price | Refusal:
         found = self.builder.price(self._members(a, b))

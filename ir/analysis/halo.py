@@ -186,7 +186,7 @@ def _reduction(node: Node, places: Places) -> Reading | str:
     x = node.inputs[0]
     dropped = {normalize_dim(d, x.tensor.rank) for d in node.attrs["dims"]} or set(range(x.tensor.rank))
     if dropped & {*places[x]}:
-        return f"it is a {node.op.name} over the whole image"
+        return f"it takes the {node.op.name} of the whole image"
     moved = tuple(d if node.attrs["keepdim"] else d - sum(o < d for o in dropped) for d in places[x])
     return _of_first(node, places, moved, lambda axis, d: Reach(d))
 

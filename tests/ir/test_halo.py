@@ -96,8 +96,8 @@ def test_a_reach():
 
 
 ENDS = {
-    "global pooling": (("y = mean(c, dims=[2, 3])", "y"), "y", "a mean over the whole image"),
-    "a sum": (("y = sum(c)", "y"), "y", "a sum over the whole image"),
+    "global pooling": (("y = mean(c, dims=[2, 3])", "y"), "y", "takes the mean of the whole image"),
+    "a sum": (("y = sum(c)", "y"), "y", "takes the sum of the whole image"),
     "group norm": (("y = group_norm(c, groups=2)", "y"), "y", "normalizes over the whole image"),
     "flattening": (("y = reshape(c, shape=[1, 512])", "y"), "y", "flattens"),
     "layer norm over space": (("y = layer_norm(c, axes=1)", "y"), "y", "normalizes over the whole image"),
@@ -135,7 +135,7 @@ def test_squeeze_and_excitation_is_outside_of_a_stage():
     stage = stage_in(graph)
     assert [n.hint for n in stage.readings] == ["c"]
     assert {n.hint: w for n, w in stage.refused.items()} == {
-        "m": "it is a mean over the whole image", "g": "it reads sigmoid s, which needs the whole image",
+        "m": "it takes the mean of the whole image", "g": "it reads sigmoid s, which needs the whole image",
     }  # fmt: skip
 
 

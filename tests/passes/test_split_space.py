@@ -19,6 +19,7 @@ from tilewright.ir.interpret import interpret
 from tilewright.ir.text import parse
 from tilewright.ir.verify import verify
 from tilewright.passes.base import Notes, Reason
+from tilewright.passes.fuse_regions import FuseRegions
 from tilewright.passes.manager import parse_passes, run_passes
 from tilewright.passes.space_plans import Planner, divided, graph_flops
 from tilewright.passes.split_space import SplitSpace, first_stage, with_patches
@@ -286,9 +287,9 @@ def test_refused_because_it_gains_nothing():
     ("ends", "why"),
     [
         ("g = group_norm(a, groups=4)", "it normalizes over the whole image"),
-        ("p = mean(a, dims=[2, 3], keepdim=true); q = sigmoid(p); g = mul(a, q)", "it is a mean over the whole image"),
+        ("p = mean(a, dims=[2, 3], keepdim=true); q = sigmoid(p); g = mul(a, q)", "it takes the mean of the whole image"),
         ("f = reshape(a, shape=[1, 32, 4096]); h = relu(f); g = reshape(h, shape=[1, 32, 64, 64])", "it flattens the image"),
-        ("p = amax(a, dims=[2, 3], keepdim=true); g = sub(a, p)", "it is a amax over the whole image"),
+        ("p = amax(a, dims=[2, 3], keepdim=true); g = sub(a, p)", "it takes the amax of the whole image"),
     ],
 )
 def test_a_stage_ends_before_what_needs_the_whole_image(ends, why):
@@ -358,6 +359,18 @@ def mobilenet() -> Net:
 
 def resnet() -> Net:
     return Net(conv_bn(3, 32, 7, 2), nn.MaxPool2d(3, 2, 1), Residual(32, 32, 1), Residual(32, 64, 2), width=64)
+
+
+def test_kernels_of_patches_run_one_after_the_other():
+    """What patches do first to the image is not joined, though it would save starts: it would lie in memory until the last patch."""
+    lines = ("s = sub(x, 0.5)", f"a = conv(s, w, {HALF}, channels_last=true)", "r = relu(a)", f"b = conv(r, v, {HALF}, channels_last=true)")
+    signature = "x: f32[1, 128, 128, 3], w: f32[32, 3, 3, 3], v: f32[16, 32, 3, 3]"
+    graph = parse(body(signature, *lines, "y = relu(b)", "m = mean(y, dims=[1, 2])", "m"))
+    after = with_patches(graph, stage_in(graph), end_of(stage_in(graph)), [8, 1])
+    fused = FuseRegions().run(after, Notes())
+    steps = [n.attrs["label"] if n.op.name == "region" else n.op.name for n in order(fused) if n.op.name in ("region", "conv")]
+    patch = ["sub", "conv", "relu", "conv"]
+    assert steps[: 8 * len(patch)] == 8 * patch
 
 
 @NATIVE
