@@ -287,7 +287,10 @@ def _size(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def _bytes(name: str, value: str | float) -> int:
-    amount = quantity(name, value, float("nan"))
+    try:
+        amount = quantity("memory", value, float("nan"))  # a share, of what?
+    except BadOption:
+        amount = None
     if amount is None or not amount >= 1:
         raise BadOption(option=name, reason=f'it is a number of bytes, such as "256MB", not {value!r}')
     return int(amount)
