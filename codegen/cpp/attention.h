@@ -247,6 +247,42 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
   }
 }
 
+// The same for rows of one tile: keys are packed block by block, in cache, and values are read where they lie.
+template <int R, int N, int L, int D, int E, class T, template <class, int> class Weights, class KeyRows, class ValueRows, class Query,
+          class Limits, class Score, class Finish>
+void attend_tile(int64_t rows, int64_t count, const KeyRows& keys, const ValueRows& values, const Query& query, const Limits& bounds,
+                 const Score& score, const Finish& finish) {
+  constexpr int64_t NR = N * L, KEYS = tile::KEYS<NR>;
+  const int64_t padded = ceil_div(rows, R) * R;
+  alignas(64) T q[QUERIES * D] = {}, scores[QUERIES * KEYS], out[QUERIES * E], panels[KEYS * D];
+  Weights<T, L> rows_of[QUERIES];
+  Bounds range = {count, 0};
+  for (int64_t r = 0; r < rows; r++) {
+    query(q + r * D, r);
+    rows_of[r].begin(bounds(r));
+    range.include(rows_of[r].own);
+  }
+  range = {range.begin < 0 ? 0 : range.begin / NR * NR, least_of(range.end, count)};
+  bool more = false;
+  for (int64_t j = range.begin; j < range.end; j += KEYS, more = true) {
+    const int64_t some = least_of(KEYS, range.end - j);
+    for (int64_t c = 0; c < some; c++)
+      for (int64_t d = 0; d < E; d += 64 / sizeof(*values.data)) __builtin_prefetch(values.data + (j + c) * values.ld + d);  // soon read
+    pack_keys<NR, L, D>(rows_from(keys, j), 0, ceil_div(some, NR) * NR, count - j, panels);
+    for (int64_t c = 0; c < some; c += NR) multiply<R, N, L, D>(q, padded, panels + c * D, NR, ceil_div(some - c, L), scores + c, KEYS);
+    for (int64_t r = 0; r < rows; r++) {
+      const T factor = rows_of[r].add(scores + r * KEYS, r, j, some, score);
+      if (more && factor != 1) scale_row<L>(out + r * E, E, factor);
+    }
+    for (int64_t r = 0; r < padded; r += R) weigh<R, N, E / L, L>(scores + r * KEYS, KEYS, values, j, some, out + r * E, more);
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    if (more) scale_row<L>(out + r * E, E, rows_of[r].scale());
+    else __builtin_memset(out + r * E, 0, sizeof(T) * E);
+    finish(out + r * E, r);
+  }
+}
+
 // The same for so few rows that keys are not worth packing: each key and value is read once.
 template <int R, int N, int L, int D, int E, class T, template <class, int> class Weights, class KeyRows, class ValueRows, class Query,
           class Limits, class Score, class Finish>

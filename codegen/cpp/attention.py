@@ -33,6 +33,7 @@ from .product import Rewrite
 from .schedule import CpuTarget
 
 FEW_ROWS = 4  # so few queries read every key once: packing would not pay
+TILE_ROWS = 48  # these meet every key at once, so none is packed for later
 ROWS = 6  # of a register tile
 
 
@@ -73,10 +74,13 @@ class AttentionPrinter(PartPrinter):
         self.score(terms)
         self.finish()
         few = product(a.extent for a in found.rows)
-        direct = isinstance(few, int) and few <= FEW_ROWS
+        direct, once = (isinstance(few, int) and few <= most for most in (FEW_ROWS, TILE_ROWS))
         vectors, weights = 4 if self.target.vector_bytes == 64 else 2, "tile::Soften" if found.softmax else "tile::Given"
-        shape = (few if direct else ROWS, vectors, self.lanes, *widths, self.kind, weights)
-        function, sizes = ("attend_few", count) if direct else ("attend", f"{rows}, {count}, {part}, {parts}")
+        together = min((ROWS, ROWS - 1, ROWS - 2), key=lambda r: -(-few // r) * r) if once else ROWS
+        shape = (few if direct else together, vectors, self.lanes, *widths, self.kind, weights)
+        function, sizes = ("attend", f"{rows}, {count}, {part}, {parts}")
+        if once:
+            function, sizes = ("attend_few", count) if direct else ("attend_tile", f"{rows}, {count}")
         order = (self.callables[n] for n in ("keys", "values", "query", "bounds", "score", "finish"))
         self.line(f"tile::{function}<{', '.join(map(str, shape))}>({sizes}, {', '.join(order)});")
         self.close("});")
