@@ -107,10 +107,12 @@ def _found(graph: Graph, padding: Tokens, attentions: list[Node]) -> Packed:
 
 @dataclass(frozen=True)
 class _Place:
-    """The dimensions of a value that are its tokens and its batch; the same one where they are merged."""
+    """The dimensions of a value that are its tokens and its batch; the same one where they are merged. along: how it holds the batch,
+    which heads may be beside."""
 
     tokens: int
     batch: int
+    along: Along = Along()
 
     @property
     def merged(self) -> bool:
@@ -190,8 +192,9 @@ class _Packer:
         if t is None or b is None:
             return None
         merged = t[0] == b[0] and same(t[1].outer, self.batch) and same(b[1].inner, self.length) and t[1].inner == b[1].outer == 1
-        plain = t[0] != b[0] and t[1].plain and b[1].plain
-        return _Place(t[0], b[0]) if merged or plain else None
+        if merged:
+            return _Place(t[0], b[0])
+        return _Place(t[0], b[0], b[1]) if t[0] != b[0] and t[1].plain else None
 
     def _is_over_own_tokens(self, node: Node) -> bool:
         rank = node.tensor.rank
@@ -232,7 +235,7 @@ class _Packer:
         """Of each operand, which dimensions are tokens and batch; None where it has neither."""
         found: list[dict[int, int]] = []
         for axis, d in ((self.tokens, place.tokens), (self.sequences, place.batch)):
-            along = (axis.places[node] if node in axis.places else (None,) * (d + 1))[d] or Along()
+            along = (axis.places[node][d] if node in axis.places else None) or Along()
             try:
                 ends = spread_ends(node, {(OUT, d): along}, axis.size)
             except Conflict as conflict:
@@ -242,14 +245,14 @@ class _Packer:
         return [at if at != (None, None) else None for at in both]
 
     def _shape(self, node: Node, place: _Place) -> tuple[Dim, ...]:
-        sizes = {place.tokens: self.count} if place.merged else {place.tokens: self.count, place.batch: 1}
+        sizes = {place.tokens: self.count} if place.merged else {place.tokens: self.count, place.batch: place.along.extent(1)}
         return tuple(sizes.get(d, n) for d, n in enumerate(node.shape))
 
     def _rows_of(self, x: Node, at: tuple[int | None, int | None], reader: Node) -> Node:
         """An operand over rows: packed already, or read where the rows stood."""
         t, b = at
         if x in self.packed:
-            if t is None or b is None or self.places[x] != _Place(t, b):
+            if (self.places[x].tokens, self.places[x].batch) != (t, b):
                 raise CannotPack(reader, "its operands hold the tokens in different places")
             return self.packed[x]
         if t is not None and b is not None and t != b and (x.op.category is Category.POINTWISE or x.op.name in ("embedding", "expand")):
@@ -259,6 +262,8 @@ class _Packer:
     def _read(self, x: Node, t: int | None, b: int | None, reader: Node) -> Node:
         """Rows of a value that stays whole."""
         rows = self.layout.rows
+        if b is not None and b != t and not same(x.shape[b], self.batch):
+            raise CannotPack(reader, "it reads a value in which sequences are merged with something else")
         if b is None:
             assert t is not None
             return OPS["index"](x, self.layout.positions, dims=(t,), prov=x.prov)
@@ -285,15 +290,15 @@ class _Packer:
         if x not in self.packed:
             return self.whole[x]
         place = self.places[x]
-        spots = ((place.tokens, Along()), (place.batch, Along()))
-        tokens = replace(self.padding, finite=True)
-        held = tokens.range(x, spots) if not place.merged else None
+        spots = ((place.tokens, Along()), (place.batch, place.along))
+        held = replace(self.padding, finite=True).range(x, spots) if not place.merged else None
         if held is not None and held.known:
             return self._spread_out(x, held.lo)
         if not place.merged and self._reads_present(x, reader, place):
             return self._spread_out(x, 0)
         how = self.tokens.labels[reader].how if reader in self.tokens.labels else How.MIXING
-        raise CannotPack(reader, f"it reads {how.value}, padding among them")
+        alone = how is How.PARALLEL
+        raise CannotPack(reader, "its tokens are not one dimension" if alone else f"it reads {how.value}, padding among them")
 
     def _reads_present(self, x: Node, reader: Node, place: _Place) -> bool:
         """Whether only the first or the last token is read, which then must not be padding."""
@@ -310,6 +315,8 @@ class _Packer:
     def _spread_out(self, x: Node, fill: float) -> Node:
         """Packed rows where their tokens stood, `fill` elsewhere."""
         place, rows = self.places[x], self.packed[x]
+        if not place.along.plain:
+            raise CannotPack(x, "its sequences are merged with something else")
         if not place.merged:
             rows = OPS["select"](rows, dim=place.batch, index=0)
         at = place.tokens - (place.batch < place.tokens)
