@@ -372,8 +372,10 @@ def contents(path: str | Path) -> dict[str, str]:
             return {}
         with safe_open(str(path), framework="pt") as file:
             manifest = _manifest(path, file.metadata() or {})
-        values = {f"weight {name}": about["sha256"] for name, about in manifest.get("coded", {}).items()}
-        return {str(name): str(digest) for name, digest in (manifest["sha256"] | values).items() if name != "receipt"}
+        sums, coded = manifest["sha256"], manifest.pop("coded", {})
+        if coded:
+            sums |= {f"weight {name}": about["sha256"] for name, about in coded.items()} | {"manifest": _manifest_digest(manifest)}
+        return {str(name): str(digest) for name, digest in sums.items() if name != "receipt"}
 
 
 def _is_json(path: str | Path) -> bool:
