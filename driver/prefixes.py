@@ -109,6 +109,7 @@ class PrefixStore:
         self.counts = Counts()
         self.bytes = self.spilled_bytes = 0
         self._folder = None if spill is None else SpillFolder(spill)
+        self._full = False
         self._roots: dict[Owner, Run] = {}
         # both from the oldest to the latest used, so that what comes later in a text comes earlier here
         self._kept: OrderedDict[Run, None] = OrderedDict()
@@ -228,7 +229,7 @@ class PrefixStore:
 
     def _spill(self, run: Run) -> bool:
         """Whether it is in a file now."""
-        if self._folder is None or run.nbytes > self.spill_budget:
+        if self._folder is None or self._full or run.nbytes > self.spill_budget:
             return False
         while self.spilled_bytes + run.nbytes > self.spill_budget and (oldest := _unused(self._spilled)) is not None:
             self._drop(oldest)
@@ -239,7 +240,7 @@ class PrefixStore:
             run.file = self._folder.write(run.owner.name, run.tokens, run.tensors)
         except OSError as error:
             warnings.warn(f"{self._folder.path} takes no more ({error}): what does not fit into memory is computed anew", RuntimeWarning, 2)
-            self._folder = None
+            self._full = True  # the folder stays: what it holds is still read
             return False
         self._leave_memory(run)
         self._spilled[run] = None

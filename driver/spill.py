@@ -44,9 +44,10 @@ class SpillFolder:
         try:
             save_file({str(i): t.contiguous() for i, t in enumerate(tensors)}, partial, about)
             os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        finally:
             partial.unlink(missing_ok=True)
-            raise error if isinstance(error, OSError) else OSError(str(error)) from error
         return path
 
 
