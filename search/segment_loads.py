@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from ..ir.analysis.hashing import structural_hash
 from ..ir.analysis.segments import Segments
@@ -78,7 +80,7 @@ def measured(graphs: Sequence[Graph], compiled: Compile, database: Database, pro
 
 
 def _remembered(name: str, graph: Graph, compiled: Compile, database: Database) -> Timing:
-    key = Key.here(hashlib.sha256(f"{NAME}\0{name}".encode()).hexdigest(), ", ".join(str(n.type) for n in graph.inputs))
+    key = Key.here(hashlib.sha256(f"{NAME}\0{name}\0{_gpus(graph)}".encode()).hexdigest(), ", ".join(str(n.type) for n in graph.inputs))
     known = reading(lambda: database.get(key), {})
     if NAME not in known:
         known = {NAME: timed(compiled(graph), example_inputs(graph))}
@@ -86,16 +88,30 @@ def _remembered(name: str, graph: Graph, compiled: Compile, database: Database) 
     return known[NAME]
 
 
+def _gpus(graph: Graph) -> str:
+    """The names of those that the graph is on."""
+    places = {n.tensor.device for n in graph.inputs if isinstance(n.type, TensorType) and n.tensor.device.startswith("cuda")}
+    return ", ".join(sorted(torch.cuda.get_device_name(place) for place in places))
+
+
 def timed(run: Callable[[list[Any]], Any], inputs: Sequence[Any]) -> Timing:
     """The least of calls, after one that may set things up: what else the machine does only adds."""
     times: list[float] = []
+    places = {x.device for x in inputs if isinstance(x, torch.Tensor) and x.is_cuda}
     run(list(inputs))
+    _finish(places)
     begin = time.perf_counter()
     while len(times) < LEAST_CALLS or time.perf_counter() - begin < SECONDS:
         start = time.perf_counter()
         run(list(inputs))
+        _finish(places)
         times.append(time.perf_counter() - start)
     return Timing(min(times), statistics.median(times) / min(times) - 1)
+
+
+def _finish(places: Collection[torch.device]) -> None:
+    for place in places:
+        torch.cuda.synchronize(place)
 
 
 def by_rates(graphs: Sequence[Graph], device: Device) -> list[float]:

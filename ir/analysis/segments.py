@@ -224,6 +224,8 @@ class _Analysis:
         return {n for n in between if (n, "in") in before and (n, "out") not in before}
 
     def _sizes_told(self, wanted: Sequence[Node], crosses: set[Node], number: int) -> bool:
+        if not self.graph.symbols:
+            return True
         told = {d for n in crosses for d in n.shape}
         needed: set[Node] = set()
         stack = [n for n in (*wanted, *(n for n, place in self.place.items() if place >= number)) if n not in crosses]
