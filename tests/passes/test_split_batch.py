@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pass_checks import assert_becomes, body, refusals, run
+from processes import together
 from tilewright.driver.inputs import Example
 from tilewright.driver.loading import captured_of, export_module
 from tilewright.driver.pipeline import PREPARING
@@ -15,6 +16,7 @@ from tilewright.ir.text import parse
 from tilewright.ir.verify import verify
 from tilewright.passes.base import Exactness, Notes
 from tilewright.passes.manager import parse_passes, pass_text, run_passes
+from tilewright.passes.shard_linears import ShardLinears
 from tilewright.passes.split_batch import SplitBatch, SplitHalves
 from torch import nn
 
@@ -181,6 +183,22 @@ def test_sums_of_one_part_are_under_way_while_another_is_computed() -> None:
     layer = [("compute", 1), ("begin", 1), ("compute", 3), ("begin", 3)]
     second = [("wait", 1), ("compute", 1), ("begin", 1), ("wait", 3), ("compute", 3), ("begin", 3)]
     assert steps == [*layer, *second, ("wait", 1), ("wait", 3)]
+
+
+@pytest.mark.parametrize("at", [1, 4, 8])
+def test_halves_of_a_model_shared_out_over_processes(at: int, monkeypatch) -> None:
+    """Both halves of every layer are summed over the processes, in one order for all."""
+    torch.manual_seed(0)
+    config = DECODERS["gpt2"](transformers)
+    config.use_cache = False
+    whole = _graph(Logits(transformers.AutoModelForCausalLM.from_config(config)), TOKENS)
+    shards = [ShardLinears(rank, 2).run(whole) for rank in range(2)]
+    notes = Notes()
+    split = [SplitHalves(at).run(shard, notes) for shard in shards]
+    sums = [n for n in order(split[0]) if n.op.name == "extern" and "all_reduce" in n.attrs["target"]]
+    assert [int(n.shape[1]) for n in sums] == [at, 9 - at] * 4 and not notes.declined
+    for outputs in together(split, [TOKENS], monkeypatch):
+        torch.testing.assert_close(outputs, interpret(whole, [TOKENS]), rtol=1e-5, atol=1e-6)
 
 
 def test_on_the_command_line() -> None:
