@@ -171,8 +171,13 @@ def with_batch(node: Node, batch: int) -> Any:
 
 
 def size_class(count: int, most: int) -> int:
-    """The size of the step that takes so many tokens: the next power of two, so that few programs are made."""
-    return min(1 << (count - 1).bit_length(), most)
+    """The size of the step that takes so many tokens: a power of two, or from 16 on one of up to seven in between that are multiples of 8.
+
+    Few programs are made, and of a longer prompt no more than an eighth is computed in vain.
+    """
+    power = 1 << (count - 1).bit_length()
+    unit = min(max(power // 16, 8), power)
+    return min(-(-count // unit) * unit, most)
 
 
 def stepper(

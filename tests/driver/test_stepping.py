@@ -108,4 +108,20 @@ def test_asked_wrongly():
 
 
 def test_sizes():
-    assert [size_class(n, 24) for n in (1, 2, 3, 5, 16, 17, 24)] == [1, 2, 4, 8, 16, 24, 24]
+    assert [size_class(n, 28) for n in (1, 2, 3, 5, 9, 16, 17, 24, 25)] == [1, 2, 4, 8, 16, 16, 24, 24, 28]
+    assert [size_class(n, 999) for n in (33, 102, 129, 250, 256, 257)] == [40, 104, 144, 256, 256, 288]
+    assert all(n <= size_class(n, 10**9) <= max(n * 9 / 8, n + 7) for n in range(1, 3000))
+    assert len({size_class(n, 999) for n in range(1, 257)}) == 27
+
+
+def test_logits_of_last_tokens(steps):
+    """Those of a step, of one token of each row; the state takes all tokens."""
+    position, at = torch.tensor([0, 3, 1]), torch.tensor([4, 0, 2])
+    for count in (5, 1):
+        ours, theirs = (steps.state(3) for _ in range(2))
+        at = at.clamp(max=count - 1)
+        expected = steps.step(TEXT[:, :count], position, theirs)
+        logits = steps.last(TEXT[:, :count], position, at, ours)
+        torch.testing.assert_close(logits, expected[torch.arange(3), at], rtol=1e-5, atol=1e-6)
+        for mine, its in zip(ours.tensors, theirs.tensors):
+            assert torch.equal(mine, its)
