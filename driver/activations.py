@@ -8,16 +8,18 @@ What patches will take is foretold; what plan-memory makes of them decides, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..codegen.program import arena_bytes
 from ..ir.dims import hint
 from ..ir.graph import Graph
 from ..passes.base import Notes, Pass
-from ..passes.manager import run_passes
+from ..passes.manager import pass_text, run_passes
 from ..passes.split_space import SplitSpace
 from .budget import quantity
+from .compile import Options
 from .errors import CannotOptimize
-from .pipeline import FINISHING, PREPARING
+from .pipeline import DEFAULT_PASSES, FINISHING, PREPARING
 
 ATTEMPTS = 4
 
@@ -28,10 +30,10 @@ def activation_passes(graph: Graph, limit: str | float) -> tuple[Pass, ...]:
     Sizes that vary are taken at a plausible value. Raises CannotOptimize where patches within the arithmetic that they may take do not
     suffice, and BadOption for what is no amount.
     """
-    before = _taken(graph, (*PREPARING, *FINISHING))
+    before = _taken(graph, DEFAULT_PASSES)
     allowed = quantity("activations", limit, before) or 0.0
     if before <= allowed:
-        return (*PREPARING, *FINISHING)
+        return DEFAULT_PASSES
     aim, least, notes = allowed, before, Notes()
     for _ in range(ATTEMPTS):
         passes, notes = (*PREPARING, SplitSpace(limit=max(1, int(aim))), *FINISHING), Notes()
@@ -45,6 +47,11 @@ def activation_passes(graph: Graph, limit: str | float) -> tuple[Pass, ...]:
     found = f"{before:,} bytes, in patches with up to {more} more arithmetic {least:,}"
     reason = f"intermediate values take {found}, and {int(allowed):,} are allowed"
     raise CannotOptimize(path=graph.name, reason="; ".join([reason, *_declined(notes)]))
+
+
+def within_activations(graph: Graph, options: Options, limit: str | float) -> Options:
+    """The options under which a captured graph keeps the limit. Nothing is taken back for being slower: tuning knows time alone."""
+    return replace(options, passes=",".join(map(pass_text, activation_passes(graph, limit))))
 
 
 def _taken(graph: Graph, passes: Sequence[Pass], notes: Notes | None = None) -> int:

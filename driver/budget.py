@@ -28,12 +28,14 @@ Loss = Callable[[Callable[..., Any]], Any]
 """Takes a model, to be called like the original; returns a number that grows as it gets worse, for example 1 - its accuracy. A scalar
 tensor with derivatives by what the model returns tells more: by how much it grows is then foretold (`search.curvature`)."""
 
+_BYTES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 _UNITS: Mapping[str, Mapping[str, float]] = {
-    "memory": {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9},
+    "memory": _BYTES,
+    "activations": _BYTES,  # no limit of a budget: see `driver.activations`
     "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
     "bops": {},
 }
-_WRITTEN = {"memory": '"50%" or "200MB"', "latency": '"80%" or "5ms"', "bops": '"25%" or 1e12'}
+_WRITTEN = {"memory": '"50%" or "200MB"', "activations": '"30%" or "2MB"', "latency": '"80%" or "5ms"', "bops": '"25%" or 1e12'}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*(%|[a-zA-Z]*)\s*")
 
 
@@ -79,7 +81,7 @@ class Budget:
             raise BadOption(option="max-error", reason=f"it is a number from 0 on, not {self.max_error}")
         if self.bits is not None and not (isinstance(self.bits, (int, float)) and self.bits > 0):
             raise BadOption(option="bits", reason=f"it is a number above 0, not {self.bits!r}")
-        for name in _UNITS:
+        for name in ("memory", "latency", "bops"):
             quantity(name, getattr(self, name), 1.0)
 
     @property

@@ -45,6 +45,10 @@ LevelsOption = Annotated[
 CompressOption = Annotated[bool, typer.Option("--compress", help="weights in bfloat16 take two thirds of their bytes in the artifact")]
 ErrorOption = Annotated[float | None, typer.Option("--max-error", min=0, help="how far results may be off: weights are kept in fewer bits")]
 MemoryOption = Annotated[str | None, typer.Option(help='what weights may take: "50%" of what they do, "200MB"')]
+ActivationsOption = Annotated[
+    str | None,
+    typer.Option(help='what intermediate values may take at a time: "30%" of what they do, "2MB"; images are computed in patches'),
+]
 LatencyOption = Annotated[str | None, typer.Option(help='what a call may take: "80%" of eager\'s time, "5ms"')]
 BitsOption = Annotated[float | None, typer.Option(min=0, help="bits of a weight on average, scales included")]
 BopsOption = Annotated[str | None, typer.Option(help='bits of weights times bits of inputs, over all products: "25%" of what they are')]
@@ -82,6 +86,7 @@ def optimize(
     levels: LevelsOption = "v2,v3,v4",
     compress: CompressOption = False,
     remove_padding: PaddingOption = False,
+    activations: ActivationsOption = None,
     trust_pickle: TrustOption = False,
     json: JsonOption = None,
     report: ReportOption = None,
@@ -109,7 +114,7 @@ def optimize(
         _check_target(target)
         with stage(f"reading {model}"):
             read = load_model(model, parse_inputs(inputs), trust_pickle)
-        optimized = optimize_model(read, passes, stage, tune, target, budget, remove_padding)
+        optimized = optimize_model(read, passes, stage, tune, target, budget, remove_padding, activations)
         with stage(f"writing {artifact}, with code for {levels}" if stored and not target else f"writing {artifact}"):
             optimized.save(artifact, stored, compress)
     if json:

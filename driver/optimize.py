@@ -11,6 +11,7 @@ import torch
 
 from ..ir.capture import CapturedModule
 from ..search.tuner import decide
+from .activations import within_activations
 from .artifact import Optimized
 from .budget import Budget
 from .calling import CallingConvention
@@ -44,6 +45,7 @@ def optimize(
     target: str | None = None,
     budget: Budget | None = None,
     remove_padding: bool = False,
+    activations: str | float | None = None,
 ) -> Optimized:
     """Optimizes a module for inference on example arguments: exactly, or as far as a budget of error allows.
 
@@ -53,6 +55,7 @@ def optimize(
     target: "sm_90", "gfx942": compile for such a GPU, which need not be here (`driver.targets`); the result can be saved, and loaded there.
     budget: limits, within which weights may be kept in fewer bits (`driver.budget`, `driver.within`).
     remove_padding: tokens that an attention mask says are padding are not computed, where that gains (`driver.padding`).
+    activations: what intermediate values may take at a time, bytes, "2MB" or "30%": images are computed in patches (`driver.activations`).
     Raises CannotOptimize where the model cannot be exported or captured, or nothing keeps the budget.
     """
     if target is not None:
@@ -65,6 +68,7 @@ def optimize(
         target=target,
         budget=budget,
         remove_padding=remove_padding,
+        activations=activations,
     )
 
 
@@ -76,18 +80,22 @@ def optimize_model(
     target: str | None = None,
     budget: Budget | None = None,
     remove_padding: bool = False,
+    activations: str | float | None = None,
 ) -> Optimized:
     """Captures, rewrites, generates, builds; then measures error against float64 and speed against eager on the model's example.
 
     For a target that is elsewhere, speed is not measured, and error only of the rewritten graph.
     """
     options = Options(passes=passes, max_autotune=tuning_seconds > 0, tuning_seconds=tuning_seconds, remove_padding=remove_padding)
-    _check_padding(options, target, budget)
+    _check_together(options, target, budget, activations)
     if budget is not None and passes is not None:
         raise BadOption(option="passes", reason="a budget runs the default ones, with formats between them; leave out one of the two")
     with stage("capturing the graph"):
         captured = captured_of(model)
     convention = convention_for(model, captured)
+    if activations is not None:
+        with stage("looking for patches"):
+            options = within_activations(captured.graph, options, activations)
     if target is not None:
         return _outlined(_compiled_for(target, model, captured, convention, options, budget, stage), captured, stage)
     with stage("rewriting, building kernels and measuring them" if options.tunes else "rewriting and building kernels"):
@@ -109,12 +117,15 @@ def optimize_model(
     return _outlined(optimized, captured, stage, options.tunes)
 
 
-def _check_padding(options: Options, target: str | None, budget: Budget | None) -> None:
-    """Padding is left out by the default passes, exactly, and measured: not together with what changes any of that. Raises BadOption."""
+def _check_together(options: Options, target: str | None, budget: Budget | None, activations: str | float | None) -> None:
+    """Padding is left out by the default passes, exactly, and measured, and images are divided by them: not together with each other or
+    with what changes any of that. Raises BadOption."""
+    asked = {"remove_padding": options.remove_padding or None, "activations": activations}
     others = {"passes": options.passes, "target": target, "budget": budget}
-    given = next((name for name, value in others.items() if value is not None), None)
-    if options.remove_padding and given is not None:
-        raise BadOption(option="remove_padding", reason=f"it does not go together with {given}; leave out one of the two")
+    for name, value in asked.items():
+        given = next((other for other, set_to in {**others, **asked}.items() if set_to is not None and other != name), None)
+        if value is not None and given is not None:
+            raise BadOption(option=name, reason=f"it does not go together with {given}; leave out one of the two")
 
 
 def _outlined(made: Optimized, captured: CapturedModule, stage: Stages, measure: bool = False) -> Optimized:

@@ -1,6 +1,7 @@
 """A limit on intermediate values: kept by patches, whatever was foretold, and refused with what there is."""
 
 import pytest
+import tilewright
 import torch
 from support import NATIVE
 from tilewright.codegen.program import arena_bytes
@@ -88,3 +89,24 @@ def test_refused_where_there_is_no_image():
 def test_no_amount():
     with pytest.raises(BadOption, match="is no amount"):
         activation_passes(captured(Net(), *IMAGE), "a third")
+
+
+@NATIVE
+def test_optimize_keeps_it_and_measures_the_rest():
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(IMAGE)
+    exact = tilewright.optimize(model, (x,), tuning_seconds=0).receipt
+    made = tilewright.optimize(model, (x,), activations="45%")
+    assert int(made.receipt.arena) <= 0.45 * int(exact.arena)
+    assert made.receipt.error is not None and made.receipt.error.ours <= made.receipt.error.allowed
+    assert made.receipt.speed is not None and not made.receipt.trials
+    assert any(a.rule == "split-space" and a.source for a in made.receipt.applied)
+
+
+OTHERS = {"passes": "canonicalize", "target": "sm_90", "budget": tilewright.Budget(max_error=0.1), "remove_padding": True}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_alone_only(name):
+    with pytest.raises(BadOption, match="go together with"):
+        tilewright.optimize(Net().eval(), (torch.randn(IMAGE),), activations="45%", **{name: OTHERS[name]})
