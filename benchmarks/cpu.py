@@ -41,7 +41,7 @@ def measure(workload: str, peers: tuple[str, ...], rounds: int, limits: dict[str
     with tempfile.TemporaryDirectory() as cache:
         workers = {p: started(p, workload, cache) for p in peers}
         row: Answer = {p: w.ask("setup", SETUP_LIMIT) for p, w in workers.items()}
-        times = _interleaved({p: w for p, w in workers.items() if "failed" not in row[p]}, row, rounds)
+        times = interleaved({p: w for p, w in workers.items() if "failed" not in row[p]}, row, rounds)
         price = workers["eager"].ask("price", RUN_LIMIT) if "eager" in times else {}
         for peer, values in times.items():
             row[peer] |= workers[peer].ask("finish", RUN_LIMIT) | _speed(values, times.get("eager"), price, limits)
@@ -55,7 +55,7 @@ def measure(workload: str, peers: tuple[str, ...], rounds: int, limits: dict[str
         return row | {"price": price}
 
 
-def _interleaved(workers: dict[str, Worker], row: Answer, rounds: int) -> dict[str, list[float]]:
+def interleaved(workers: dict[str, Worker], row: Answer, rounds: int) -> dict[str, list[float]]:
     """Median seconds of a call in every round, peer after peer; a peer that fails on the way leaves, and its row says why."""
     repeats: dict[str, int] = {}
     for peer, w in list(workers.items()):

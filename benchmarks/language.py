@@ -44,6 +44,24 @@ def padded_encoder() -> Made:
     return model, (torch.randint(1, 30000, (8, 128)) * mask, mask)
 
 
+class Tokens(nn.Module):
+    """The last layer of an encoder at tokens, 0 where there is padding."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden * mask.unsqueeze(-1).to(hidden.dtype)
+
+
+def uneven_encoder() -> Made:
+    """16 sequences, their lengths uniform in 16 .. 128: 56% of the tokens are real."""
+    mask = (torch.arange(128) < torch.linspace(16, 128, 16).round()[:, None]).long()
+    return Tokens(_bert()), (torch.randint(1, 30000, (16, 128)) * mask, mask)
+
+
 def gpt2() -> Made:
     from transformers import GPT2Config, GPT2LMHeadModel
 

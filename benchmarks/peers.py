@@ -57,6 +57,14 @@ def tilewright_ahead(model: nn.Module, inputs: Inputs, notes: Notes) -> Call:
     return lambda: run(*inputs)
 
 
+def tilewright_unpadded(model: nn.Module, inputs: Inputs, notes: Notes) -> Call:
+    """The same, and tokens that the mask says are padding are left out."""
+    import tilewright
+
+    run = tilewright.optimize(model, inputs, remove_padding=True)
+    return lambda: run(*inputs)
+
+
 def inductor(model: nn.Module, inputs: Inputs, notes: Notes) -> Call:
     return _compiled(model, inputs)
 
@@ -165,6 +173,7 @@ PEERS: dict[str, Callable[[nn.Module, Inputs, Notes], Call]] = {
     "tilewright": tilewright,
     "tilewright-max": tilewright_max,
     "tilewright-ahead": tilewright_ahead,
+    "tilewright-unpadded": tilewright_unpadded,
     "inductor": inductor,
     "inductor-max": inductor_max,
     "onnxruntime": onnxruntime,

@@ -31,6 +31,7 @@ class Workload:
 WORKLOADS: Mapping[str, Workload] = {
     "encoder 6x384, b8 s128": Workload(language.encoder),
     "encoder, padded batch": Workload(language.padded_encoder),
+    "encoder, lengths 16 to 128": Workload(language.uneven_encoder),
     "ViT 6x384, b4 224": Workload(vision.vit),
     "ResNet-18, b4 224": Workload(vision.resnet18),
     "MobileNetV2-like, b2 224": Workload(vision.mobilenet_v2),
