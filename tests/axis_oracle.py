@@ -89,7 +89,8 @@ def _reached(
             continue
         mixed = [torch.where(c, second[x], first[x]) if torch.is_tensor(c) else first[x] for x, c in zip(operands, chosen)]
         (result,) = interpret(graph, mixed, torch.float64)
-        differs = ~torch.isclose(result.double(), first[node].double(), rtol=NOISE, atol=NOISE, equal_nan=True)
+        wide = torch.complex128 if result.is_complex() else torch.float64
+        differs = ~torch.isclose(result.to(wide), first[node].to(wide), rtol=NOISE, atol=NOISE, equal_nan=True)
         found[i] = _at(differs, axis.everywhere(node) or (), axis.size)
     return found
 

@@ -10,7 +10,7 @@ from ..graph import Node
 from ..ops.structure import Ref, resolve
 from .axis_dims import Links, broadcast_links, result_types, tensors
 from .axis_routing import SORTS, sort_of
-from .places import PARALLEL, How, Label, Link, Reorder, mixing
+from .places import OUT, PARALLEL, How, Label, Link, Reorder, mixing
 
 ORDERED = mixing("it is ordered along it")
 
@@ -48,6 +48,10 @@ SUMS = ("_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.def
 """Sums over processes: element by element, though in an order that all processes keep."""
 
 
+COMPLEX = ("aten.view_as_complex.default", "aten.view_as_real.default")
+"""A last dimension of two real numbers and a complex one; the others stay."""
+
+
 def extern_links(node: Node) -> Links:
     target = node.attrs["target"]
     if target in SUMS:
@@ -56,6 +60,8 @@ def extern_links(node: Node) -> Links:
         return []  # what it draws depends on the shape
     if target in SORTS and node.inputs[0].tensor.rank == 1:
         return _rows_sorted(node)
+    if target in COMPLEX:
+        return [Link(((0, d), (OUT, d))) for d in range(min(node.tensor.rank, node.inputs[0].tensor.rank))]
     row = ROWS.get(target.rpartition(".")[0])
     if row is not None:
         return _along_rows(node, row)

@@ -24,22 +24,24 @@ Matrix = torch.Tensor
 
 
 class Fill(enum.Enum):
-    """What elements are known to be. LOW: -inf, or so low that exp yields 0 beside any live logit. ZERO, ONE: False and True, too."""
+    """What elements are known to be. LOW: -inf, or so low that exp yields 0 beside any live logit. ZERO, ONE: False and True, too.
+
+    SCALE: positive, and of a size that logits are scaled by.
+    """
 
     LOW = "low"
     ZERO = "zero"
     ONE = "one"
+    SCALE = "scale"
 
 
 Fills = Mapping[Fill, Matrix]
 Spot = tuple[int, Along] | None
 """A dimension of a value and how it holds the axis; None where the value is the same for all indices."""
 
+LEAST = 1e-2
 LOWEST = -1e9
 """Logits from here down count as LOW; models write the lowest number of the dtype, -1e9 or -inf."""
-
-
-LEAST_SCALE = 1e-2
 
 
 class Masks:
@@ -103,7 +105,7 @@ def _of_tensor(value: torch.Tensor, row: Spot, column: Spot, size: int) -> Fills
     low = (
         wide <= max(LOWEST, torch.finfo(value.dtype).min / 2) if value.dtype.is_floating_point else torch.zeros_like(wide, dtype=torch.bool)
     )
-    found = {Fill.LOW: low, Fill.ZERO: wide == 0, Fill.ONE: wide == 1}
+    found = {Fill.LOW: low, Fill.ZERO: wide == 0, Fill.ONE: wide == 1, Fill.SCALE: (wide >= LEAST) & (wide <= 1 / LEAST)}
     return {fill: _square(where, row, column, size) for fill, where in found.items()}
 
 
@@ -167,17 +169,13 @@ def _sub(node: Node, xs: list[Fills]) -> Fills:
 def _mul(node: Node, xs: list[Fills]) -> Fills:
     """Low logits stay low when they are scaled, but not by next to nothing."""
     a, b = xs
-    low = any_of(_both(a.get(Fill.ONE), b.get(Fill.LOW)), _both(a.get(Fill.LOW), b.get(Fill.ONE)))
-    for factor, x in zip(node.inputs, (b, a)):
-        value = scalar_value(factor)
-        if isinstance(value, (int, float)) and value >= LEAST_SCALE:
-            low = any_of(low, x.get(Fill.LOW))
+    low = any_of(_both(a.get(Fill.SCALE), b.get(Fill.LOW)), _both(a.get(Fill.LOW), b.get(Fill.SCALE)))
     return _made(low=low, zero=any_of(a.get(Fill.ZERO), b.get(Fill.ZERO)), one=_both(a.get(Fill.ONE), b.get(Fill.ONE)))
 
 
 def _div(node: Node, xs: list[Fills]) -> Fills:
     """By what may be anything, only zeros stay (a row that is divided by its sum)."""
-    return _made(zero=xs[0].get(Fill.ZERO))
+    return _made(zero=xs[0].get(Fill.ZERO), low=_both(xs[0].get(Fill.LOW), xs[1].get(Fill.SCALE)))
 
 
 def _and(node: Node, xs: list[Fills]) -> Fills:

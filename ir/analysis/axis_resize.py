@@ -156,7 +156,8 @@ class _Resizer:
         if given is not None:
             return given(x, inputs)
         shape = self._shape(x.shape, {d: along for (operand, d), along in ends.items() if operand == OUT})
-        if x.op.name in ("iota", "full") or any(below):
+        part = x.op.name == "slice" and (OUT, x.attrs["dim"] % x.tensor.rank) in told  # of a larger table: the part is cut, not the table
+        if (x.op.name in ("iota", "full") or any(below)) and not part:
             return self._made(x, inputs, [shape])
         return self._cut(x, told)
 

@@ -27,7 +27,7 @@ def randn(*shape):
 
 CONSTANTS = {
     "w": randn(8, 8), "table": randn(9, 8), "rows": randn(6, 8), "causal": CAUSAL, "band": BAND, "around": AROUND,
-    "low": torch.where(CAUSAL, 0.0, torch.finfo(torch.float32).min), "slopes": randn(3, 1, 6), "first": randn(2, 1, 8),
+    "low": torch.where(CAUSAL, 0.0, torch.finfo(torch.float32).min), "big": randn(9, 8), "slopes": randn(3, 1, 6), "first": randn(2, 1, 8),
     "kernel": randn(8, 8, 3), "thin": randn(8, 1, 4), "u": randn(8, 2), "state": randn(2, 2),
 }  # fmt: skip
 TURNED = "p = permute(x, dims=[0, 2, 1])"
@@ -133,6 +133,12 @@ CASES = [
     ("y = extern[aten.argsort.default](x, args=[$0, 1]) : i64[2, 6, 8]", MIXING, None),
     ("y = extern[aten.special_bessel_j0.default](x, args=[$0]) : f32[2, 6, 8]", PARALLEL, PLAIN),
     ("y = extern[aten.logcumsumexp.default](x, args=[$0, 1]) : f32[2, 6, 8]", PREFIX, PLAIN),
+    (
+        "r = reshape(x, shape=[2, 6, 4, 2])\nc = extern[aten.view_as_complex.default](r, args=[$0]) : c64[2, 6, 4]\ns = extern[aten.mul.Tensor](c, c, args=[$0, $1]) : c64[2, 6, 4]\n"
+        "y = extern[aten.view_as_real.default](s, args=[$0]) : f32[2, 6, 4, 2]",
+        PARALLEL,
+        (None, Along(), None, None),
+    ),
     ("y = extern[aten.fft_fft2.default](x, args=[$0]) : c64[2, 6, 8]", MIXING, None),
 ]  # fmt: skip
 
@@ -148,8 +154,6 @@ def test_label_and_place(lines, label, places):
     else:
         assert without_reason(found.labels[y]) == label
     assert found.everywhere(y) == places
-    if y.dtype.is_complex:
-        return
     one, other = (values_of(graph, given) for given in runs(graph))
     assert not list(judged(found, one, other))
 
@@ -173,6 +177,7 @@ ATTENTIONS = [
     (f"{SCORES}\na = add(s, low)\np = softmax(a, dim=3)\ny = matmul(p, k)", PREFIX),
     (f"{SCORES}\na = add(s, low)\np = softmax(a, dim=1)\ny = matmul(p, k)", MIXING),  # over heads: none of them is lower than the others
     (f"{SCORES}\na = add(s, low)\nb = mul(a, 0.125)\np = softmax(b, dim=3)\ny = matmul(p, k)", PREFIX),
+    (f"{SCORES}\na = add(s, low)\nb = div(a, 2.5)\np = softmax(b, dim=3)\ny = matmul(p, k)", PREFIX),
     (f"{SCORES}\na = where(band, s, -inf)\np = softmax(a, dim=3)\ny = matmul(p, k)", Label(How.PREFIX, 2)),
     ("t = permute(q, dims=[0, 1, 3, 2])\ns = matmul(k, t)\nc = permute(low, dims=[1, 0])\na = add(s, c)\np = softmax(a, dim=2)\n"
      "r = permute(p, dims=[0, 1, 3, 2])\ny = matmul(r, k)", PREFIX),
@@ -264,6 +269,7 @@ RESIZED = [
     "y = cat(first, x, dim=1)",
     "l = lstm_layer(x, state, state, u, batch_first=true)\ny = item(l, index=0)",
     "r = reshape(x, shape=[12, 8])\na = add(r, r)\ny = reshape(a, shape=[2, 6, 2, 4])",
+    "a = slice(big, dim=0, start=0, stop=6)\ny = add(x, a)",
     "y = layout(x, strides=[48, 1, 6])",
     "i = iota(length=6)\nc = reshape(i, shape=[6, 1])\ny = mul(x, c)",
 ]
