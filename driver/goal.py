@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..search.stages import OBJECTIVES, Link, Machine
-from .budget import quantity
 from .errors import BadOption
 
 ROUNDED_ERROR = 0.05
@@ -41,6 +42,18 @@ class Goal:
             raise BadOption(option="shares", reason=f"there are {count} stages, not {len(self.shares)}")
 
 
+_BYTES = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9}
+_UNITS: Mapping[str, Mapping[str, float]] = {
+    "memory": _BYTES,
+    "compute": {"": 1.0, "%": 0.01},
+    "slowness": {"": 1.0, "x": 1.0},
+    "bandwidth": {f"{unit}/s" if unit else "": size for unit, size in _BYTES.items()},
+    "delay": {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6},
+}
+_WRITTEN = {"memory": "200MB", "compute": "20%", "slowness": "5", "bandwidth": "10MB/s", "delay": "5ms"}
+_AMOUNT = re.compile(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*(%|[a-zA-Z/]*)")
+
+
 def goal_from(
     stages: int,
     objective: str,
@@ -58,27 +71,34 @@ def goal_from(
         raise BadOption(option="stages", reason="a model is split into two or more")
     room = _amounts("memory", memory, stages, math.inf)
     slow = _amounts("slowness", slowness, stages, 1.0)
-    wide = _amounts("bandwidth", bandwidth and bandwidth.replace("/s", ""), stages - 1, math.inf)
+    wide = _amounts("bandwidth", bandwidth, stages - 1, math.inf)
     late = _amounts("delay", delay, stages - 1, 0.0)
     return Goal(
         tuple(Machine(memory=m, slowness=s) for m, s in zip(room, slow)),
         tuple(Link(w, d) for w, d in zip(wide, late)),
         objective,
-        _amounts("compute", compute, stages, math.inf, 1.0),
+        _amounts("compute", compute, stages, math.inf),
         round_cut,
         max_error,
         measure,
     )
 
 
-def _amounts(option: str, text: str | None, count: int, none: float, whole: float | None = None) -> tuple[float, ...]:
-    """`count` amounts. none: where nothing, or "-", is given. whole: what a percentage is of, None where there is no such."""
+def _amounts(option: str, text: str | None, count: int, none: float) -> tuple[float, ...]:
+    """`count` amounts. none: where nothing, or "-", is given."""
     words = [word.strip() for word in (text or "-").split(",")]
     if len(words) not in (1, count):
         raise BadOption(option=option, reason=f"give one value for all, or {count}, not {len(words)}")
-    if whole is None and "%" in (text or ""):
-        raise BadOption(option=option, reason=f"{text!r} is a share; give an amount")
-    found = [none if word == "-" else quantity(option, word, whole or 1.0) for word in words]
-    if any(value is None or not value > 0 for value in found) and option != "delay":
+    found = tuple(none if word == "-" else _amount(option, word) for word in words)
+    return found * count if len(found) == 1 else found
+
+
+def _amount(option: str, word: str) -> float:
+    match = _AMOUNT.fullmatch(word)
+    unit = match[2].lower() if match else ""
+    if match is None or unit not in _UNITS[option]:
+        raise BadOption(option=option, reason=f"{word!r} is no amount; write for example {_WRITTEN[option]!r}")
+    value = float(match[1]) * _UNITS[option][unit]
+    if not value and option != "delay":
         raise BadOption(option=option, reason="it is more than nothing")
-    return tuple(float(value or 0.0) for value in (found * count if len(found) == 1 else found))
+    return value

@@ -129,8 +129,8 @@ def test_a_goal_of_a_command_line() -> None:
         ({"stages": 1}, "two or more"),
         ({"objective": "fast"}, "throughput, latency, traffic"),
         ({"memory": "1MB,2MB,3MB"}, "give one value for all, or 2, not 3"),
-        ({"memory": "50%"}, "is a share"),
-        ({"memory": "much"}, "is no amount"),
+        ({"memory": "50%"}, "'50%' is no amount; write for example '200MB'"),
+        ({"delay": "5MB"}, "'5MB' is no amount; write for example '5ms'"),
         ({"bandwidth": "0"}, "more than nothing"),
     ],
 )
