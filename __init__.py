@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .driver.simplify import simplify
     from .driver.speculation import PromptLookup
     from .driver.split import split
+    from .driver.stepping import stepper
 
 _API = {
     "Budget": ".driver.budget",
@@ -32,6 +33,7 @@ _API = {
     "reuse_blocks": ".driver.iterated",
     "simplify": ".driver.simplify",
     "split": ".driver.split",
+    "stepper": ".driver.stepping",
 }
 _PACKAGES = ("codegen", "driver", "ir", "passes", "search")
 
@@ -48,6 +50,7 @@ __all__ = [
     "reuse_blocks",
     "simplify",
     "split",
+    "stepper",
 ]
 
 
