@@ -12,8 +12,8 @@ from typing import Any
 
 from ..passes.formats import FORMATS
 from ..search.metrics import METRICS, Metric, metric
-from .errors import BadOption
-from .inputs import parse_inputs
+from .errors import BadCalibration, BadInputs, BadOption
+from .inputs import Example, parse_inputs
 
 OBJECTIVES = {"latency": "time", "memory": "bytes", "error": "error"}
 """What a user wants least of -> the cost it is."""
@@ -98,15 +98,22 @@ class Budget:
 def budget_from(
     limits: Mapping[str, float | str | None], objective: str, metric: str, formats: str | None, calibration: Sequence[str]
 ) -> Budget | None:
-    """The budget of a command line, None where it sets no limit. calibration: files, each an input. Raises BadOption and BadInputs."""
+    """The budget of a command line, None where it sets no limit. calibration: files, each an input. Raises BadOption and BadCalibration."""
     if all(limit is None for limit in limits.values()):
         given = next((name for name, other in (("formats", formats), ("calibration", calibration)) if other), None)
         if given is None and objective == "latency":
             return None
         raise BadOption(option=given or "objective", reason="it is for a budget: give --max-error, --memory or --latency too")
-    examples = [example for path in calibration if (example := parse_inputs([path])) is not None]
+    examples = [example for path in calibration if (example := _calibration(path)) is not None]
     names = DEFAULT_FORMATS if formats is None else tuple(name.strip() for name in formats.split(","))
     return Budget(**limits, objective=objective, metric=metric, formats=names, calibration=[e.kwargs for e in examples])  # type: ignore[arg-type]
+
+
+def _calibration(path: str) -> Example | None:
+    try:
+        return parse_inputs([path])
+    except BadInputs as error:
+        raise BadCalibration(**error.fields) from error
 
 
 def quantity(name: str, value: str | float | None, whole: float) -> float | None:

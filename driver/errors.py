@@ -25,6 +25,10 @@ class BadInputs(UserError):
     template = "cannot use --inputs {spec}: {reason}"
 
 
+class BadCalibration(BadInputs):
+    template = "cannot use --calibration {spec}: {reason}"
+
+
 class BadOption(UserError):
     template = "{option}: {reason}"
 

@@ -40,7 +40,7 @@ from .artifact import Optimized
 from .budget import OBJECTIVES, Attempt, Budget, LayerLine, Point, Spent, quantity
 from .calling import CallingConvention
 from .compile import Options, rewritten
-from .errors import BadInputs, BadOption, CannotOptimize
+from .errors import BadCalibration, BadOption, CannotOptimize
 from .inputs import copied
 from .loading import Model
 from .measure import apart, flat_example, flattened
@@ -114,7 +114,7 @@ class _Within:
 
     def _calibration(self) -> list[list[Any]]:
         found = []
-        for item in self.budget.calibration:
+        for number, item in enumerate(self.budget.calibration, 1):
             kwargs = dict(item) if isinstance(item, Mapping) else {}
             args = () if kwargs else tuple(item) if isinstance(item, (tuple, list)) else (item,)
             try:
@@ -122,7 +122,7 @@ class _Within:
                 self.convention.checked(flat, self.captured.graph)
                 found.append(flat)
             except TypeError as error:
-                raise BadInputs(spec="for calibration", reason=str(error)) from error
+                raise BadCalibration(spec=f"input {number}", reason=str(error)) from error
         return found
 
     def _scaled(self) -> Graph:
@@ -425,7 +425,7 @@ class _Within:
 def optimize_within(
     model: Model, captured: CapturedModule, convention: CallingConvention, budget: Budget, place: Place, stage: Stages
 ) -> Optimized:
-    """The model within the budget, with `Spent` on its receipt. Raises CannotOptimize, where nothing keeps the limits, and BadInputs."""
+    """The model within the budget, `Spent` on its receipt. Raises CannotOptimize where nothing keeps the limits, and BadCalibration."""
     search = _Within(model, captured, convention, budget, place, stage)
     search.measure()
     with stage("choosing and verifying"):

@@ -12,7 +12,7 @@ from offline import run, save_program, sentence
 from rich.console import Console
 from tilewright.driver import measure, pipeline, places, within
 from tilewright.driver.budget import DEFAULT_FORMATS, Budget, budget_from, quantity
-from tilewright.driver.errors import BadInputs, BadOption, CannotOptimize
+from tilewright.driver.errors import BadCalibration, BadOption, CannotOptimize
 from tilewright.driver.receipt import Receipt
 from tilewright.search.layer_times import EXACT, layer_times
 from tilewright.search.metrics import UnknownMetric, relative_error
@@ -224,7 +224,7 @@ def test_sizes_that_vary_and_several_outputs(monkeypatch) -> None:
 
 @pytest.mark.parametrize("wrong", [torch.randn(3, 64), torch.randn(8, 64).double(), torch.randn(8, 63), 3])
 def test_calibration_that_does_not_fit(wrong) -> None:
-    with pytest.raises(BadInputs, match="cannot use --inputs for calibration: .*'x'.* must be"):
+    with pytest.raises(BadCalibration, match="cannot use --calibration input 1: argument 'x' must be"):
         budget = Budget(max_error=0.1, calibration=[wrong])
         tilewright.optimize(Several().eval(), (torch.randn(8, 64),), tuning_seconds=0, budget=budget)
 
@@ -324,7 +324,7 @@ def test_budgets_that_mean_nothing(options, says) -> None:
 def test_unknown_metric_and_wrong_calibration(ids) -> None:
     with pytest.raises(UnknownMetric, match="'mse'"):
         Budget(max_error=0.1, metric="mse")
-    with pytest.raises(BadInputs, match="cannot use --inputs for calibration"):
+    with pytest.raises(BadCalibration, match="cannot use --calibration input 1: the model takes 1 arguments"):
         tilewright.optimize(Net().eval(), (ids[0],), tuning_seconds=0, budget=Budget(max_error=0.1, calibration=[(1, 2, 3)]))
 
 
@@ -384,6 +384,8 @@ def test_budgets_of_the_command_line() -> None:
     made = budget_from({**nothing, "max_error": 0.1, "memory": "50%"}, "memory", "kl", "int8, bf16", [])
     assert made == Budget(0.1, "50%", objective="memory", metric="kl", formats=("int8", "bf16"), calibration=[])
     assert budget_from({**nothing, "max_error": 0.1}, "latency", "relative", None, []).formats == DEFAULT_FORMATS
+    with pytest.raises(BadCalibration, match="cannot use --calibration no.npz: there is no such file"):
+        budget_from({**nothing, "max_error": 0.1}, "latency", "relative", None, ["no.npz"])
     with pytest.raises(BadOption, match="formats: it is for a budget"):
         budget_from(nothing, "latency", "relative", "int8", [])
 
