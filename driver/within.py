@@ -371,7 +371,8 @@ class _Within:
 
     def _said(self, cost: str, value: float) -> str:
         if cost == "error":
-            return f"error {max(value, 0.0) ** (1 / self.adds):.2g}"
+            learned = (self.taught or 1.0, self._power) if self.taught or self.foretells else (1.0, self.adds)
+            return f"error {(max(value, 0.0) * learned[0]) ** (1 / learned[1]):.2g}"
         if cost == "bytes":
             return f"{scaled(max(0, round(value + self.exact_bytes - self._exact('bytes'))))}B"
         if cost == "time":

@@ -32,7 +32,7 @@ Loss = Callable[[Mapping[Node, torch.Tensor]], object]
 
 
 def traces(layers: Sequence[Layer], loss: Loss, draws: int = DRAWS) -> dict[str, float] | None:
-    """Name of a layer -> the trace of the second derivatives of the loss by its weights; None where the loss has none.
+    """Name of a layer -> the trace of the second derivatives of the loss by its weights; None where the loss has none, or only zeros.
 
     A trace below its own uncertainty counts as that: few probes do not make a layer free.
     """
@@ -44,6 +44,8 @@ def traces(layers: Sequence[Layer], loss: Loss, draws: int = DRAWS) -> dict[str,
             if not isinstance(value, torch.Tensor) or not value.requires_grad or value.numel() != 1:
                 return None
             found = _estimates(value.reshape(()), list(known.values()), draws)
+            if not found.any():
+                return None
     except RuntimeError as error:  # what torch raises for an op without a second derivative
         if is_lost(error):
             raise
