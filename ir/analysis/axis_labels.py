@@ -58,12 +58,16 @@ class _Labels:
         how, along = link.label.how, ends[end]
         if how is How.MIXING:
             hidden = self._attention(node, ends) if node.op.name == "attention" else self._hidden(node, link, ends)
-            return self.routing.label(node, link, ends) if hidden is None else reach(hidden, link.label)
+            if hidden is None or not isinstance(self.size, int):
+                return self.routing.label(node, link, ends)
+            return reach(hidden, along, self.size, link.label)
         if how is How.PREFIX and (along.outer != 1 or along.order is not None):
             return mixing(f"{node.op.name} runs over other dimensions, too")
         result = next((ends[e] for e in link.ends if e[0] < 0 and e in ends), None)
         if isinstance(link.step, Step):
             lost = "a single index of it is left" if along.single else f"{node.op.name} works on it merged with other dimensions"
+            if result is not None and _beside_keys(end, along, result, ends) and link.step.reach == 0:
+                return PARALLEL
             return mixing(lost) if result is None else link.step.label(along, result, link.label.reason)
         return link.label if result is None else link.label.and_also(_distance(along, result))
 
@@ -93,6 +97,12 @@ class _Labels:
 def _item(ends: Ends) -> Label:
     """One of several results; what holds the axis in another one was left by the last of its steps."""
     return PARALLEL if any(e[0] == OUT for e in ends) or not ends else mixing("it is what is left behind the last index")
+
+
+def _beside_keys(end: End, along: Along, result: Along, ends: Ends) -> bool:
+    """Where rows are in another dimension, keys that stand behind those of the axis move none of them."""
+    twice = any(operand == end[0] and d != end[1] for operand, d in ends)
+    return twice and all(a.start == 0 and a.stride == 1 and isinstance(a.extra, int) and a.extra >= 0 for a in (along, result))
 
 
 def _distance(operand: Along, result: Along) -> Label:

@@ -9,6 +9,7 @@ inputs are. Very low logits become zero weights in a softmax, zero weights selec
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -53,15 +54,15 @@ class Masks:
         self._fixed: dict[Node, bool] = {}
 
     def fills(self, node: Node, row: Spot, column: Spot) -> Fills:
-        """fill -> where the value holds it, as a matrix [size, size] over the indices of `row` and `column`."""
+        """fill -> where the value holds it, as a matrix over the positions of `row` and `column`; 1 where it is the same for all."""
         key = (node, row, column)
         if key not in self._known:
             self._known[key] = self._fills(node, row, column)
         return self._known[key]
 
     def _fills(self, node: Node, row: Spot, column: Spot) -> Fills:
-        whole = all(spot is None or spot[1].whole for spot in (row, column))
-        if not isinstance(self.size, int) or isinstance(node.type, tuple) or not whole:
+        known = (row is None or row[1].whole) and (column is None or (column[1].order is None and column[1].stride == 1))
+        if not isinstance(self.size, int) or isinstance(node.type, tuple) or not known:
             return {}
         if is_scalar(node):
             value = scalar_value(node)
@@ -70,9 +71,16 @@ class Masks:
             return _of_tensor(interpret(Graph("mask", (), (node,)), ())[0], row, column, self.size)
         if node.op.name == "softmax" and (column is None or node.attrs["dim"] % node.tensor.rank != column[0]):
             return {}  # what is low for all that it is compared with has a share like theirs
+        if column is not None and node.op.name in ALONG_KEYS and node.attrs["dim"] % node.tensor.rank == column[0]:
+            return ALONG_KEYS[node.op.name](node, [self.fills(x, row, self._positions(x, column)) for x in node.inputs])
         rule = _carry if node.op.category is Category.VIEW else RULES.get(node.op.name)
         operands = self._operands(node, row, column) if rule and (row or column) else []
         return rule(node, operands) if rule and operands else {}
+
+    def _positions(self, x: Node, column: tuple[int, Along]) -> Spot:
+        """The same dimension of an operand of another length; only its positions count."""
+        length = x.shape[column[0]]
+        return (column[0], Along(extra=length - self.size)) if isinstance(length, int) and isinstance(self.size, int) else None
 
     def _is_fixed(self, node: Node) -> bool:
         """Whether its value is known now: it depends on no input and no draw, and the data of constants is at hand."""
@@ -118,7 +126,7 @@ def _square(where: torch.Tensor, row: Spot, column: Spot, size: int) -> Matrix:
             shape.append(extent)
             continue
         marks[d] = len(shape) + 1
-        shape += [int(spot[1].outer), size, int(spot[1].inner)]
+        shape += [int(spot[1].outer), int(spot[1].length(size)), int(spot[1].inner)]
     kept = [marks[s[0]] for s in (row, column) if s is not None]
     where = where.reshape(shape)
     others = [d for d in range(where.dim()) if d not in kept]
@@ -128,12 +136,12 @@ def _square(where: torch.Tensor, row: Spot, column: Spot, size: int) -> Matrix:
         where = where.unsqueeze(0)
     if column is None:
         where = where.unsqueeze(-1)
-    return where.expand(size, size)
+    return where
 
 
 def any_of(*fills: Matrix | None) -> Matrix | None:
     given = [f for f in fills if f is not None]
-    return torch.stack(given).any(0) if given else None
+    return functools.reduce(torch.logical_or, given) if given else None
 
 
 def _both(a: Matrix | None, b: Matrix | None) -> Matrix | None:
@@ -151,7 +159,24 @@ def _carry(node: Node, xs: list[Fills]) -> Fills:
     return xs[0]
 
 
-_CARRY: Rule = _carry
+def _joined(node: Node, xs: list[Fills]) -> Fills:
+    """Keys behind keys: those of a sink behind those of the axis."""
+    lengths = [int(x.shape[node.attrs["dim"]]) for x in node.inputs]  # type: ignore[arg-type]
+    found = {}
+    for fill in {fill for x in xs for fill in x}:
+        parts = [x[fill] if fill in x else torch.zeros(1, 1, dtype=torch.bool) for x in xs]
+        rows = max(p.shape[0] for p in parts)
+        found[fill] = torch.cat([p.expand(rows, length) for p, length in zip(parts, lengths)], 1)
+    return found
+
+
+def _part(node: Node, xs: list[Fills]) -> Fills:
+    kept = slice(node.attrs["start"], node.attrs["stop"], node.attrs["step"])
+    return {fill: found[:, kept] if found.shape[1] > 1 else found for fill, found in xs[0].items()}
+
+
+ALONG_KEYS: dict[str, Rule] = {"cat": _joined, "slice": _part}
+"""Ops that join or cut keys: what they do along that dimension."""
 
 
 def _add(node: Node, xs: list[Fills]) -> Fills:
@@ -240,15 +265,18 @@ RULES: dict[str, Rule] = {
 }
 
 
-def reach(hidden: Matrix | None, otherwise: Label) -> Label:
-    """How row i reads columns where `hidden[i, j]` says that it does not read j.
+def reach(hidden: Matrix | None, column: Along, size: int, otherwise: Label) -> Label:
+    """How row i reads the indices of the axis in a dimension `column`, where `hidden` says which of its positions a row does not read.
 
     A row in which all are hidden may read all: logits that are equally low have equal shares.
     """
     if hidden is None:
         return otherwise
+    hidden = hidden.expand(size, int(column.length(size)))
     rows, columns = (~hidden | hidden.all(1, keepdim=True)).nonzero(as_tuple=True)
-    size = hidden.shape[0]
+    columns = columns + column.start
+    ours = (columns >= 0) & (columns < size)
+    rows, columns = rows[ours], columns[ours]
     before = max(int((rows - columns).max()), 0) if len(rows) else 0
     after = max(int((columns - rows).max()), 0) if len(rows) else 0
     if before == after == 0:

@@ -27,12 +27,14 @@ def randn(*shape):
 
 CONSTANTS = {
     "w": randn(8, 8), "table": randn(9, 8), "rows": randn(6, 8), "causal": CAUSAL, "band": BAND, "around": AROUND,
-    "low": torch.where(CAUSAL, 0.0, torch.finfo(torch.float32).min), "big": randn(9, 8), "slopes": randn(3, 1, 6), "first": randn(2, 1, 8),
+    "low": torch.where(CAUSAL, 0.0, torch.finfo(torch.float32).min),
+    "big": randn(9, 8), "sink": randn(3, 1, 1), "slopes": randn(3, 1, 6), "first": randn(2, 1, 8),
     "kernel": randn(8, 8, 3), "thin": randn(8, 1, 4), "u": randn(8, 2), "state": randn(2, 2),
 }  # fmt: skip
 TURNED = "p = permute(x, dims=[0, 2, 1])"
 THIN = "c = conv(p, thin, stride=[1], padding=[3], dilation=[1], groups=8)"
 SCORES = "t = permute(k, dims=[0, 1, 3, 2])\ns = matmul(q, t)"
+SINK = "e = expand(sink, shape=[2, 3, 6, 1])"  # a key that is none of the tokens
 PREFIX, MIXING, PARALLEL = Label(How.PREFIX), How.MIXING, Label(How.PARALLEL)
 
 
@@ -134,7 +136,8 @@ CASES = [
     ("y = extern[aten.special_bessel_j0.default](x, args=[$0]) : f32[2, 6, 8]", PARALLEL, PLAIN),
     ("y = extern[aten.logcumsumexp.default](x, args=[$0, 1]) : f32[2, 6, 8]", PREFIX, PLAIN),
     (
-        "r = reshape(x, shape=[2, 6, 4, 2])\nc = extern[aten.view_as_complex.default](r, args=[$0]) : c64[2, 6, 4]\ns = extern[aten.mul.Tensor](c, c, args=[$0, $1]) : c64[2, 6, 4]\n"
+        "r = reshape(x, shape=[2, 6, 4, 2])\nc = extern[aten.view_as_complex.default](r, args=[$0]) : c64[2, 6, 4]\n"
+        "s = extern[aten.mul.Tensor](c, c, args=[$0, $1]) : c64[2, 6, 4]\n"
         "y = extern[aten.view_as_real.default](s, args=[$0]) : f32[2, 6, 4, 2]",
         PARALLEL,
         (None, Along(), None, None),
@@ -178,6 +181,11 @@ ATTENTIONS = [
     (f"{SCORES}\na = add(s, low)\np = softmax(a, dim=1)\ny = matmul(p, k)", MIXING),  # over heads: none of them is lower than the others
     (f"{SCORES}\na = add(s, low)\nb = mul(a, 0.125)\np = softmax(b, dim=3)\ny = matmul(p, k)", PREFIX),
     (f"{SCORES}\na = add(s, low)\nb = div(a, 2.5)\np = softmax(b, dim=3)\ny = matmul(p, k)", PREFIX),
+    (f"{SCORES}\na = add(s, low)\n{SINK}\nc = cat(a, e, dim=3)\np = softmax(c, dim=3)\n"
+     f"r = slice(p, dim=3, start=0, stop=6)\ny = matmul(r, k)", PREFIX),
+    (f"{SCORES}\na = add(s, low)\n{SINK}\nc = cat(e, a, dim=3)\np = softmax(c, dim=3)\n"
+     f"r = slice(p, dim=3, start=1, stop=7)\ny = matmul(r, k)", PREFIX),
+    (f"{SCORES}\n{SINK}\nc = cat(s, e, dim=3)\np = softmax(c, dim=3)\nr = slice(p, dim=3, start=0, stop=6)\ny = matmul(r, k)", MIXING),
     (f"{SCORES}\na = where(band, s, -inf)\np = softmax(a, dim=3)\ny = matmul(p, k)", Label(How.PREFIX, 2)),
     ("t = permute(q, dims=[0, 1, 3, 2])\ns = matmul(k, t)\nc = permute(low, dims=[1, 0])\na = add(s, c)\np = softmax(a, dim=2)\n"
      "r = permute(p, dims=[0, 1, 3, 2])\ny = matmul(r, k)", PREFIX),
