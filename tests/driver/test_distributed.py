@@ -85,6 +85,10 @@ def test_shards_compute_what_the_model_does(found: list[dict[str, Any]], name: s
     assert all(one[name]["off"] < 1e-5 for one in found)
 
 
+def test_a_shard_is_an_artifact_like_any_other(found: list[dict[str, Any]]) -> None:
+    assert [one["file"] for one in found] == [0.0, 0.0]
+
+
 def test_a_process_holds_half_of_what_is_shared_out(found: list[dict[str, Any]]) -> None:
     whole, each = found[0]["heads"]["whole"], [one["heads"]["bytes"] for one in found]
     assert each[0] == each[1] and each[0] - whole / 2 <= 16 * 4  # but the bias that is added after the sum

@@ -146,15 +146,16 @@ NORMS = (
 )
 
 
-def test_norms_of_sums_are_scattered_and_the_residual_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = weights(up=(8, 4), down=(4, 8), b=(4,), w=(4,), head=(3, 4))
+@pytest.mark.parametrize("count", [2, 3])
+def test_norms_of_sums_are_scattered_and_the_residual_stays_so(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = weights(up=(6, 4), down=(4, 6), b=(4,), w=(4,), head=(3, 4))
     whole = graph("x: f64[2, 3, 4]", held, *NORMS, "return y")
-    made, notes = sharded(whole, 2, scatter=True)
+    made, notes = sharded(whole, count, scatter=True)
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     for outputs in together(made, [x], monkeypatch):
         torch.testing.assert_close(outputs, interpret(whole, [x]))
     assert notes.applied[-1].what == "2 sums, 2 norms of a share of the tokens, 2 gathered"
-    assert {n.shape for n in order(made[0]) if n.op.name in ("rms_norm", "layer_norm")} == {(3, 4)}
+    assert {n.shape for n in order(made[0]) if n.op.name in ("rms_norm", "layer_norm")} == {(6 // count, 4)}
 
 
 def test_scattering_is_declined_where_more_would_be_gathered() -> None:
