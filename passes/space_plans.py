@@ -185,7 +185,7 @@ class _Region:
 
 
 def best_plan(planner: Planner, limit: int = 0) -> SpacePlan | None:
-    """The plan with the least memory, of those that are as good the one with the least arithmetic, then the fewest patches.
+    """The plan with the least memory, of those as good the one with the least arithmetic, then the fewest patches, then whole rows.
 
     limit: bytes that are little enough: of the plans that keep it, the one with the least arithmetic.
     """
@@ -193,4 +193,4 @@ def best_plan(planner: Planner, limit: int = 0) -> SpacePlan | None:
     if not plans:
         return None
     enough = max(limit, int(AS_GOOD * min(p.peak for p in plans)))
-    return min((p for p in plans if p.peak <= enough), key=lambda p: (p.flops, p.patches, p.peak))
+    return min((p for p in plans if p.peak <= enough), key=lambda p: (p.flops, p.patches, p.peak, p.parts[::-1]))
