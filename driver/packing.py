@@ -60,7 +60,8 @@ def packed_error(captured: CapturedModule, made: WithoutPadding, inputs: Sequenc
     with torch.no_grad():
         eager, exact = (interpret(captured.graph, _copied(given), dtype) for dtype in (None, torch.float64))
         ours = made.program.run([*_copied(given), *(torch.from_numpy(x).to(mask.device) for x in layout_of(present.cpu().numpy()))])
-    return check(ours, *([_at_tokens(x, dims, present) for x, dims in zip(xs, made.plan.spread)] for xs in (eager, exact)))
+    theirs, reference = ([_at_tokens(x, dims, present) for x, dims in zip(xs, made.plan.spread)] for xs in (eager, exact))
+    return check(ours[: len(reference)], theirs, reference)
 
 
 def _copied(inputs: Sequence[Any]) -> list[Any]:

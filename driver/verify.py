@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .errors import BadInputs, BadOption, ModelFails, first_line
 from .inputs import Example, copied
 from .loading import Model, captured_of
 from .measure import apart, convention_for, flat_example
+from .padding import Way
 from .reproduce import FLOOR, interpreted, observed
 from .shrink import departing
 
@@ -86,7 +88,7 @@ def verify(
         found = artifact.convention.pack(ours)
     except RuntimeError as error:  # an assertion of the model, or an op that these inputs are not for
         raise ModelFails(path=path, inputs=example.described(), reason=first_line(error)) from error
-    lines = _own_graph(artifact, inputs, ours)
+    lines = _own_graph(artifact, inputs, ours) + _without_padding(artifact, inputs)
     culprit = "" if all(line.ok for line in lines) else departing(artifact.graph, inputs)
     if model is not None:
         lines += _original(model, found, metric, allowed)
@@ -120,7 +122,21 @@ def _placed(node: Node, value: Any) -> Any:
     return value.to(node.tensor.device) if isinstance(node.type, TensorType) and isinstance(value, torch.Tensor) else value
 
 
-def _own_graph(artifact: Optimized, inputs: Sequence[Any], ours: Sequence[Any]) -> list[Line]:
+def _without_padding(artifact: Optimized, inputs: Sequence[Any]) -> list[Line]:
+    """The program that leaves padding out, if the artifact has one and the example is for it, against its own graph."""
+    if artifact.unpadded is None:
+        return []
+    plan, program = artifact.unpadded.plan, artifact.unpadded.program
+    mask = inputs[plan.mask]
+    way, layout = replace(artifact.unpadded, pays_below=math.inf).choose(mask)
+    if way is not Way.PACKED:
+        return []
+    given = [*inputs, *(torch.from_numpy(x).to(mask.device) for x in layout)]
+    rows = replace(artifact, graph=plan.graph, program=program, unpadded=None)
+    return _own_graph(rows, given, observed(plan.graph, program.run, given), "its graph without padding")
+
+
+def _own_graph(artifact: Optimized, inputs: Sequence[Any], ours: Sequence[Any], against: str = "its graph") -> list[Line]:
     """Against the meaning of the artifact's graph: results, and what it writes back."""
     graph, convention = artifact.graph, artifact.convention
     count = len(graph.outputs)
@@ -130,7 +146,7 @@ def _own_graph(artifact: Optimized, inputs: Sequence[Any], ours: Sequence[Any]) 
         return _leaves(convention.pack(values[:count])) | written
 
     eager, reference = (named(interpreted(graph, inputs, dtype)) for dtype in (None, torch.float64))
-    return _lines("its graph", named(ours), eager, reference, RELATIVE, FLOOR)
+    return _lines(against, named(ours), eager, reference, RELATIVE, FLOOR)
 
 
 def _original(model: Model, found: Any, metric: Metric, allowed: float) -> list[Line]:

@@ -29,7 +29,7 @@ from ..ir.analysis.padding import Tokens, hides, key_mask
 from ..ir.analysis.places import PARALLEL, Along
 from ..ir.dims import Dim, SymbolRange, dim, same, same_shape, symbol
 from ..ir.errors import TypeInferenceError
-from ..ir.graph import Graph, Node, graph_input, is_scalar, order
+from ..ir.graph import Graph, Node, graph_input, is_scalar, order, use_counts
 from ..ir.op import Category
 from ..ir.ops import OPS
 from ..ir.reasons import Reason
@@ -131,9 +131,11 @@ class _Packer:
     places: dict[Node, _Place] = field(default_factory=dict)
     whole: dict[Node, Node] = field(default_factory=dict)
     present: set[int] = field(default_factory=set)
+    readers: Mapping[Node, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.batch, self.length = self.sequences.size, self.tokens.size
+        self.readers = use_counts(self.graph)
         device = self.padding.mask.tensor.device
         self.count = _fresh_symbol(self.graph)
         kinds = {name: (self.count,) for name in ("rows", "positions", "first", "last")} | {"places": (self.batch, self.length)}
@@ -166,7 +168,7 @@ class _Packer:
     # -- which values become rows
 
     def _becomes_rows(self, node: Node) -> bool:
-        place = self._place(node)
+        place = self._place(node) if node.op.name != "layout" else None  # how a result lies in memory: put on when padding is back
         if place is None:
             return False
         if not any(x in self.packed for x in node.inputs) and not self._begins(node):
@@ -273,9 +275,9 @@ class _Packer:
             return OPS["index"](x, rows, dims=(t,), prov=x.prov)
         rest = [d for d in range(x.tensor.rank) if d not in (b, t)]
         shape = tuple(x.shape[d] for d in rest)
-        front = OPS["reshape"](OPS["permute"](x, dims=(b, t, *rest)), shape=(dim(self.batch * self.length), *shape))
+        front = OPS["reshape"](_permuted(x, (b, t, *rest)), shape=(dim(self.batch * self.length), *shape))
         read = OPS["reshape"](OPS["index"](front, rows, dims=(0,), prov=x.prov), shape=(1, self.count, *shape))
-        return OPS["permute"](read, dims=_inverse((b, t, *rest)))
+        return _permuted(read, _inverse((b, t, *rest)))
 
     # -- whole values
 
@@ -290,6 +292,9 @@ class _Packer:
         if x not in self.packed:
             return self.whole[x]
         place = self.places[x]
+        if reader.op.name == "layout" and reader in self.graph.outputs and self.readers[reader] == 1:
+            self.places[reader] = place
+            return self._spread_out(x, 0)
         spots = ((place.tokens, Along()), (place.batch, place.along))
         held = replace(self.padding, finite=True).range(x, spots) if not place.merged else None
         if held is not None and held.known:
@@ -326,17 +331,21 @@ class _Packer:
         there = OPS["reshape"](OPS["ge"](places, 0), shape=(*places.shape, *(1,) * (rank - at - wide)))
         value: Any = fill if x.dtype.is_floating_point else bool(fill) if x.dtype == torch.bool else int(fill)
         made = OPS["where"](there, read, OPS["full"](shape=(), value=value, dtype=x.dtype, device=x.tensor.device), prov=x.prov)
-        if place.merged or place.tokens == place.batch + 1:
+        if place.merged:
             return made
         rest = [d for d in range(rank) if d not in (at, at + 1)]
         others = [d for d in range(rank) if d not in (place.batch, place.tokens)]
         dims: Mapping[int, int] = {place.batch: at, place.tokens: at + 1, **dict(zip(others, rest))}
-        return OPS["permute"](made, dims=tuple(dims[d] for d in range(rank)))
+        return _permuted(made, tuple(dims[d] for d in range(rank)))
 
 
 def _single(places: tuple[Along | None, ...] | None) -> tuple[int, Along] | None:
     found = [(d, along) for d, along in enumerate(places or ()) if along is not None and along.order is None]
     return found[0] if len(found) == 1 else None
+
+
+def _permuted(x: Node, dims: tuple[int, ...]) -> Node:
+    return x if dims == tuple(range(len(dims))) else OPS["permute"](x, dims=dims)
 
 
 def _inverse(dims: tuple[int, ...]) -> tuple[int, ...]:

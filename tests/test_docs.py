@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("tour.md", "allocation.md", "budget.md", "stages.md", "patches.md", "axes.md")
+PAGES = ("tour.md", "allocation.md", "budget.md", "stages.md", "patches.md", "axes.md", "padding.md", "merging.md", "blocks.md")
 _BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.S)
 
 

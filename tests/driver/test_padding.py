@@ -13,7 +13,9 @@ from tilewright.driver.accuracy import check
 from tilewright.driver.backend import checked_options
 from tilewright.driver.budget import Budget
 from tilewright.driver.errors import BadArtifact, BadOption
+from tilewright.driver.inputs import Example
 from tilewright.driver.padding import Way, layout_of
+from tilewright.driver.verify import verify
 from tilewright.ir.graph import constants
 from torch import nn
 
@@ -203,7 +205,14 @@ def test_an_artifact_keeps_it(tmp_path):
     assert any(a.rule == "remove-padding" for a in loaded.receipt.applied)
 
 
-def test_an_artifact_that_says_nonsense_of_padding(tmp_path, monkeypatch):
+def test_both_programs_of_an_artifact_are_verified(tmp_path):
+    optimized(Encoder("bert").eval()).save(tmp_path / "m.tw")
+    for mask, against in ((mask_of([24, 5, 9, 1]), {"its graph", "its graph without padding"}), (holes(mask_of([24] * 4)), {"its graph"})):
+        found = verify(tmp_path / "m.tw", Example((ids_like(mask), mask)))
+        assert found.ok and {line.against for line in found.lines} == against
+
+
+def test_an_artifact_that_says_nonsense_of_padding(tmp_path):
     made = optimized(Encoder("bert").eval())
     plan = made.unpadded.plan
     object.__setattr__(plan, "mask", 9)
