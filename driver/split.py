@@ -76,7 +76,7 @@ class Split:
         """Prints what was chosen, and what it comes to."""
         out = console or Console()
         table = Table(box=None, header_style="dim")
-        for heading in ("stage", "weights", "foretold", "measured", "passes on", "bytes"):
+        for heading in ("stage", "weights", "foretold", "measured here", "passes on", "bytes"):
             table.add_column(heading, justify="left" if heading in ("stage", "passes on") else "right")
         passed = [*zip(self.crosses, self.nbytes), ("", 0)]
         for i, (held, told, took, (words, nbytes)) in enumerate(zip(self.weights, self.staged.seconds, self.seconds, passed)):
