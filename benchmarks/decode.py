@@ -5,7 +5,8 @@
 A model like Llama of 110 million random weights (12 layers of 768, 12 heads, a vocabulary of 32000), one text of 512 tokens, one thread,
 CPU time. All forms are timed in one run, round by round, and the least time of a call counts: the derived step, with weights and with
 keys and values in several formats; the whole model over 512 tokens, compiled by us; the same model written by hand with a static cache,
-compiled by Inductor as it comes and with its freezing of weights. Errors are those of the last logits against float64, relative to the largest.
+compiled by Inductor as it comes and with its freezing of weights. Errors are those of the last logits against float64, relative to
+the largest.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Layer(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             keys, values = (c.index_copy_(2, position, t) for c, t in zip(cache, (k, v)))
-            y = F.scaled_dot_product_attention(q, keys, values, torch.arange(LENGTH) <= position)
+            y = F.scaled_dot_product_attention(q, keys, values, (torch.arange(LENGTH) <= position)[None])
         x = x + self.out(y.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.after(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)

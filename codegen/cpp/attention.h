@@ -44,6 +44,13 @@ template <class S> struct Rows {
 
 template <class S> INLINE Rows<S> rows_from(const Rows<S>& rows, int64_t first) { return {rows.data + first * rows.ld, rows.ld}; }
 
+// How many of the `count` keys any row attends to at most.
+template <class Limits> INLINE int64_t seen(int64_t rows, int64_t count, const Limits& bounds) {
+  int64_t end = 0;
+  for (int64_t r = 0; r < rows; r++) end = most_of(end, bounds(r).end);
+  return least_of(end, count);
+}
+
 // Rows that must be copied first: `write(to, j)` writes the `Used` columns of row j, the others up to `Columns` are zero.
 template <int Used, int Columns, class T, class Write> Rows<T> copied(Row<T>& memory, int64_t count, const Write& write) {
   for (int64_t j = 0; j < count; j++) {

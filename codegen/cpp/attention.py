@@ -56,24 +56,25 @@ class AttentionPrinter(PartPrinter):
         self.lanes = target.vector_bytes // self.dtype.itemsize
         self.callables = {name: self.names.fresh(name) for name in ("query", "keys", "values", "bounds", "score", "finish")}
         self.row = self.flat_name(self.found.rows, "row")
+        self.reached = ""
         self.tile, self.begin, self.end = (self.names.fresh(name) for name in ("tile", "begin", "end"))
 
     def grid(self) -> None:
         found = self.found
         head = self.flat_name(found.batch, "head")
         part, parts = self.names.fresh("part"), self.names.fresh("parts")
-        rows, count = self.size(*found.rows), self.size(found.key)
+        rows = self.size(*found.rows)
         width = sum(a.extent for a in (found.column, self.summed) if isinstance(a.extent, int))
         work = self.size(*found.rows, found.key, Axis("width", width))
         self.open(f"tile::heads({self.size(*found.batch)}, {rows}, {work}, threads, [=](int64_t {head}, int64_t {part}, int64_t {parts})")
         self.bind(found.batch, head, self.kernel.stores)
         self.writer(self.callables["query"], self.query(), self.row, found.rows, self.summed)
-        widths = self.rows_of("keys", self.dot.right, self.summed), self.rows_of("values", found.attend.value, found.column)
         self.bounds()
+        widths = self.rows_of("keys", self.dot.right, self.summed), self.rows_of("values", found.attend.value, found.column)
         terms = self.key_terms()
         self.score(terms)
         self.finish()
-        few = product(a.extent for a in found.rows)
+        few, count = product(a.extent for a in found.rows), self.reached or self.size(found.key)
         direct, once = (isinstance(few, int) and few <= most for most in (FEW_ROWS, TILE_ROWS))
         vectors, weights = 4 if self.target.vector_bytes == 64 else 2, "tile::Soften" if found.softmax else "tile::Given"
         together = min((ROWS, ROWS - 1, ROWS - 2), key=lambda r: -(-few // r) * r) if once else ROWS
@@ -114,9 +115,20 @@ class AttentionPrinter(PartPrinter):
             return wide
         write, memory = self.names.fresh(name + "_row"), self.names.fresh(name + "_copy")
         self.writer(write, value, key.name, (key,), column)
-        self.line(f"tile::Row<{self.kind}> {memory}({wrap(index_text(key.extent, {}), MULTIPLY)}*{wide});")
-        self.line(f"const auto {self.callables[name]} = tile::copied<{used}, {wide}>({memory}, {self.size(key)}, {write});")
+        count = self.seen()
+        self.line(f"tile::Row<{self.kind}> {memory}({count}*{wide});")
+        self.line(f"const auto {self.callables[name]} = tile::copied<{used}, {wide}>({memory}, {count}, {write});")
         return wide
+
+    def seen(self) -> str:
+        """How many keys any row attends to at most: no more are copied, so what a cache does not hold yet costs nothing."""
+        if not self.limits.ends:
+            return wrap(index_text(self.found.key.extent, {}), MULTIPLY)
+        if not self.reached:
+            self.reached = self.names.fresh("seen")
+            sizes = f"{self.size(*self.found.rows)}, {self.size(self.found.key)}"
+            self.line(f"const int64_t {self.reached} = tile::seen({sizes}, {self.callables['bounds']});")
+        return self.reached
 
     # ---- scores and results
 

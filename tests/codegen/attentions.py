@@ -184,6 +184,7 @@ add("a step at positions", stepped, x(3, 4, 1, 32), x(3, 2, 300, 32), x(3, 2, 30
 add("steps at positions", stepped, x(3, 4, 5, 32), x(3, 1, 304, 32), x(3, 1, 304, 32), at)
 add("many steps at positions", stepped, x(3, 4, 40, 32), x(3, 2, 340, 32), x(3, 2, 340, 32), at)
 add("a step in a window", stepped_window, x(3, 4, 1, 32), x(3, 2, 300, 32), x(3, 2, 300, 32), at)
+add("a step, narrow heads", stepped, x(3, 4, 1, 12), x(3, 2, 300, 12), x(3, 2, 300, 20), at)
 add("steps in a window", stepped_window, x(3, 4, 7, 32), x(3, 4, 310, 32), x(3, 4, 310, 32), at)
 FIRST, LAST = limits_of([3, 2, 5, 40])
 add("packed and causal", packed_causal, *(x(2, 50, 16) for _ in range(3)), FIRST, LAST)
