@@ -13,7 +13,7 @@ import torch
 from ..ir.analysis.axes import Along, Axis, How, Label, Places, axis_of
 from ..ir.analysis.axis_resize import ATTRIBUTES
 from ..ir.dims import Dim, dim, same
-from ..ir.errors import TilewrightError
+from ..ir.errors import TilewrightError, TypeInferenceError
 from ..ir.graph import Graph, Node, graph_input, is_scalar, order
 from ..ir.interpret import interpret
 from ..ir.op import Category
@@ -116,6 +116,8 @@ class _Deriver:
         self.options, self.graph, self.notes = options, graph, notes
         self.tokens = tokens_of(graph, options.tokens)
         self.batch, self.length = self.tokens.shape
+        if graph.writes:
+            raise CannotDerive(model=graph.name, reason=f"it writes to its input {graph.writes[0][0].hint}")
         if same(self.batch, 1):
             raise CannotDerive(model=graph.name, reason="a batch of one cannot be told from what broadcasts: capture it for any batch")
         self.twin, self.along, self.rows = _analysed(graph, self.tokens)
@@ -173,6 +175,12 @@ class _Deriver:
         found = self.rows.places.get(self.twin[node], ())
         return next(((d, along) for d, along in enumerate(found) if along is not None), None)
 
+    def _batch_of(self, node: Node) -> tuple[int, Along]:
+        found = self.batch_of(node)
+        if found is None:
+            raise self._error(f"{describe(node)} holds some rows of the batch only", node)
+        return found
+
     def _check(self, node: Node) -> None:
         label = self.along.labels.get(self.twin[node], Label(How.PARALLEL))
         if label.how is How.MIXING:
@@ -192,7 +200,10 @@ class _Deriver:
         if change is None:
             return node.with_inputs(inputs)
         attrs = MappingProxyType({**node.attrs, **change(node, inputs, self._shapes(node))})
-        return replace(node, attrs=attrs).with_inputs(inputs)
+        try:
+            return replace(node, attrs=attrs).with_inputs(inputs)
+        except TypeInferenceError as error:
+            raise self._error(f"{describe(node)} has no form for some of the tokens", node) from error
 
     def _shapes(self, node: Node) -> list[tuple[Dim, ...]]:
         """Of the results, on the tokens of the step."""
@@ -269,17 +280,19 @@ class _Deriver:
 
     def table(self, node: Node, x: Node) -> Node:
         """Rows at the positions of the step, of a value that no input decides and that `node` reads."""
-        batch = self.batch_of(node)
-        assert batch is not None, describe(node)
+        batch = self._batch_of(node)
         target = Target(node.tensor.rank, batch[0])
         if (x, target) not in self.tables:
             self.tables[x, target] = self._rows(node, x, target)
         return self.tables[x, target]
 
     def _rows(self, node: Node, x: Node, target: Target) -> Node:
-        (tokens,) = (d for d, along in enumerate(self.places(x)) if along is not None)
+        places = [(d, along) for d, along in enumerate(self.places(x)) if along is not None]
         try:
-            return rows_at(Table(self.value(x), tokens, self.batch_of(x)), self.at, target, self.maker, x.hint or x.op.name, x.prov)
+            table = Table(self.value(x), *places[0], self.batch_of(x)) if len(places) == 1 else None
+            if table is None:
+                raise Uneven
+            return rows_at(table, self.at, target, self.maker, x.hint or x.op.name, x.prov)
         except Uneven:
             raise self._error(f"{describe(x)}, which {describe(node)} reads, is no table of positions", x) from None
 
@@ -322,8 +335,9 @@ class _Deriver:
 
     def _kept(self, point: Node) -> Node:
         kind, d = KV_FORMATS[self.options.kv], self._token_dim(point)
-        if self.options.kv == "int4" and (point.shape[-1] % 2 or d == point.tensor.rank - 1):
-            raise self._error(f"{describe(point)} has no even number of columns to be kept in 4 bits", point)
+        columns = 1 if d == point.tensor.rank - 1 else point.shape[-1]
+        if self.options.kv == "int4" and columns % 2 or self.options.kv == "int8" and columns == 1:
+            raise self._error(f"{describe(point)} has {columns} columns of a token, which {self.options.kv} does not serve", point)
         parts = kind.encode(self.new[point])
         kept, updated = [], []
         for i, part in enumerate(parts):
@@ -370,8 +384,7 @@ class _Deriver:
 
     def _mask(self, node: Node, given: Node | None) -> Node:
         """Which keys a token of the step may see: those up to its own, and of those what the mask of the model says."""
-        batch = self.batch_of(node)
-        assert batch is not None, describe(node)
+        batch = self._batch_of(node)
         rank, (d, along) = node.tensor.rank, batch
         size, device = self.options.size, self.position.tensor.device
         queries = size if self.options.scattered else 1
@@ -389,17 +402,11 @@ class _Deriver:
         if given in self.dependent:
             raise self._error(f"the mask of {describe(node)} depends on the tokens", node)
         if given in self.on_others or not any(self.places(given)):
-            return _both(keep, self._of_keys(node, given))
+            return _both(keep, self.operand(node, given))
         known = mask_of(self.value(given), self.length)
         if known is None or node.attrs["causal"]:
             return _both(keep, self.table(node, given))
         return keep if known.window is None else OPS["logical_and"](keep, OPS["lt"](OPS["sub"](own, key), known.window))
-
-    def _of_keys(self, node: Node, given: Node) -> Node:
-        """A mask that is the same for all queries."""
-        if given in self.on_others:
-            raise self._error(f"the mask of {describe(node)} is another input along the tokens", node)
-        return given
 
     def matmul(self, node: Node) -> Node:
         """Scores, and sums of values by weights."""

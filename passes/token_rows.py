@@ -21,11 +21,12 @@ from .weights import ConstantMaker
 
 @dataclass(frozen=True)
 class Table:
-    """A value that no input decides, for a batch of two. tokens: the dimension that the tokens are in; batch: that of the batch, and how it
-    is in there, if it is."""
+    """A value that no input decides, for a batch of two. tokens: the dimension that the tokens are in, `along` how; batch: that of the
+    batch, and how it is in there, if it is."""
 
     value: torch.Tensor
     tokens: int
+    along: Along
     batch: tuple[int, Along] | None
 
 
@@ -43,8 +44,12 @@ class Uneven(Exception):
 
 def rows_at(table: Table, at: Node, target: Target, maker: ConstantMaker, hint: str, prov: Provenance) -> Node:
     """The rows `at` [b, n] of the table, as they meet a value. Raises Uneven."""
+    if not table.along.whole or table.along.inner != 1:
+        raise Uneven
     if table.batch is not None and table.batch[0] == table.tokens:
         return _flat_rows(table, at, maker, hint, prov)
+    if table.along.outer != 1:
+        raise Uneven
     value, t, p = _without_batch(table), table.tokens, table.batch and table.batch[0]
     outer, inner = (int(table.batch[1].outer), int(table.batch[1].inner)) if table.batch is not None else (1, 1)
     if p is None:

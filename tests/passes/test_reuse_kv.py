@@ -268,6 +268,28 @@ def test_what_depends_on_other_inputs_only_is_computed_once():
         assert torch.allclose(y[:, 0], expected[:, i], rtol=0, atol=1e-14)
 
 
+NARROW = (
+    "q = reshape(x, shape=[b, 8, 8, 1])", "q1 = permute(q, dims=[0, 2, 1, 3])", "y = attention(q1, q1, q1, causal=true, scale=0.5)", TAIL,
+)  # fmt: skip
+
+
+def test_a_padding_mask_of_keys():
+    """Other inputs may say which keys count, of all there will be."""
+    torch.manual_seed(0)
+    lines = ["keep = reshape(valid, shape=[b, 1, 1, 8])", "y = attention(q1, k1, k1, keep, causal=true, scale=0.5)", TAIL]
+    head = HEAD.replace("tokens: i64[b, 8]", "tokens: i64[b, 8], valid: bool[b, 8]")
+    whole = with_constants(graph(head, QKV, *lines), w=torch.randn(11, 8), p=torch.randn(8, 8))
+    made = ReuseKV(1).derive(whole)
+    tokens, valid = torch.randint(0, 11, (BATCH, LENGTH)), torch.rand(BATCH, LENGTH) > 0.3
+    valid[:, 0] = True
+    (expected,) = interpret(whole, [tokens, valid], torch.float64)
+    assert made.start is not None
+    given, state = interpret(made.start, [valid]), empty_state(made)
+    for i in range(LENGTH):
+        (y,) = interpret(made.step, [tokens[:, i : i + 1], torch.full((BATCH,), i), *given, *state], torch.float64)
+        assert torch.allclose(y[:, 0], expected[:, i], rtol=0, atol=1e-14)
+
+
 def refusal(whole: Graph, **options: object) -> str:
     with pytest.raises(CannotDerive) as error:
         ReuseKV(1, **options).run(whole)  # type: ignore[arg-type]
@@ -290,5 +312,9 @@ def test_refused():
     assert "select z" in refusal(last)
     assert "no input of tokens" in refusal(graph("graph g(x: f32[b, 8]) where b in 1..64 stage canonical {\n return x }"))
     assert "not as 'int3'" in refusal(causal(), kv="int3")
+    assert "which int8 does not serve" in refusal(model(*NARROW), kv="int8") and "int4 does not serve" in refusal(model(*NARROW), kv="int4")
+    writing = causal()
+    writing = replace(writing, writes=((writing.inputs[0], writing.inputs[0]),))
+    assert "it writes to its input tokens" in refusal(writing)
     one = parse(str(causal()).replace("where b in 1..64", "").replace("[b, ", "[1, ").replace("4*b", "4"))
     assert "a batch of one" in refusal(one)
