@@ -96,7 +96,8 @@ AXES = {
     **{(name, "input_ids"): (1, set(), set(), ATTENTION) for name in ("t5", "bart")},
     ("clip", "input_ids"): (1, ATTENTION, set(), {"index", "argmax", "select"}),
     ("mamba", "input_ids"): (1, set(), {"conv", "slice"}, {"select"}),
-    **{(name, "pixel_values"): (2, set(), PIXELS, set()) for name in ("resnet", "convnext", "mobilenet-v2")},
+    **{(name, "pixel_values"): (2, set(), PIXELS, set()) for name in ("resnet", "convnext")},
+    ("mobilenet-v2", "pixel_values"): (2, set(), PIXELS, {"conv"}),  # the last stages have one row
     **{(name, "pixel_values"): (2, set(), {"conv"}, {"cat"}) for name in ("vit", "deit", "clip")},
     ("segformer", "pixel_values"): (2, set(), {"conv"}, ATTENTION | {"reshape"}),
     ("swin", "pixel_values"): (2, set(), PIXELS | {"cat"}, ATTENTION | {"reshape", "cat"}),
