@@ -167,12 +167,14 @@ class _Resizer:
             raise self._error(x, f"it has entries for {self.axis.size} indices")
         self.cut = True
         for (_, d), along in told.items():
-            shape = x.shape
-            split = (*shape[:d], along.outer, self.axis.size, along.inner, *shape[d + 1 :])
-            merged = (*shape[:d], along.extent(self.size), *shape[d + 1 :])
-            whole = x if along.plain else OPS["reshape"](x, shape=split, prov=x.prov)
-            cut = OPS["slice"](whole, dim=d if along.plain else d + 1, start=0, stop=self.size, hint=x.hint, prov=x.prov)
-            x = cut if along.plain else OPS["reshape"](cut, shape=merged, prov=x.prov)
+            if along.order is not None:
+                raise self._error(x, "its rows are in an order that is computed")
+            length, kept = along.length(self.axis.size), along.length(self.size)
+            split = (*x.shape[:d], along.outer, length, along.inner, *x.shape[d + 1 :])
+            merged = (*x.shape[:d], along.extent(self.size), *x.shape[d + 1 :])
+            whole = x if along.single else OPS["reshape"](x, shape=split, prov=x.prov)
+            cut = OPS["slice"](whole, dim=d if along.single else d + 1, start=0, stop=kept, hint=x.hint, prov=x.prov)
+            x = cut if along.single else OPS["reshape"](cut, shape=merged, prov=x.prov)
         return x
 
     def _error(self, node: Node, reason: object) -> CannotResize:

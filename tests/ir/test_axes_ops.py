@@ -28,7 +28,7 @@ def randn(*shape):
 CONSTANTS = {
     "w": randn(8, 8), "table": randn(9, 8), "rows": randn(6, 8), "causal": CAUSAL, "band": BAND, "around": AROUND,
     "low": torch.where(CAUSAL, 0.0, torch.finfo(torch.float32).min),
-    "big": randn(9, 8), "sink": randn(3, 1, 1), "slopes": randn(3, 1, 6), "first": randn(2, 1, 8),
+    "big": randn(9, 8), "coarse": randn(8, 3), "sink": randn(3, 1, 1), "slopes": randn(3, 1, 6), "first": randn(2, 1, 8),
     "kernel": randn(8, 8, 3), "thin": randn(8, 1, 4), "u": randn(8, 2), "state": randn(2, 2),
 }  # fmt: skip
 TURNED = "p = permute(x, dims=[0, 2, 1])"
@@ -303,6 +303,14 @@ def test_a_smaller_graph_is_what_would_have_been_written_for_that_size(lines):
     by_hand = built("x: f32[2, 4, 8]", *lines.split("\n"))
     assert str(by_hand.outputs[0].type) == str(small.outputs[0].type)
     torch.testing.assert_close(interpret(small, [x[:, :4]])[0], interpret(by_hand, [x[:, :4]])[0])
+
+
+def test_a_table_along_a_coarser_axis_is_cut_to_it():
+    graph = built(HEAD, TURNED, "c = max_pool(p, kernel=[2], stride=[2], padding=[0])", "y = mul(c, coarse)")
+    small = resized(graph, axis_of(graph, graph.inputs[0], 1), 4)
+    verify(small)
+    x = runs(graph)[0][0]
+    torch.testing.assert_close(interpret(small, [x[:, :4]])[0], interpret(graph, [x])[0][:, :, :2])
 
 
 @pytest.mark.parametrize("lines", ["y = slice(x, dim=1, start=0, stop=5)", "y = reshape(x, shape=[2, 3, 16])"])
