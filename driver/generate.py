@@ -110,6 +110,8 @@ class Generator:
         chunk: int = CHUNK,
     ) -> None:
         """Raises CannotDerive where the model mixes tokens otherwise than by causal attention, BadOption, and what exporting raises."""
+        if chunk < 1:
+            raise BadOption(option="chunk", reason=f"it is a count of tokens from 1 on, not {chunk}")
         self.stepper: Stepper = model if isinstance(model, Stepper) else _stepper(model, max_length, kv)
         self.prefixes, self.chunk = prefixes, min(chunk, self.stepper.max_length)
         self.statistics, self.last = Statistics(), Statistics()
@@ -308,6 +310,8 @@ def _stepper(model: torch.nn.Module, max_length: int | None, kv: str) -> Stepper
 
     if max_length is None:
         raise BadOption(option="max_length", reason="say how many tokens a text may have: memory is taken for so many")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise BadOption(option="model", reason=f"{type(model).__name__} has an encoder, whose text a Generator is not given; use stepper()")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return stepper(model, torch.zeros(1, max_length, dtype=torch.int64, device=device), kv=kv)
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from small_gpt import LENGTH, SmallGpt, text, train
 
-PROMPTS, PROMPT, SHARED, NEW = 8, 160, 144, 64
+PROMPTS, PROMPT, SHARED, NEW = 4, 160, 144, 64
 """Texts; bytes of a prompt, how many of them all begin with, and how many bytes are written."""
 
 Write = Callable[[list[int]], Iterator[int]]
@@ -71,14 +71,11 @@ def main() -> None:
         "and what the text said before drafted": tilewright.Generator(plain.stepper, speculation=lookup),
         "and beginnings kept": tilewright.Generator(plain.stepper, speculation=lookup, prefixes=store),
     }
-    ways = {"the whole model for every byte": rerun(model)} | {
-        name: lambda prompt, g=g: g.stream(prompt, max_new_tokens=NEW) for name, g in generators.items()
-    }
-    for write in ways.values():  # steps are compiled when they are first needed
+    ways = {name: lambda prompt, g=g: g.stream(prompt, max_new_tokens=NEW) for name, g in generators.items()}
+    for name, write in ways.items():  # steps are compiled when they are first needed
         timed(write, [[1] * SHARED + [end] * (PROMPT - SHARED) for end in (2, 3)])
-    for generator in generators.values():
-        generator.statistics = type(generator.statistics)()
-    results = {name: timed(write, prompts) for name, write in ways.items()}
+        generators[name].statistics = type(plain.statistics)()
+    results = {name: timed(write, prompts) for name, write in {"the whole model for every byte": rerun(model), **ways}.items()}
 
     for prompt, made in zip(prompts[:3], results["and beginnings kept"][0]):
         end, follows = (bytes(part).decode(errors="replace") for part in (prompt[SHARED:], made))

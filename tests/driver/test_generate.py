@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,7 +197,7 @@ def test_greedy_texts_are_those_of_transformers(make: Callable[[], Any], options
 )
 def test_drawn_texts_are_distributed_as_those_of_transformers(options: dict[str, Any]) -> None:
     """Two tokens, drawn so many times by both: how often each pair comes, by the chi-square test of two samples."""
-    model, count = llama(temperature=0.7, top_k=4), 3000
+    model, count = llama(temperature=0.7, top_k=4), 2000
     ids = torch.tensor([[1, 7, 3]])
     options = {"max_new_tokens": 2, "do_sample": True, "num_return_sequences": count, **options}
     torch.manual_seed(0)
@@ -333,3 +334,9 @@ def test_of_a_module_it_is_asked_how_long_a_text_may_be_and_that_tokens_do_not_m
         Generator(Mixing())
     with pytest.raises(CannotDerive, match="mean"):
         Generator(Mixing(), max_length=6)
+    translating = Mixing()
+    translating.config = SimpleNamespace(is_encoder_decoder=True)  # type: ignore[assignment]
+    with pytest.raises(BadOption, match="model: Mixing has an encoder"):
+        Generator(translating, max_length=6)
+    with pytest.raises(BadOption, match="chunk"):
+        Generator(Mixing(), max_length=6, chunk=0)
