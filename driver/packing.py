@@ -81,10 +81,11 @@ def _at_tokens(x: Any, dims: tuple[int, int] | None, present: torch.Tensor) -> A
     """A result with zeros where padding stood."""
     if dims is None or not isinstance(x, torch.Tensor):
         return x
+    batch, tokens = dims
+    there = present.t() if tokens < batch else present.reshape(-1) if tokens == batch else present
     shape = [1] * x.dim()
-    for d, size in zip(dims, present.shape):
-        shape[d] = size
-    there = present if dims[0] < dims[1] else present.t()
+    for d in dims:
+        shape[d] = x.shape[d]
     return torch.where(there.reshape(shape), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 

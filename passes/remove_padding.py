@@ -44,7 +44,8 @@ FIRST, LAST = 0, -1
 
 @dataclass(frozen=True)
 class RemovePadding(Pass):
-    """Tokens that are padding are not computed. The graph takes where packed rows come from as further inputs (`Layout`)."""
+    """Tokens that are padding are not computed. The graph takes where packed rows come from as further inputs (`Layout`), so it is none of
+    the passes that `--passes` lists: `driver.padding` runs it, and computes those inputs."""
 
     name = NAME
 
@@ -58,7 +59,8 @@ class Packed:
     """A graph without padding, and what it takes for granted of its inputs.
 
     mask: which input tells padding. padding: what it holds there. present: positions (FIRST, LAST) at which no sequence has padding.
-    spread: for each output that has zeros where padding stood, its dimensions that are batch and tokens; None for others.
+    spread: for each output that has zeros where padding stood, its dimensions that are batch and tokens, the same one where they are
+    merged; None for others.
     """
 
     graph: Graph

@@ -159,6 +159,31 @@ def test_sentences():
     assert made.unpadded.statistic() == {Way.PACKED.value: len(LENGTHS)}
 
 
+class Flat(Encoder):
+    """Scores of all tokens of all sentences, one after the other."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids, mask).flatten(0, 1).relu()
+
+
+class Turned(Encoder):
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids, mask).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", [Flat, Turned])
+def test_results_of_other_shapes_are_checked(kind):
+    model, mask = kind("bert").eval(), mask_of([24, 5, 9, 1])
+    made = tilewright.optimize(model, (ids_like(mask), mask), tuning_seconds=0, remove_padding=True)
+    assert made.unpadded is not None, made.receipt.refused
+    with torch.no_grad():
+        ours, eager = made(ids_like(mask), mask), model(ids_like(mask), mask)
+    present = (mask if kind is Flat else mask.t()).reshape(-1).bool()
+    assert ours.stride() == eager.stride()
+    torch.testing.assert_close(ours.reshape(-1, 32)[present], eager.reshape(-1, 32)[present], rtol=1e-4, atol=1e-5)
+    assert not ours.reshape(-1, 32)[~present].any()
+
+
 def test_a_token_that_is_read_by_itself():
     model = First("bert").eval()
     made = optimized(model)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from packing import CAUSAL, ENDS, KEEP, assert_equal_on_tokens, encoder, mask_of, packed
+import torch
+from packing import CAUSAL, ENDS, KEEP, assert_equal_on_tokens, encoder, inputs_of, mask_of, packed
 from tilewright.ir.graph import order, topological
+from tilewright.ir.interpret import interpret
 from tilewright.ir.text import parse
 from tilewright.ir.verify import verify
 from tilewright.passes.base import Notes, Reason, Steps
@@ -135,3 +137,26 @@ def test_values_of_sizes_that_vary() -> None:
     graph, found, _ = packed(text)
     assert found is not None
     assert_equal_on_tokens(graph, found, mask_of(ENDS["mixed"]))
+
+
+def test_tokens_and_batch_may_be_one_dimension() -> None:
+    graph, found, _ = packed(encoder("f = reshape(y, shape=[32, 8])", "g = linear(f, w)", result="g"))
+    assert found is not None and found.spread == ((0, 0),)
+    mask = mask_of(ENDS["mixed"])
+    (before,), (after,) = interpret(graph, inputs_of(mask)[:2]), interpret(found.graph, inputs_of(mask))
+    present = mask.reshape(-1) == 1
+    torch.testing.assert_close(after[present], before[present], rtol=1e-5, atol=1e-6)
+    assert not after[~present].any()
+
+
+def test_results_lie_as_they_did() -> None:
+    graph, found, _ = packed(encoder("r = layout(y, strides=[8, 32, 1])", result="r"))
+    assert found is not None and found.spread == ((0, 1),)
+    assert found.graph.outputs[0].op.name == "layout"
+    assert_equal_on_tokens(graph, found, mask_of(ENDS["mixed"]))
+
+
+def test_values_of_each_sequence_are_refused_by_name() -> None:
+    text = encoder("z = add(y, s)  # model.py:8", result="z").replace("mask: i64[4, 8])", "mask: i64[4, 8], s: f32[4, 1, 8])")
+    _, found, notes = packed(text)
+    assert found is None and notes.declined[0].source == "model.py:8" and "of each sequence" in notes.declined[0].value
