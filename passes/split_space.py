@@ -22,8 +22,8 @@ RULE = "split-space"
 class SplitSpace(Pass):
     """Computes the stage at the start of a graph patch by patch; each reads of the image what its part of the result needs.
 
-        c = conv(x, w, padding=1)            x0 = x[0:9];  c0 = conv(pad(x0, 1 above), w)[0:8] ...;  d0 = conv(.., v)    rows 0 .. 7 of d
-        d = conv(c, v, padding=1)    -->     x1 = x[6:16]; c1 = ...;                                 d1 = conv(.., v)    rows 8 .. 15
+        c = conv(x, w, padding=1)            c0 = conv(x[0:10], w, padding 1 before)    d0 = conv(c0, v, padding 1 before)    d[0:8]
+        d = conv(c, v, padding=1)    -->     c1 = conv(x[6:16], w, padding 1 behind)    d1 = conv(c1, v, padding 1 behind)    d[8:16]
         y = mean(d, [2, 3])                  d = cat(d0, d1)
                                              y = mean(d, [2, 3])
 
@@ -49,6 +49,11 @@ class SplitSpace(Pass):
             notes.decline(self.name, f"patches of {graph.name}", Reason.SHAPE_MISMATCH, None, "no convolution of an image starts it")
             return graph
         planner = Planner(graph, stage, self.overhead)
+        if self.limit and planner.exact <= self.limit:
+            notes.decline(
+                self.name, f"patches of {stage.source.hint}", Reason.NO_GAIN, stage.source, f"{_mib(planner.exact)} are within the limit"
+            )
+            return graph
         plan = best_plan(planner, self.limit)
         for node, why in stage.refused.items():
             notes.decline(self.name, describe(node), Reason.WHOLE_IMAGE, node, why)

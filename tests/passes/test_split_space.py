@@ -283,6 +283,12 @@ def test_refused_because_it_gains_nothing():
     assert reason is Reason.NO_GAIN and value.startswith("no patches within 25% more arithmetic take less than")
 
 
+def test_refused_because_the_limit_is_kept():
+    graph, notes = parse(body(WIDE_SIGNATURE, *WIDE)), Notes()
+    assert SplitSpace(limit=peak_bytes(graph)).run(graph, notes) is graph
+    assert [(d.reason, d.value) for d in notes.declined] == [(Reason.NO_GAIN, "576.0 KiB are within the limit")]
+
+
 @pytest.mark.parametrize(
     ("ends", "why"),
     [
