@@ -41,15 +41,17 @@ class Processes:
         return collectives[target] if target in collectives else self.others(target)
 
 
-def together(graphs: Sequence[Graph], inputs: Sequence[Any], patch: pytest.MonkeyPatch) -> list[list[Any]]:
-    """What each of the processes returns."""
+def together(
+    graphs: Sequence[Graph], inputs: Sequence[Any], patch: pytest.MonkeyPatch, dtype: torch.dtype | None = None
+) -> list[list[Any]]:
+    """What each of the processes returns. dtype: as `interpret` has it."""
     processes, found = Processes(len(graphs)), list[list[Any]]([[]] * len(graphs))
     patch.setattr(structure, "resolve", processes.resolve)
 
     def work(rank: int) -> None:
         processes.own.rank = rank
         with torch.no_grad():
-            found[rank] = interpret(graphs[rank], inputs)
+            found[rank] = interpret(graphs[rank], inputs, dtype)
 
     in_threads(work, len(graphs))
     return found
