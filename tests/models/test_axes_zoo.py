@@ -1,6 +1,7 @@
 """The axes of real architectures: every label is judged by numbers, and graphs for fewer tokens compute what they did."""
 
 import dataclasses
+import functools
 import os
 
 import pytest
@@ -59,8 +60,9 @@ class First(torch.nn.Module):
         return next(iter(self.model(**dict(zip(self.names, tensors)), **self.fixed).values()))
 
 
+@functools.cache
 def graph_of(name, shape):
-    """The canonical graph of a model, two sets of inputs, and their names."""
+    """The canonical graph of a model, two sets of inputs, and their names; several tests look at one."""
     model, inputs = MODELS[name]()
     given = inputs(*shape)
     names = [k for k, v in given.items() if torch.is_tensor(v)]
