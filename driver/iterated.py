@@ -7,7 +7,7 @@
 
 A branch - what an attention or an MLP adds - is left out where what it is added to changed by less than `threshold` since the branch was
 computed: sum |h - h'| < threshold * sum |h'|. Then it adds what it added then. Nothing drifts: changes are measured from when a branch was
-computed, not from step to step. With threshold 0 every branch is computed, by the same kernels.
+computed, not from step to step. With threshold 0 it is the model as `optimize` makes it, to the bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..ir.analysis.residuals import Unit
 from ..ir.graph import Graph, Node, order
 from ..passes.base import Notes
 from ..passes.manager import run_passes
-from ..passes.reuse_blocks import Piece, pieces
+from ..passes.reuse_blocks import Piece, added, pieces
 from .calling import CallingConvention
 from .compile import Options, compile_graph
 from .errors import BadOption, CannotOptimize
@@ -49,8 +49,13 @@ def reuse_blocks(
         raise CannotOptimize(path=loaded.name, reason=why)
     with torch.no_grad():
         graph = run_passes(captured.graph, PREPARING, Notes())
-    parts = [_Part(p, compile_graph(p.graph, Options(), Notes(), FINISHING).program) for p in pieces(graph)]
+    parts = [_Part(p, compile_graph(p.graph, Options(), Notes(), FINISHING).program) for p in _pieces(graph, threshold)]
     return Iterated(graph, convention_for(loaded, captured), parts, threshold)
+
+
+def _pieces(graph: Graph, threshold: float) -> list[Piece]:
+    """The whole graph, where everything is computed anyway: pieces take longer than one program."""
+    return pieces(graph) if threshold > 0 else [Piece(graph, graph.inputs, graph.outputs)]
 
 
 def _unfit(graph: Graph) -> str:
@@ -90,15 +95,14 @@ class _Branch:
         self.count = Reuse(unit.name)
 
     def run(self, values: Mapping[Node, Any], threshold: float) -> list[Any]:
-        now = values[self.unit.kept]
+        now, gives = values[self.unit.kept], self.part.piece.gives
         if self.before is not None and changed(now, self.before) < threshold:
             self.count.reused += 1
-            return self.gave
+            total = now + self.gave[gives.index(added(self.unit))]
+            return [total if n is self.unit.result else value for n, value in zip(gives, self.gave, strict=True)]
         self.count.computed += 1
-        gave = self.part.run(values)
-        if threshold > 0:
-            self.before, self.gave = now.clone(), gave  # a copy: the caller may write to what is his, and views show it
-        return gave
+        self.before, self.gave = now.clone(), self.part.run(values)  # a copy: the caller may write to what is his, and views show it
+        return self.gave
 
 
 def changed(now: torch.Tensor, before: torch.Tensor) -> float:
@@ -123,7 +127,7 @@ class Iterated:
 
     @property
     def statistics(self) -> tuple[Reuse, ...]:
-        """For each branch, in order."""
+        """For each branch, in order; none with threshold 0."""
         return tuple(branch.count for branch in self._branches)
 
     @property
@@ -141,7 +145,7 @@ class Iterated:
         for step in self._steps:
             part = step if isinstance(step, _Part) else step.part
             given = step.run(values) if isinstance(step, _Part) else step.run(values, self.threshold)
-            values.update(zip(part.piece.gives, given, strict=True))
+            values.update(zip(part.piece.gives, given))  # an output that is listed twice is one value
         held = {t.untyped_storage().data_ptr() for b in self._branches for t in b.gave if isinstance(t, torch.Tensor)}
         return self.convention.pack([_own(values[n], held) for n in self.graph.outputs])
 

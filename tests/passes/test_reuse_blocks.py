@@ -64,12 +64,13 @@ def test_every_node_is_computed_once() -> None:
 def test_branches_are_pieces_of_their_own() -> None:
     found = pieces(_graph("something around"))
     assert [p.unit.name if p.unit else "" for p in found] == ["", "unit.0", "", "unit.1", ""]
+    assert [p.unit.name for p in pieces(_graph("units in a row")) if p.unit] == ["unit.0", "unit.1"]
     branch = found[1]
-    assert [n.op.name for n in order(branch.graph)] == ["input", "constant", "linear", "relu", "constant", "linear"]
+    assert [n.op.name for n in order(branch.graph)] == ["input", "constant", "linear", "relu", "constant", "linear", "add"]
     assert branch.unit is not None and branch.takes == (branch.unit.kept,)
 
 
 def test_names_of_pieces_differ() -> None:
     graph = replace(_graph("units in a row"), name="model")
     names = [p.graph.name for p in pieces(graph)]
-    assert len(set(names)) == len(names) == 4 and all(n.startswith("model_") for n in names)
+    assert len(set(names)) == len(names) == 2 and all(n.startswith("model_") for n in names)
