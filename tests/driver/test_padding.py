@@ -7,6 +7,7 @@ import copy
 import pytest
 import tilewright
 import torch
+from offline import run, save_program
 from support import NATIVE, in_threads
 from tilewright.driver import measure, packing
 from tilewright.driver.accuracy import check
@@ -230,6 +231,16 @@ def test_an_artifact_keeps_it(tmp_path):
     assert any(a.rule == "remove-padding" for a in loaded.receipt.applied)
 
 
+def test_by_the_command(tmp_path):
+    mask = mask_of([24, 5, 9, 1])
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=512)
+    shapes = {name: {0: batch, 1: length} for name in ("ids", "mask")}
+    program = save_program(tmp_path / "m.pt2", Sentences("bert"), (ids_like(mask), mask), dynamic=shapes)
+    assert run(program, "-o", tmp_path / "m.tw", "--tune", 0, "--remove-padding") == 0
+    assert tilewright.load(tmp_path / "m.tw").unpadded is not None
+    assert run(program, "-o", tmp_path / "m.tw", "--remove-padding", "--target", "sm_90") != 0
+
+
 def test_both_programs_of_an_artifact_are_verified(tmp_path):
     optimized(Encoder("bert").eval()).save(tmp_path / "m.tw")
     for mask, against in ((mask_of([24, 5, 9, 1]), {"its graph", "its graph without padding"}), (holes(mask_of([24] * 4)), {"its graph"})):
@@ -275,11 +286,11 @@ def test_options_that_do_not_go_together(more):
 @pytest.mark.parametrize("freeze", [False, True])
 def test_by_torch_compile(freeze):
     model = Encoder("bert").eval()
-    run = torch.compile(model, backend="tilewright", dynamic=True, options={"remove_padding": True, "freeze": freeze})
+    compiled = torch.compile(model, backend="tilewright", dynamic=True, options={"remove_padding": True, "freeze": freeze})
     count = len(tilewright.padding_counts())
     for mask in (mask_of([24, 5, 9, 1]), mask_of([24, 5, 9, 1], left=True), mask_of([24] * 4), mask_of([7, 12], length=12)):
         with torch.no_grad():
-            ours, eager = run(ids_like(mask), mask), model(ids_like(mask), mask)
+            ours, eager = compiled(ids_like(mask), mask), model(ids_like(mask), mask)
         torch.testing.assert_close(ours[mask.bool()], eager[mask.bool()], rtol=1e-4, atol=1e-5)
     counts = tilewright.padding_counts()[count:]
     assert sum(c.get(Way.PACKED.value, 0) for c in counts) == 3 and sum(c.get(Way.LITTLE.value, 0) for c in counts) == 1
@@ -288,10 +299,10 @@ def test_by_torch_compile(freeze):
 
 def test_training_is_left_alone():
     model = Encoder("bert").train()
-    run = torch.compile(model, backend="tilewright", options={"remove_padding": True})
+    compiled = torch.compile(model, backend="tilewright", options={"remove_padding": True})
     mask = mask_of([24, 5, 9, 1])
     count = len(tilewright.padding_counts())
-    run(ids_like(mask), mask)[mask.bool()].sum().backward()
+    compiled(ids_like(mask), mask)[mask.bool()].sum().backward()
     assert len(tilewright.padding_counts()) == count
     torch._dynamo.reset()
 
