@@ -17,7 +17,7 @@ from tilewright.driver.iterated import Iterated
 from torch import nn
 
 WIDTH, LAYERS, STEPS, IMAGES = 64, 4, 50, 64
-THRESHOLDS = (0.0, 0.03, 0.06, 0.12)
+THRESHOLDS = (0.03, 0.06, 0.12)
 
 
 class Block(nn.Module):
