@@ -32,6 +32,7 @@ from ..ir.graph import Graph, constants
 from ..ir.retarget import retarget
 from ..ir.text import parse
 from ..ir.types import DTYPE_NAMES, DTYPES
+from ..passes.quantize import Plan
 from .calling import CallingConvention
 from .coded import compressed, restored
 from .errors import BadArtifact, CannotWrite, first_line
@@ -77,8 +78,9 @@ class Optimized:
     """An optimized model: call it like the original. `receipt` says what was done to it, `graph` is its IR, `program` runs it.
 
     state: the buffers that the model updates as it runs, by name. unpadded: the program that leaves padding out, where it was asked for
-    (`driver.padding`). code: its binaries, where it was compiled for a target, or loaded with
-    them; what was compiled here for another machine can be saved, and not called.
+    (`driver.padding`). code: its binaries, where it was compiled for a target, or loaded with them; what was compiled here for another
+    machine can be saved, and not called. plan: the formats of its weights, where a budget chose them, for a `Generator` of the same model;
+    an artifact holds the weights themselves.
     """
 
     graph: Graph
@@ -88,6 +90,7 @@ class Optimized:
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     code: Code[Any] | None = None
     unpadded: WithoutPadding | None = None
+    plan: Plan = field(default_factory=Plan)
     _known: set[Any] = field(default_factory=set, repr=False, compare=False)  # kinds of inputs that have been checked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

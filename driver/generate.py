@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from ..ir.analysis.hashing import structural_hash
+from ..passes.quantize import Plan
 from .errors import BadOption
 from .generation_options import TRANSFORMERS_DEFAULTS, Limits, Request, Tokens, request
 from .prefixes import Owner, PrefixStore
@@ -94,6 +95,7 @@ class Statistics:
 class Generator:
     """model: a module from token ids [batch, length] to logits, a causal language model of transformers, or a Stepper, which says the next
     two itself. max_length: tokens of a text, with its prompt. kv: the format of keys and values, one of `passes.kv_formats.KV_FORMATS`.
+    plan: formats of weights, "int4-g64" for all, or what a budget chose for the same model (`optimize(...).plan`).
 
     prefixes: where to keep what was computed for texts; may be shared. speculation: draft what the text said before. chunk: tokens of a
     prompt that one step reads. `statistics` adds up all that was done, `last` holds what the latest call did.
@@ -105,6 +107,7 @@ class Generator:
         max_length: int | None = None,
         *,
         kv: str = "same",
+        plan: Plan | str | None = None,
         prefixes: PrefixStore | None = None,
         speculation: PromptLookup | None = None,
         chunk: int = CHUNK,
@@ -112,7 +115,7 @@ class Generator:
         """Raises CannotDerive where the model mixes tokens otherwise than by causal attention, BadOption, and what exporting raises."""
         if chunk < 1:
             raise BadOption(option="chunk", reason=f"it is a count of tokens from 1 on, not {chunk}")
-        self.stepper: Stepper = model if isinstance(model, Stepper) else _stepper(model, max_length, kv)
+        self.stepper: Stepper = model if isinstance(model, Stepper) else _stepper(model, max_length, kv, plan)
         self.prefixes, self.chunk = prefixes, min(chunk, self.stepper.max_length)
         self.statistics, self.last = Statistics(), Statistics()
         self._name = "" if prefixes is None else _identity(self.stepper)
@@ -305,7 +308,7 @@ class _Batch:
         return tokens, torch.tensor(starts, device=device)
 
 
-def _stepper(model: torch.nn.Module, max_length: int | None, kv: str) -> Stepper:
+def _stepper(model: torch.nn.Module, max_length: int | None, kv: str, plan: Plan | str | None) -> Stepper:
     from .stepping import stepper  # it brings the compiler, which a Stepper of the user's own does without
 
     if max_length is None:
@@ -313,7 +316,7 @@ def _stepper(model: torch.nn.Module, max_length: int | None, kv: str) -> Stepper
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise BadOption(option="model", reason=f"{type(model).__name__} has an encoder, whose text a Generator is not given; use stepper()")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return stepper(model, torch.zeros(1, max_length, dtype=torch.int64, device=device), kv=kv)
+    return stepper(model, torch.zeros(1, max_length, dtype=torch.int64, device=device), kv=kv, plan=plan)
 
 
 def _identity(stepper: Stepper) -> str:

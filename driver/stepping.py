@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from ..passes.base import Notes
 from ..passes.canonicalize import Canonicalize
 from ..passes.last_rows import LastRows
 from ..passes.manager import run_passes
-from ..passes.quantize import Plan, Quantize
+from ..passes.quantize import NO_WEIGHT, Plan, Quantize
 from ..passes.reuse_kv import Derived, ReuseKV, tokens_of
 from .compile import Options, build_program, rewritten
 from .errors import BadInputs
@@ -208,6 +209,11 @@ def stepper(
     notes = Notes()
     with torch.no_grad():
         prepared = run_passes(graph, [*PREPARING, *_formats(plan)], notes)
+    unknown = [d.what for d in notes.declined if d.rule == Quantize.name and d.value == NO_WEIGHT]
+    if unknown:
+        warnings.warn(
+            f"{len(unknown)} weights of the plan are none of {graph.name}'s and stay as they are: {', '.join(unknown)}", stacklevel=2
+        )
     return Stepper(prepared, kv, name, notes)
 
 
@@ -250,4 +256,7 @@ def _captured(model: torch.nn.Module, tokens: torch.Tensor, inputs: Mapping[str,
     examples = {TOKENS: tokens, **inputs}
     two = tuple(x[:1].expand(2, *x.shape[1:]).contiguous() for x in examples.values())  # of one, torch would take the batch for fixed
     example = Example(two, {}, {k: {0: ALL_BATCHES} for k in examples})
-    return captured_of(export_module(type(model).__name__.lower(), _logits(model, argument, tuple(inputs), options), example)).graph
+    graph = captured_of(export_module(type(model).__name__.lower(), _logits(model, argument, tuple(inputs), options), example)).graph
+    for data in constants(graph).values():
+        data.name = data.name.removeprefix("model.")  # as the module names them, which a plan does too
+    return graph

@@ -25,7 +25,7 @@ from ..ir.graph import Graph
 from ..ir.interpret import interpret
 from ..passes.base import Notes
 from ..passes.layers import layers
-from ..passes.quantize import Quantize
+from ..passes.quantize import Plan, Quantize
 from ..passes.scale_channels import ScaleChannels
 from ..search.allocate import Allocation, Infeasible, allocate
 from ..search.channels import channel_scales, tried
@@ -379,6 +379,11 @@ class _Within:
             return f"{1e3 * (value + self.exact_seconds - self._exact('time')):.3g} ms"
         return f"{cost} {value:.3g}"
 
+    def plan(self, allocation: Allocation) -> Plan:
+        """The formats of the model as it was captured; what layers read is not known of it where channels have been scaled."""
+        scaled = any(applied.rule == ScaleChannels.name for applied in self.notes.applied)
+        return plan_of(self.choices, allocation, {} if scaled else self.sensitivity.grams)
+
     def spent(self, tried: _Tried | None, allocation: Allocation) -> Spent:
         limits = {name: value for name, value in self._user_limits().items() if value is not None}
         return Spent(
@@ -433,4 +438,4 @@ def optimize_within(
         tried, allocation = search.run()
     with nullcontext() if place.measured else stage("building kernels"):
         made = tried.made.finished() if tried is not None else place.exact()
-    return replace(made, receipt=replace(made.receipt, spent=search.spent(tried, allocation)))
+    return replace(made, receipt=replace(made.receipt, spent=search.spent(tried, allocation)), plan=search.plan(allocation))

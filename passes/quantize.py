@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from ..ir.errors import TilewrightError
-from ..ir.graph import Graph, Node
+from ..ir.graph import Graph, Node, constants
 from ..ir.ops import OPS
 from ..ir.reasons import Reason
 from ..ir.rewrite import rewrite
@@ -18,6 +18,8 @@ from .base import Exactness, Notes, Pass
 from .formats import FORMATS, Encode, Format, Tensors, columns
 from .layers import Layer, layers
 from .weights import ConstantMaker
+
+NO_WEIGHT = "there is no such weight"
 
 
 class PlanError(TilewrightError):
@@ -48,6 +50,11 @@ class Plan:
             entries.append((name, kind))
         return Plan(tuple(entries))
 
+    def unknown(self, graph: Graph) -> list[str]:
+        """The names that none of the graph's weights has."""
+        there = {"*", *constants(graph)}
+        return [name for name, _ in self.entries if name not in there]
+
     def format_of(self, layer: Layer) -> Format | None:
         formats = dict(self.entries)
         name = formats.get(layer.name, formats.get("*"))
@@ -77,9 +84,10 @@ class Quantize(Pass):
     def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
         notes = notes if notes is not None else Notes()
         chosen: list[Encoded] = []
-        for layer in layers(
-            graph, lambda node, reason, value: notes.decline(self.name, f"{node.op.name} {node.hint}", reason, node, value)
-        ):
+        found = layers(graph, lambda node, reason, value: notes.decline(self.name, f"{node.op.name} {node.hint}", reason, node, value))
+        for name in self.plan.unknown(graph):
+            notes.decline(self.name, name, Reason.SHAPE_MISMATCH, value=NO_WEIGHT)
+        for layer in found:
             kind = self.plan.format_of(layer)
             if kind is None:
                 continue

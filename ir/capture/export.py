@@ -109,8 +109,9 @@ def _make_equal(program: ExportedProgram, sizes: Mapping[str, Mapping[int, str]]
     first: dict[str, Any] = {}
     for name, dims in sizes.items():
         value = values.get(name)
-        for d, size in dims.items() if isinstance(value, torch.Tensor) else ():
-            if not value.shape[d] == first.setdefault(size, value.shape[d]):
+        shape: Sequence[Any] = value.shape if isinstance(value, torch.Tensor) else ()
+        for d, size in dims.items() if len(shape) else ():
+            if not shape[d] == first.setdefault(size, shape[d]):
                 raise CaptureError(reason=f"two sizes are called {size}, and differ in the example")
 
 

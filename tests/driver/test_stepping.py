@@ -125,3 +125,16 @@ def test_logits_of_last_tokens(steps):
         torch.testing.assert_close(logits, expected[torch.arange(3), at], rtol=1e-5, atol=1e-6)
         for mine, its in zip(ours.tensors, theirs.tensors):
             assert torch.equal(mine, its)
+
+
+def test_the_formats_that_a_budget_chose_are_those_of_the_steps():
+    import tilewright
+
+    budget = tilewright.Budget(max_error=0.5, memory="80%", formats=("int8",), calibration=[(TEXT,)])
+    small = tilewright.optimize(MODEL, (TEXT,), tuning_seconds=0, budget=budget)
+    steps = stepper(MODEL, TEXT, plan=small.plan)
+    assert small.plan.entries and not [d for d in steps.notes.declined if d.rule == "quantize" and "no such" in d.value]
+    logits = steps.step(TEXT, torch.zeros(3, dtype=torch.int64), steps.state(3))
+    torch.testing.assert_close(logits, small(TEXT), rtol=1e-4, atol=1e-4)
+    with pytest.warns(UserWarning, match="1 weights of the plan are none of tiny's .*: other.weight"):
+        stepper(MODEL, TEXT, plan="other.weight:int8 head.weight:int8")
