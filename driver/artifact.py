@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +32,6 @@ from ..ir.graph import Graph, constants
 from ..ir.retarget import retarget
 from ..ir.text import parse
 from ..ir.types import DTYPE_NAMES, DTYPES
-from ..passes.quantize import Plan
 from .calling import CallingConvention
 from .coded import compressed, restored
 from .errors import BadArtifact, CannotWrite, first_line
@@ -51,6 +50,9 @@ from .native_code import (
 from .padding import WithoutPadding
 from .receipt import Receipt
 from .trust import unsafe_in_graph
+
+if TYPE_CHECKING:
+    from ..passes.quantize import Plan  # loading a model takes no part of the compiler
 
 FORMAT = 1
 MEMBERS = ("graph", "receipt", "kernels")
@@ -90,7 +92,7 @@ class Optimized:
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     code: Code[Any] | None = None
     unpadded: WithoutPadding | None = None
-    plan: Plan = field(default_factory=Plan)
+    plan: Plan | None = None
     _known: set[Any] = field(default_factory=set, repr=False, compare=False)  # kinds of inputs that have been checked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

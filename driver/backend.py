@@ -17,7 +17,8 @@ from ..passes.base import Notes, Reason
 from .compile import Compiled, Options, compile_graph
 from .errors import BadOption
 from .freeze import declined, freeze
-from .padding import compile_packed, plan_without_padding, recorded
+from .packed import compile_packed, plan_without_padding
+from .padding import recorded
 from .receipt import failed_receipt, record
 from .replay import device_to_record, replayed
 

@@ -19,7 +19,8 @@ from .compile import Options
 from .errors import CannotOptimize
 from .loading import Model
 from .measure import flat_example
-from .padding import WithoutPadding, compile_packed, layout_of, plan_without_padding
+from .packed import compile_packed, plan_without_padding
+from .padding import WithoutPadding, layout_of
 from .receipt import Trial, make_receipt
 
 MEASURE_SECONDS = 1.0

@@ -13,19 +13,15 @@ import enum
 import functools
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..codegen.program import Program
-from ..ir.graph import Graph, constants
-from ..passes.base import Notes
-from ..passes.canonicalize import Canonicalize
-from ..passes.remove_padding import FIRST, LAST, Packed, without_padding
-from .compile import Options, build_program, rewritten
-from .pipeline import FINISHING, PREPARING
+from ..ir.graph import Graph
+from ..passes.remove_padding import FIRST, LAST, Packed
 
 PAYS_BELOW = 0.9
 """Share of tokens that are no padding, below which packing is thought to gain where nothing was measured: packing and unpacking cost about
@@ -121,31 +117,6 @@ class WithoutPadding:
         if not 0 <= plan.mask < len(graph.inputs) - LAYOUT or plan.padding not in (0, 1) or not plan.present <= {FIRST, LAST}:
             raise ValueError("what it says of padding fits no graph")
         return WithoutPadding(plan, program, float(data["below"]))
-
-
-def plan_without_padding(graph: Graph, options: Options, notes: Notes) -> Packed | None:
-    """A captured graph over packed rows; None where it has no such form, with the reason in the notes."""
-    return without_padding(rewritten(graph, replace(options, dump=None), PREPARING, Notes(), {}), notes)
-
-
-def compile_packed(plan: Packed, options: Options, beside: Graph) -> WithoutPadding:
-    """A planned graph, compiled. beside: the padded graph after its passes, whose constants it shares."""
-    fused = rewritten(plan.graph, replace(options, dump=None), (Canonicalize(), *FINISHING), Notes(), {})
-    share_constants(fused, beside)
-    return WithoutPadding(replace(plan, graph=fused), build_program(fused))
-
-
-def share_constants(graph: Graph, other: Graph) -> None:
-    """Constants of the same name that are equal become one memory; where they differ, ours get a name of their own."""
-    theirs = constants(other)
-    for name, data in constants(graph).items():
-        ours, their = data.value, theirs[name].value if name in theirs else None
-        if ours is None or their is None or ours is their:
-            continue
-        if ours.dtype == their.dtype and ours.stride() == their.stride() and torch.equal(ours, their):
-            ours.data = their
-        else:
-            data.name = f"{name}.rows"
 
 
 _COMPILED: deque[WithoutPadding] = deque(maxlen=4096)
