@@ -193,9 +193,9 @@ def stepper(
     """The steps of a model tokens -> logits.
 
     model: a module (of `transformers`, too), or what was captured of one for any batch. tokens: an example [b, S]; S is the longest text.
-    kv: the format of keys and values. plan: formats of weights, "int4-g64" for all of them or as `Plan.parse` reads it. inputs: examples of
-    the module's other inputs, by name; a state then depends on them. name: the argument that the tokens are, where it is not the first, or
-    `decoder_input_ids`.
+    kv: the format of keys and values. plan: formats of weights, "int4-g64" for all of them or as `Plan.parse` reads it; of
+    "-bf16" ones the weights, as inputs of a step are not rounded. inputs: examples of the module's other inputs, by name; a state then
+    depends on them. name: the argument that the tokens are, where it is not the first, or `decoder_input_ids`.
 
     Raises CannotDerive where tokens mix, and what exporting raises.
     """
@@ -222,7 +222,7 @@ def _formats(plan: Plan | str | None) -> list[Quantize]:
         return []
     if isinstance(plan, str):
         plan = Plan.parse(plan if ":" in plan else f"*:{plan}")
-    return [Quantize(plan)]
+    return [Quantize(plan.with_plain_inputs())]
 
 
 TOKENS = "tokens"

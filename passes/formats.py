@@ -37,6 +37,7 @@ class Format:
     weight(parts, dtype): the matrix that the parts stand for, as a node; it may have columns behind the last. Instead, for what is not
     a matrix, linear(x, parts): the product with it. readers: the ops that may read the layer. bits: of an input of the products.
     inputs: what products round their other operand to, and compute in. scale(parts): [n, 1] by which their results are multiplied.
+    plain: the name of the format with the same weights that leaves inputs as they are.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Format:
     bits: int = 32
     inputs: torch.dtype | None = None
     scale: Callable[[Parts], Node] | None = None
+    plain: str = ""
 
 
 # -- narrower floats
@@ -141,7 +143,9 @@ def _in_bf16(base: Format) -> Format:
 
     scale = (lambda parts: parts["scale"]) if whole_rows else None
     readers = ANY - {"embedding"}
-    return replace(base, name=f"{base.name}-bf16", weight=weight, readers=readers, bits=16, inputs=torch.bfloat16, scale=scale)
+    return replace(
+        base, name=f"{base.name}-bf16", weight=weight, readers=readers, bits=16, inputs=torch.bfloat16, scale=scale, plain=base.name
+    )
 
 
 # -- SplitQuant

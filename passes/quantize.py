@@ -55,6 +55,10 @@ class Plan:
         there = {"*", *constants(graph)}
         return [name for name, _ in self.entries if name not in there]
 
+    def with_plain_inputs(self) -> Plan:
+        """The same weights, but inputs that products would round to bfloat16 stay as they are: for a row or two that gains nothing."""
+        return Plan(tuple((name, FORMATS[kind].plain or kind) for name, kind in self.entries), self.grams)
+
     def format_of(self, layer: Layer) -> Format | None:
         formats = dict(self.entries)
         name = formats.get(layer.name, formats.get("*"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tilewright.driver.errors import BadInputs
 from tilewright.driver.stepping import OutOfPlace, Stepper, size_class, stepper
+from tilewright.ir.graph import order
 from torch import nn
 from torch.nn import functional as F
 
@@ -138,3 +139,11 @@ def test_the_formats_that_a_budget_chose_are_those_of_the_steps():
     torch.testing.assert_close(logits, small(TEXT), rtol=1e-4, atol=1e-4)
     with pytest.warns(UserWarning, match="1 weights of the plan are none of tiny's .*: other.weight"):
         stepper(MODEL, TEXT, plan="other.weight:int8 head.weight:int8")
+
+
+def test_inputs_of_steps_are_not_rounded():
+    """Matrix units want many rows; a step has one."""
+    rounded, plain = (stepper(MODEL, TEXT, plan=plan) for plan in ("int8-bf16", "int8"))
+    assert not [n for n in order(rounded.graph) if n.op.name == "cast" and n.dtype == torch.bfloat16]
+    first, second = (s.step(TEXT, torch.zeros(3, dtype=torch.int64), s.state(3)) for s in (rounded, plain))
+    assert torch.equal(first, second)
