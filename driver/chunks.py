@@ -22,14 +22,11 @@ from ..passes.blend_kv import Blending, blending
 from ..passes.reuse_kv import CannotDerive
 from .budget import quantity
 from .errors import BadOption
-from .stepping import OutOfPlace, State, Step, Stepper
+from .stepping import OutOfPlace, State, Step, Stepper, size_class
 
 Tokens = Sequence[int] | torch.Tensor
 RATIOS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 """Shares of the tokens that `ratio_within` tries."""
-
-GRAIN = 64
-"""Sizes of programs are multiples of it, or powers of two below: few programs, and little that is computed in vain."""
 
 
 @dataclass
@@ -94,7 +91,7 @@ class ChunkStore:
         self._chunks: OrderedDict[tuple[int, ...], list[torch.Tensor | _Factors]] = OrderedDict()
         if stepper.state(1).given:
             raise CannotDerive(model=stepper.graph.name, reason="what it computes of other inputs is not part of a chunk")
-        self._graphs(GRAIN)
+        self._graphs(1)
 
     def prefill(self, chunks: Sequence[Tokens], question: Tokens, ratio: float | None = None) -> Read:
         """Chunks one after the other and a question behind them, which is always computed. Raises OutOfPlace where they are too long."""
@@ -132,7 +129,8 @@ class ChunkStore:
             return torch.arange(len(context))
         everywhere = torch.arange(len(context))
         known = [self._raw(text) for text in texts]
-        size, graphs = size_of(len(context)), self._graphs(size_of(len(context))).graphs
+        size = self._size(len(context))
+        graphs = self._graphs(size).graphs
         raw = [_padded(torch.cat(parts, d), d, size) for d, parts in zip(graphs.dims, zip(*known))]
         self._program(size, "encode").program.run([_row(everywhere, size), *raw, *state.tensors])
         count = math.ceil(ratio * len(context))
@@ -151,15 +149,15 @@ class ChunkStore:
         found = self._chunks.get(name)
         if found is None:
             self.counts.misses += 1
-            made = self._computed(text)
-            self._keep(name, made)
-            return [x.whole() if isinstance(x, _Factors) else x for x in made]
-        self.counts.hits += 1
-        self._chunks.move_to_end(name)
+            found = self._computed(text)
+            self._keep(name, found)
+        else:
+            self.counts.hits += 1
+            self._chunks.move_to_end(name)
         return [x.whole() if isinstance(x, _Factors) else x for x in found]
 
     def _computed(self, text: torch.Tensor) -> list[torch.Tensor | _Factors]:
-        graphs, state = self._graphs(size_of(len(text))).graphs, self.stepper.state(1)
+        graphs, state = self._graphs(self._size(len(text))).graphs, self.stepper.state(1)
         found = self._run_all("read", text, torch.arange(len(text)), state)
         exact = [x.narrow(d, 0, len(text)).clone() for x, d in zip(found, graphs.dims)]
         return [self._factored(x) if is_key and x.dim() == 4 and d == 2 else x for x, d, is_key in zip(exact, graphs.dims, graphs.keys)]
@@ -190,8 +188,11 @@ class ChunkStore:
 
     def _run_all(self, what: str, tokens: torch.Tensor, places: torch.Tensor, state: State) -> list[torch.Tensor]:
         """Results for tokens [n] at ascending places [n]. What fills up the size of the program repeats the last token at its place."""
-        size = size_of(len(tokens))
+        size = self._size(len(tokens))
         return self._program(size, what).program.run([_row(tokens, size), _row(places, size), *state.tensors])
+
+    def _size(self, count: int) -> int:
+        return size_class(count, self.stepper.max_length)
 
     def _graphs(self, size: int) -> _Programs:
         if size not in self._sizes:
@@ -203,11 +204,6 @@ class ChunkStore:
         if what not in known.made:
             known.made[what] = self.stepper.compiled(getattr(known.graphs, what), 1)
         return known.made[what]
-
-
-def size_of(count: int) -> int:
-    """The size of the program for so many tokens."""
-    return 1 << (count - 1).bit_length() if count <= GRAIN else -(-count // GRAIN) * GRAIN
 
 
 def _row(values: torch.Tensor, size: int) -> torch.Tensor:

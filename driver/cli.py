@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from ..ir.errors import TilewrightError
 from .errors import CannotWrite
 from .tuning import app as tuning
+
+if TYPE_CHECKING:
+    from .receipt import Receipt
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Optimization with a receipt.")
 app.add_typer(tuning, name="tuning")
@@ -117,19 +120,23 @@ def optimize(
         optimized = optimize_model(read, passes, stage, tune, target, budget, remove_padding, activations)
         with stage(f"writing {artifact}, with code for {levels}" if stored and not target else f"writing {artifact}"):
             optimized.save(artifact, stored, compress)
-    if json:
-        from .artifact import replacing
-
-        with replacing(json) as temporary:
-            Path(temporary).write_text(optimized.receipt.to_json())
-    if report:
-        from .report.page import write
-
-        write(optimized.receipt, report)
+    _write_receipt(optimized.receipt, json, report)
     optimized.receipt.render(console)
     where, trust = (f" on a machine with {target}", ", trust_code=True") if target else ("", "")
     size = artifact.stat().st_size / 1e6
     console.print(f"\nwrote [bold]{artifact}[/bold] ({size:.1f} MB); run it{where} with tilewright.load({str(artifact)!r}{trust})")
+
+
+def _write_receipt(receipt: Receipt, json: Path | None, report: Path | None) -> None:
+    if json:
+        from .artifact import replacing
+
+        with replacing(json) as temporary:
+            Path(temporary).write_text(receipt.to_json())
+    if report:
+        from .report.page import write
+
+        write(receipt, report)
 
 
 @app.command()

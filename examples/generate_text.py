@@ -6,16 +6,14 @@ python examples/generate_text.py [--seconds 90]
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
 
 import tilewright
 import torch
-from rich.console import Console
 from rich.table import Table
-from small_gpt import LENGTH, SmallGpt, text, train
+from small_gpt import LENGTH, SmallGpt, trained
 
 PROMPTS, PROMPT, SHARED, NEW = 4, 160, 144, 64
 """Texts; bytes of a prompt, how many of them all begin with, and how many bytes are written."""
@@ -51,17 +49,9 @@ def timed(write: Write, prompts: list[list[int]]) -> tuple[list[bytes], float, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=90, help="for training")
-    seconds = parser.parse_args().seconds
-    console = Console()
     torch.manual_seed(0)
-    learned, judged = text()
     model = SmallGpt()
-    console.print(f"training {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters for {seconds:.0f} s")
-    train(model, learned, seconds, console)
-    model.eval()
-
+    _, judged, console = trained(model, __doc__, 90)
     starts = torch.randint(SHARED, len(judged) - PROMPT, (PROMPTS,)).tolist()
     prompts = [[*judged[:SHARED].tolist(), *judged[s : s + PROMPT - SHARED].tolist()] for s in starts]
     plain = tilewright.Generator(model, max_length=LENGTH)

@@ -6,16 +6,14 @@ python examples/rag_chunks.py [--seconds 90]
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
 import tilewright
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
-from small_gpt import HEADS, LENGTH, WIDTH, SmallGpt, text, train
+from small_gpt import HEADS, LENGTH, WIDTH, SmallGpt, trained
 
 PIECES, PIECE, QUESTION, TEXTS = 8, 56, 24, 12
 """Pieces that there are, bytes of one, bytes of the question behind them; texts of four pieces each."""
@@ -44,16 +42,10 @@ def texts_of(data: torch.Tensor) -> list[tuple[list[torch.Tensor], torch.Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=90, help="for training")
-    seconds = parser.parse_args().seconds
-    console = Console()
     torch.manual_seed(0)
-    learned, judged = text()
     model = RotaryGpt()
-    console.print(f"training {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters for {seconds:.0f} s")
-    train(model, learned, seconds, console)
-    steps = tilewright.Generator(model.eval(), max_length=LENGTH).stepper
+    _, judged, console = trained(model, __doc__, 90)
+    steps = tilewright.Generator(model, max_length=LENGTH).stepper
 
     texts = texts_of(judged)
     store = tilewright.ChunkStore(steps)

@@ -109,6 +109,19 @@ def train(model: SmallGpt, data: torch.Tensor, seconds: float, console: Console)
             console.print(f"  {elapsed:4.0f} s  step {step}  loss {loss.item():.3f}", highlight=False)
 
 
+def trained(model: SmallGpt, description: str | None, seconds: float) -> tuple[torch.Tensor, torch.Tensor, Console]:
+    """Trains the model for `--seconds` of the command line: the text it learned from, the text to judge it by, and where to print."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seconds", type=float, default=seconds, help="for training")
+    seconds = parser.parse_args().seconds
+    console = Console()
+    learned, judged = text()
+    console.print(f"training {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters for {seconds:.0f} s")
+    train(model, learned, seconds, console)
+    model.eval()
+    return learned, judged, console
+
+
 def loss_on(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[Callable[..., torch.Tensor]], float]:
     """A loss as a budget takes it: nats per byte, so that exp of it is the perplexity."""
 
@@ -134,17 +147,9 @@ def bytes_per_second(step: Next, count: int = 200) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=120, help="for training")
-    seconds = parser.parse_args().seconds
-    console = Console()
     torch.manual_seed(0)
-    learned, judged = text()
     model = SmallGpt()
-    console.print(f"training {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters for {seconds:.0f} s")
-    train(model, learned, seconds, console)
-    model.eval()
-
+    learned, judged, console = trained(model, __doc__, 120)
     starts = torch.arange(0, len(judged) - LENGTH - 1, LENGTH).split(16)
     batches = [windows(judged, s) for s in starts if len(s) == 16][:6]
     loss = loss_on(batches)

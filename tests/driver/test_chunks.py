@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from tilewright.driver.chunks import ChunkStore, size_of  # noqa: E402
+from tilewright.driver.chunks import ChunkStore  # noqa: E402
 from tilewright.driver.errors import BadOption  # noqa: E402
 from tilewright.driver.stepping import OutOfPlace, stepper  # noqa: E402
 from tilewright.passes.blend_kv import CannotBlend  # noqa: E402
@@ -187,7 +187,3 @@ def test_texts_that_cannot_be(llama) -> None:
         store.prefill([torch.arange(60), torch.arange(25)], torch.arange(5))
     with pytest.raises(BadOption, match="question: it has no tokens"):
         store.prefill([torch.arange(3)], [])
-
-
-def test_sizes_of_programs() -> None:
-    assert [size_of(n) for n in (1, 3, 33, 64, 65, 128, 170)] == [1, 4, 64, 64, 128, 128, 192]
