@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 
 from ..ir.capture import CapturedModule
 from ..ir.interpret import interpret
-from ..search.tuner import Verdict, fastest
+from ..search.repeated import from_the_start, updated
+from ..search.tuner import Run, Verdict, fastest
 from .accuracy import ErrorCheck, check
 from .artifact import Optimized
 from .calling import CallingConvention, convention_of
 from .errors import CannotOptimize, ModelFails
-from .inputs import copied
+from .inputs import Example, copied
 from .loading import Model, with_own_buffers
 from .receipt import Speed
 
@@ -53,12 +54,20 @@ def flattened(convention: CallingConvention, captured: CapturedModule, args: Seq
 
 def timed(model: Model, **candidates: Optimized) -> Verdict:
     """Calls of eager and of the candidates on the example, in turn."""
-    args, kwargs = model.example.args, model.example.kwargs
-    runs: dict[str, Callable[..., Any]] = {name: made.with_own_state() for name, made in candidates.items()}
-    runs["eager"] = model.module
+    buffers = dict(model.module.named_buffers())
+    made = {name: candidate.with_own_state() for name, candidate in candidates.items()}
+    ours = made["ours"]
+    calls = {name: _repeated(each, ours, model.example, each.state) for name, each in made.items()}
+    calls["eager"] = _repeated(model.module, ours, model.example, {name: buffers.get(name) for name in ours.convention.state})
     with torch.no_grad():
-        calls = {name: functools.partial(run, *args, **kwargs) for name, run in runs.items()}
         return fastest(calls, "ours", MEASURE_SECONDS, MEASURE_ROUNDS, hopeless=math.inf)
+
+
+def _repeated(run: Callable[..., Any], like: Optimized, example: Example, state: Mapping[str, Any]) -> Run:
+    """Calls on the example of what is called, and updates its arguments and state, as the optimized model does."""
+    args, kwargs = example.args, dict(example.kwargs)
+    inputs = [*like.convention.bind(args, kwargs), *(state[name] for name in like.convention.state)]
+    return from_the_start(functools.partial(run, *args, **kwargs), updated(like.graph, inputs))
 
 
 def with_speed(optimized: Optimized, verdict: Verdict, name: str) -> Optimized:

@@ -32,6 +32,7 @@ from ..passes.pack_weights import PackWeights
 from ..search.bench import Searched, bench_of
 from ..search.database import Database, Key
 from ..search.providers import VENDOR, Provided, providers
+from ..search.repeated import from_the_start, updated
 from ..search.tuner import LEAST_ROUNDS, Run, Verdict, remembered
 from .compile import Compiled, Options, compile_graph, rewritten
 from .memory import constant_bytes, return_free_memory
@@ -194,15 +195,14 @@ def _shape(node: Node, value: Any) -> str:
 
 
 def _run(compiled: Compiled, inputs: Sequence[Any]) -> Run:
-    run = compiled.program.run
-    if not any(isinstance(v, torch.Tensor) and v.is_cuda for v in inputs):
-        return lambda: run(list(inputs))
+    on_gpu = any(isinstance(v, torch.Tensor) and v.is_cuda for v in inputs)
 
-    def synchronised() -> None:
-        run(list(inputs))
-        torch.cuda.synchronize()
+    def call() -> None:
+        compiled.program.run(list(inputs))
+        if on_gpu:
+            torch.cuda.synchronize()
 
-    return synchronised
+    return from_the_start(call, updated(compiled.graph, inputs))
 
 
 def _trial(what: str, verdict: Verdict) -> Trial:

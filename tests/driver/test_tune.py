@@ -225,6 +225,46 @@ def test_optimize_leaves_buffers_as_they_were():
     torch.testing.assert_close(made(torch.ones(4)), torch.ones(4).exp() * 2)
 
 
+class Cache(torch.nn.Module):
+    """Remembers 4 tokens, the place of the next one in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(2, 4, 8))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x):
+        self.kept.index_copy_(1, self.count.clone(), x)
+        self.count.add_(1)
+        return self.kept.sum(1).exp()
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_a_cache_is_not_filled_by_measuring(seconds):
+    """Each timed call is a first one: eager, ours, and ours without one of the rewrites."""
+    made = tilewright.optimize(Cache(), (torch.full((2, 1, 8), 0.1),), tuning_seconds=seconds)
+    assert not any("compare" in t.note or "internal" in t.note for t in made.receipt.trials)
+    for i in range(4):
+        torch.testing.assert_close(made(torch.full((2, 1, 8), 0.1)), torch.full((2, 8), 0.1 * (i + 1)).exp())
+    with pytest.raises(IndexError):
+        made(torch.ones(2, 1, 8))
+
+
+def test_a_cache_among_the_arguments_is_not_filled_by_measuring():
+    class Step(torch.nn.Module):
+        def forward(self, x, kept, count):
+            kept.index_copy_(1, count.clone(), x)
+            count.add_(1)
+            return kept.sum(1).exp()
+
+    given = torch.full((2, 1, 8), 0.1), torch.zeros(2, 4, 8), torch.zeros(1, dtype=torch.long)
+    made = tilewright.optimize(Step(), given, tuning_seconds=0.5)
+    kept, count = torch.zeros(2, 4, 8), torch.zeros(1, dtype=torch.long)
+    for i in range(4):
+        torch.testing.assert_close(made(given[0], kept, count), torch.full((2, 8), 0.1 * (i + 1)).exp())
+
+
 def new_receipts(run):
     start = len(tilewright.receipts())
     result = run()
