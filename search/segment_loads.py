@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
+from ..ir.analysis.footprint import held_bytes
 from ..ir.analysis.hashing import structural_hash
 from ..ir.analysis.segments import Segments
 from ..ir.dims import Dim, hint
@@ -36,35 +37,13 @@ def load_of(found: Segments, seconds: Callable[[Sequence[Graph]], list[float]], 
     """What the segments take. seconds: `measured` or `by_rates`, of each. sent: bytes of a value that crosses."""
     parts = [part.graph for part in split(found, range(len(found.cuts)))]
     weights = [{n.attrs["data"].name: _nbytes(part, n.tensor) for n in order(part) if n.op.name == "constant"} for part in parts]
-    values = [held_at_once(part) for part in parts]
+    values = [held_bytes(part) for part in parts]
     crossing = [sum(hint(sent(n), found.graph.symbols) for n in cut.crosses) for cut in found.cuts]
     return Load(seconds(parts), weights, values, crossing)
 
 
 def _nbytes(graph: Graph, kind: Any) -> int:
     return hint(kind.nbytes, graph.symbols) if isinstance(kind, TensorType) else 0
-
-
-def held_at_once(graph: Graph) -> int:
-    """The most bytes that values other than constants hold at a time, with a kernel for each op; inputs and outputs are held all along."""
-    under = {n: n.inputs[0] for n in order(graph) if n.op.category is Category.VIEW}
-    nodes = [n for n in order(graph) if n.op.category not in (Category.CONSTANT, Category.VIEW)]
-    last = {_owner(operand, under): node for node in nodes for operand in node.inputs}
-    kept = {_owner(n, under) for n in (*graph.inputs, *graph.roots)}
-    live = most = sum(_nbytes(graph, n.type) for n in kept)
-    for node in nodes:
-        live += 0 if node in kept else _nbytes(graph, node.type)
-        most = max(most, live)
-        dying = {_owner(i, under) for i in node.inputs} - kept
-        live -= sum(_nbytes(graph, n.type) for n in dying if last[n] is node and n.op.category is not Category.CONSTANT)
-    return most
-
-
-def _owner(node: Node, under: Mapping[Node, Node]) -> Node:
-    """The value whose memory a view shows."""
-    while node in under:
-        node = under[node]
-    return node
 
 
 def measured(graphs: Sequence[Graph], compiled: Compile, database: Database, progress: Progress = lambda done, total: None) -> list[float]:

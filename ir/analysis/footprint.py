@@ -3,7 +3,8 @@
     c = conv(x, w)       one kernel, of which a alone is in memory
     a = add(c, s)
 
-`plan-memory` says what it comes to; this tells plans apart before there are any kernels. Values that are returned are not counted.
+`plan-memory` says what it comes to; this tells plans apart before there are any kernels. Values that are returned are not counted, unless
+by `held_bytes`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Footprint:
         self.position = {n: k for k, n in enumerate(order(graph))}
         for node in self.position:
             self._join(node)
+        self.returned = frozenset(self.home[n] for n in graph.roots if n in self.home)
+        """Results that are returned, themselves or by a view of them."""
         self.steps = [self._step(n) for n in self.position if self.is_result(n)]
 
     def is_result(self, node: Node) -> bool:
@@ -61,9 +64,9 @@ class Footprint:
         live = peak = 0
         held: dict[Node, int] = {}
         for k, step in enumerate(steps):
-            dying = [n for n in step.reads if n in known and last[n] == k and n not in self.roots]
+            dying = [n for n in step.reads if n in known and last[n] == k and n not in self.returned]
             written_over = next((n for n in step.over if n in dying and size(n) == size(step.node)), None)
-            held[step.node] = 0 if step.node in self.roots else size(step.node)
+            held[step.node] = 0 if step.node in self.returned else size(step.node)
             live += held[step.node] - (held[written_over] if written_over else 0)
             peak = max(peak, live, live - held[step.node] + extra.get(step.node, 0))
             live -= sum(held[n] for n in dying if n is not written_over)
@@ -117,3 +120,9 @@ def peak_bytes(graph: Graph) -> int:
     """The most bytes that the intermediate values of a graph hold at a time."""
     found = Footprint(graph)
     return found.peak(found.bytes)
+
+
+def held_bytes(graph: Graph) -> int:
+    """The most bytes that values other than constants hold at a time: the intermediate ones, and all that is given and returned."""
+    found = Footprint(graph)
+    return found.peak(found.bytes) + sum(found.bytes(n) for n in {*graph.inputs, *found.returned})

@@ -1,6 +1,6 @@
 """Footprint: what values hold at a time, by hand: kernels hold their last value, results that die are written over, views hold nothing."""
 
-from tilewright.ir.analysis.footprint import Footprint, peak_bytes
+from tilewright.ir.analysis.footprint import Footprint, held_bytes, peak_bytes
 from tilewright.ir.text import parse
 
 IMAGE = 4 * 4 * 32 * 32  # bytes of f32[1, 4, 32, 32]
@@ -36,6 +36,18 @@ def test_views_and_pads_hold_nothing():
 
 def test_results_are_not_counted():
     assert peak(f"a = conv(x, w, {CONV})", f"b = conv(a, w, {CONV})", "b") == IMAGE
+
+
+def test_what_a_returned_view_shows_is_returned():
+    lines = (f"a = conv(x, w, {CONV})", f"b = conv(a, w, {CONV})", "v = reshape(b, shape=[4096])", "v")
+    assert peak(*lines) == IMAGE
+
+
+def test_all_that_is_held_is_what_is_given_and_returned_beside_that():
+    lines = [f"graph g({SIGNATURE}) {{", f"a = conv(x, w, {CONV})", f"b = conv(a, w, {CONV})", "v = reshape(b, shape=[4096])"]
+    weight = 4 * 4 * 4 * 3 * 3
+    assert held_bytes(parse("\n".join([*lines, "return v", "}"]))) == 3 * IMAGE + weight
+    assert held_bytes(parse("\n".join([*lines, "return v, b, x", "}"]))) == 3 * IMAGE + weight
 
 
 def test_a_step_may_take_more_itself():
