@@ -131,7 +131,7 @@ def test_logits_of_last_tokens(steps):
 def test_the_formats_that_a_budget_chose_are_those_of_the_steps():
     import tilewright
 
-    budget = tilewright.Budget(max_error=0.5, memory="80%", formats=("int8",), calibration=[(TEXT,)])
+    budget = tilewright.Budget(max_error=0.5, memory="80%", latency="1s", formats=("int8",), calibration=[(TEXT,)])
     small = tilewright.optimize(MODEL, (TEXT,), tuning_seconds=0, budget=budget)
     steps = stepper(MODEL, TEXT, plan=small.plan)
     assert small.plan.entries and not [d for d in steps.notes.declined if d.rule == "quantize" and "no such" in d.value]
