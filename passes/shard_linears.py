@@ -6,7 +6,8 @@
 
 Which linears go in pairs follows from the graph: every linear is taken to be sharded by the columns of its result, that is carried through
 what keeps it apart (pointwise ops, views, attention by heads), and where it ends in the last dimension of another linear's operand, partial
-sums are added up over the processes. A linear whose result is wanted whole anywhere else stays whole, on every process.
+sums are added up over the processes. A linear whose result is wanted whole anywhere else stays whole, on every process. Weights may be in
+any format whose rows and columns are those of its parts (`shard_weights.py`): a process holds its share of the integers, and their scales.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from ..ir.reasons import Reason
 from ..ir.rewrite import remap, rewrite
 from .base import Notes, Pass, describe
 from .shard_rules import carried
+from .shard_weights import Stretch, in_shares, is_weight, share, stretched
 from .weights import ConstantMaker, is_constant
 
 WORLD = "0"
 """How torch names the group of all processes."""
+
+_PRODUCTS = frozenset({"linear", "int_linear"})
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,13 @@ def apart(graph: Graph) -> Graph:
         start, stop = node.attrs["start"], node.attrs["stop"]
         x, *weights = inputs[0].inputs
         parts = [OPS["slice"](w, dim=0, start=start, stop=stop, prov=w.prov) for w in weights]
-        return OPS["linear"](x, *parts, hint=node.hint, prov=source.prov.union(node.prov))
+        return source.op(x, *parts, hint=node.hint, prov=source.prov.union(node.prov))
 
     return rewrite(graph, rule)
 
 
 def _shardable(node: Node) -> bool:
-    return node.op.name == "linear" and all(is_constant(w) for w in node.inputs[1:])
+    return node.op.name in _PRODUCTS and all(is_weight(w) for w in node.inputs[1:])
 
 
 def _is_columns(node: Node) -> bool:
@@ -107,7 +111,7 @@ def _carried_on(graph: Graph, count: int, whole: set[Node]) -> tuple[Sharding, _
         sharded = [i for i in node.inputs if i in found.dims]
         blamed = set().union(*(sources[i] for i in sharded))
         if not sharded:
-            if _shardable(node) and node not in whole and _divides(node, count):
+            if _shardable(node) and node not in whole and all(in_shares(w, 0, count) for w in node.inputs[1:]):
                 found.columns.add(node)
                 found.dims[node], sources[node] = node.tensor.rank - 1, {node}
         elif _ends(node, found.dims, count):
@@ -130,14 +134,11 @@ def _blamed(node: Node, sharded: Sequence[Node], dims: Mapping[Node, int], sourc
     return set()
 
 
-def _divides(node: Node, count: int) -> bool:
-    size = node.shape[-1]
-    return isinstance(size, int) and size % count == 0
-
-
 def _ends(node: Node, dims: Mapping[Node, int], count: int) -> bool:
     """Whether a linear adds up over the shards of its operand."""
-    return _shardable(node) and dims.get(node.inputs[0]) == node.inputs[0].tensor.rank - 1 and _divides(node.inputs[0], count)
+    if node.op.name != "linear" or not _shardable(node):
+        return False
+    return dims.get(node.inputs[0]) == node.inputs[0].tensor.rank - 1 and in_shares(node.inputs[1], 1, count)
 
 
 class _Local:
@@ -147,7 +148,7 @@ class _Local:
         self.graph, self.found, self.item = graph, found, item
         self.maker = ConstantMaker(graph)
         self.local: dict[Node, Node] = {}
-        self.weights: dict[tuple[Node, int], Node] = {}
+        self.held: dict[tuple[Node, Stretch], Node] = {}
         self.step = 1 + max((n.attrs["sequence"] for n in order(graph) if n.attrs.get("sequence") is not None), default=-1)
 
     def made(self, notes: Notes) -> Graph:
@@ -160,7 +161,7 @@ class _Local:
     def _node(self, node: Node) -> Node:
         if node in self.found.columns:
             x, *weights = node.inputs
-            return OPS["linear"](self.local[x], *(self._weight(w, 0) for w in weights), hint=node.hint, prov=node.prov)
+            return node.op(self.local[x], *(self._weight(w, 0) for w in weights), hint=node.hint, prov=node.prov)
         if node in self.found.rows:
             return self._row(node)
         if node in self.found.dims:
@@ -181,11 +182,12 @@ class _Local:
         return collective("wait_tensor", begun, value.type, (), self.step - 1)
 
     def _weight(self, weight: Node, dim: int) -> Node:
-        if (weight, dim) not in self.weights:
-            rank, count = self.item.rank, self.item.count
-            made = self.maker.derived([weight], f"shard{rank}", lambda w: w.chunk(count, dim)[rank].clone(), weight.prov)
-            self.weights[weight, dim] = made
-        return self.weights[weight, dim]
+        return stretched(weight, share(weight, dim, self.item.rank, self.item.count), self._held)
+
+    def _held(self, constant: Node, part: Stretch) -> Node:
+        if (constant, part) not in self.held:
+            self.held[constant, part] = self.maker.derived([constant], f"shard{self.item.rank}", part.of, constant.prov)
+        return self.held[constant, part]
 
     def _carried(self, node: Node) -> Node:
         """The node on shards; operands that every process has whole are cut to what goes with its own."""

@@ -11,6 +11,8 @@ from tilewright.ir.interpret import interpret
 from tilewright.ir.text import parse
 from tilewright.ir.verify import verify
 from tilewright.passes.base import Notes, Reason
+from tilewright.passes.canonicalize import Canonicalize
+from tilewright.passes.quantize import Plan, Quantize
 from tilewright.passes.scatter_norms import ScatterNorms
 from tilewright.passes.shard_linears import ShardLinears
 
@@ -131,6 +133,58 @@ def test_a_result_that_is_returned_is_whole() -> None:
 def test_an_odd_number_of_columns_is_not_shared_out() -> None:
     whole = graph("x: f64[6, 4]", weights(up=(7, 4), down=(3, 7)), "h = linear(x, up)", "y = linear(h, down)", "return y")
     assert sharded(whole, 2)[0][0] is whole
+
+
+def in_format(kind: str, *lines: str) -> Graph:
+    held = weights(up=(64, 32), upb=(64,), down=(32, 64), downb=(32,))
+    whole = graph("x: f32[6, 32]", {name: w.float() for name, w in held.items()}, *lines)
+    return Canonicalize().run(Quantize(Plan.parse(f"*:{kind}")).run(whole))
+
+
+MLP = ("h = linear(x, up, upb)", "a = gelu(h)", "y = linear(a, down, downb)", "return y")
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4-g32", "int4-g64", "int8-g32", "int4-split3", "bfp6", "rank-half"])
+def test_weights_in_other_formats_are_cut_with_their_scales(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = in_format(kind, *MLP)
+    made, _ = sharded(whole, 2)
+    x = torch.randn(6, 32)
+    for outputs in together(made, [x], monkeypatch):
+        torch.testing.assert_close(outputs, interpret(whole, [x]), rtol=1e-5, atol=1e-4)
+    held, shared = (sum(d.value.nbytes for d in constants(g).values() if d.value is not None) for g in (whole, made[0]))
+    assert shared < 0.6 * held
+
+
+def test_a_format_that_reads_whole_rows_is_not_shared_out() -> None:
+    whole = in_format("int8-dynamic", *MLP)
+    made, notes = sharded(whole, 2)
+    assert made[0] is whole and notes.declined[0].value == "quantize_rows"
+
+
+@pytest.mark.parametrize(("columns", "groups"), [(64, 2), (96, 4), (48, 2)])
+def test_groups_of_scales_are_cut_in_pieces(columns: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process has 32 columns of one group, 48 of groups of 24, 24 of one group: scales go with the columns."""
+    held = {
+        "up": torch.randn(columns, 8),
+        "q": torch.randint(0, 256, (4, columns // 2), dtype=torch.uint8),
+        "s": torch.rand(4, groups),
+        "z": torch.full((4, groups), 7, dtype=torch.uint8),
+    }
+    lines = ("h = linear(x, up)", "u = unpack(q, bits=4)", "w = dequantize(u, s, z, dtype=f32)", "y = linear(h, w)", "return y")
+    whole = graph("x: f32[3, 8]", held, *lines)
+    made, _ = sharded(whole, 2)
+    x = torch.randn(3, 8)
+    for outputs in together(made, [x], monkeypatch):
+        torch.testing.assert_close(outputs, interpret(whole, [x]), rtol=1e-4, atol=1e-4)
+    assert constants(made[0])["q.shard0"].value.shape == (4, columns // 4)
+
+
+def test_half_a_byte_is_not_cut() -> None:
+    held = {"up": torch.randn(6, 8), "q": torch.zeros(4, 3, dtype=torch.uint8), "s": torch.rand(4, 1)}
+    lines = ("h = linear(x, up)", "u = unpack(q, bits=4)", "w = dequantize(u, s, dtype=f32)", "y = linear(h, w)", "return y")
+    whole = graph("x: f32[3, 8]", held, *lines)
+    made, notes = sharded(whole, 2)
+    assert made[0] is whole and notes.declined[0].value == "linear y"
 
 
 NORMS = (
