@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -88,10 +89,11 @@ def _compiled(
     compile_graph: Callable[[Graph, Held], CompiledGraph],
     on_failure: Callable[[Exception], None],
 ) -> Callable[..., Any] | None:
+    aside = _Aside.of(gm, inputs)
     try:
         with _disable_current_modes():  # with dynamic shapes we are called under a fake mode; constants are real, and folded for real
-            captured = capture_fx(gm, inputs, name, binding)
-            run = compile_graph(captured.graph, owned.behind(gm))
+            captured = capture_fx(gm, inputs, name, replace(binding, aside=frozenset(aside.names.values())))
+            run = compile_graph(captured.graph, owned.behind(gm, aside.names))
     except Exception as error:  # whatever goes wrong here must not take the user's model down
         if is_lost(error):  # eager cannot run it either
             raise
@@ -105,9 +107,44 @@ def _compiled(
     def as_it_is(args: list[Any]) -> Sequence[Any]:
         return run(args)
 
-    made = as_it_is if captured.plain else boxed
+    made = aside.put(boxed) if aside.names else as_it_is if captured.plain else boxed
     made._boxed_call = True  # type: ignore[attr-defined]
     return made
+
+
+@dataclass(frozen=True)
+class _Aside:
+    """Inputs that are neither tensors nor sizes, which nothing computes with: the meshes that DTensors bring along, for the backward graph.
+
+    names: by the number of the input, ascending. returned: number of a result -> that of the input it is.
+    """
+
+    names: dict[int, str]
+    returned: dict[int, int]
+
+    @staticmethod
+    def of(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> _Aside:
+        (results,) = gm.graph.output_node().args
+        values = [i for i, x in enumerate(inputs) if not isinstance(x, (torch.Tensor, int, torch.SymInt))]
+        nodes = list(gm.graph.find_nodes(op="placeholder"))
+        alone = {i: nodes[i] for i in values if all(reader.op == "output" for reader in nodes[i].users)}
+        numbers = {node: i for i, node in alone.items()}
+        returned = {at: numbers[x] for at, x in enumerate(results) if x in numbers}  # type: ignore[arg-type]
+        return _Aside({i: node.name for i, node in alone.items()}, returned)
+
+    def put(self, run: CompiledGraph) -> CompiledGraph:
+        """`run`, which knows nothing of them, called with them."""
+
+        def call(args: list[Any]) -> Sequence[Any]:
+            kept = {at: args[i] for at, i in self.returned.items()}
+            for i in reversed(self.names):
+                del args[i]
+            results = list(run(args))
+            for at, value in kept.items():
+                results[at] = value
+            return results
+
+        return call
 
 
 class _Owned:
@@ -121,9 +158,10 @@ class _Owned:
             if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") and isinstance(value, torch.Tensor):
                 self._inputs[i] = weakref.ref(value)
 
-    def behind(self, gm: torch.fx.GraphModule) -> Held:
-        """Those among the placeholders of an AOTAutograd graph of it."""
-        found = {i: self._behind(node.meta.get("desc")) for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    def behind(self, gm: torch.fx.GraphModule, aside: Collection[int]) -> Held:
+        """Those among the placeholders of an AOTAutograd graph of it, without those put aside."""
+        read = (node for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if i not in aside)
+        found = {i: self._behind(node.meta.get("desc")) for i, node in enumerate(read)}
         return {i: value for i, value in found.items() if value is not None}
 
     def _behind(self, description: Any) -> torch.Tensor | None:

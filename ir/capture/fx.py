@@ -26,18 +26,23 @@ from .sizes import Sizes
 from .sparse import BlockMatrix, Opaque, block_matrix
 from .tables import ASSERTIONS, EFFECT_FREE, NATIVE
 
+TOGETHER = frozenset({"_c10d_functional", "_c10d_functional_autograd", "_dtensor"})
+"""Of operators that several processes call together, in one order."""
+
 
 @dataclass(frozen=True)
 class Binding:
     """What the placeholders and return values of an fx graph stand for, where they are not just inputs and outputs.
 
     constants: placeholder or attribute -> the tensor behind it. ignored: placeholders nobody reads (literals of the call).
-    last: placeholders that become the graph's last inputs. written: position of a return value -> the placeholder it is written to.
+    aside: placeholders that are no values (meshes); where one is returned, None is. last: placeholders that become the graph's last
+    inputs. written: position of a return value -> the placeholder it is written to.
     names: what the user calls the inputs, by the number AOTAutograd's descriptions give.
     """
 
     constants: Mapping[str, Data] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    aside: frozenset[str] = frozenset()
     last: frozenset[str] = frozenset()
     written: Mapping[int, str] = field(default_factory=dict)
     names: Sequence[str] = ()
@@ -86,7 +91,7 @@ def capture_fx(
 class _Walker:
     def __init__(self, gm: torch.fx.GraphModule, example_inputs: tuple[Any, ...], binding: Binding) -> None:
         self.gm = gm
-        self.examples = list(example_inputs)
+        self.examples = iter(example_inputs)
         self.binding = binding
         self.sizes = Sizes()
         self.values: dict[torch.fx.Node, Any] = {}
@@ -109,14 +114,14 @@ class _Walker:
     # leaves
 
     def _placeholder(self, node: torch.fx.Node) -> None:
-        if node.name in self.binding.ignored:
-            self.values[node] = Opaque(f"the literal argument {node.name}")
+        example = next(self.examples, None)
+        if node.name in self.binding.ignored or node.name in self.binding.aside:
+            self.values[node] = Opaque(f"the argument {node.name}, which is no tensor")
             return
         if node.name in self.binding.constants:
             self.values[node] = self._state(self.binding.constants[node.name], node)
             return
-        position = len(self.inputs)
-        value = node.meta.get("val", self.examples[position] if position < len(self.examples) else None)
+        value = node.meta.get("val", example)
         made = self._input(node, value)
         self.inputs.append(made)
         self.made.add(made)
@@ -225,8 +230,9 @@ class _Walker:
         return None if missing or len(leaves) != len(call.types) else fitted
 
     def _extern(self, call: Call, args: tuple[Any, ...]) -> list[Node | None]:
-        sequence = None
-        if torch.Tag.nondeterministic_seeded in call.node.target.tags:  # type: ignore[union-attr]
+        """Random draws, and what several processes do together, are numbered: they happen in the order of the program."""
+        sequence, target = None, call.node.target
+        if torch.Tag.nondeterministic_seeded in target.tags or target.namespace in TOGETHER:  # type: ignore[union-attr]
             sequence = self.draws
             self.draws += 1
         return list(results(extern(call, args, sequence), len(call.types)))
@@ -296,7 +302,7 @@ class _Walker:
                 self._write_back(self.binding.written[i], value)
                 returns.append(None)
                 continue
-            fixed = value is None or isinstance(value, str)
+            fixed = value is None or isinstance(value, str) or getattr(value, "name", "") in self.binding.aside
             key = (type(value), value)  # True is not 1, nor 1 is 1.0
             if not fixed and key not in numbers:
                 numbers[key] = len(outputs)
