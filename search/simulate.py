@@ -1,10 +1,10 @@
-"""Does it pay to run a graph in parts? A simulator of what devices and links do when, and the two decisions that follow from it.
+"""Does it pay to run a graph in parts? A simulator of what devices and links do when, and the decisions that follow from it.
 
     whole     compute  [ layer 1 ]        [ layer 2 ]                 halves   compute  [1a][1b][2a][2b]
               link                [ sum 1 ]          [ sum 2 ]                 link         [1a][1b][2a][2b]
 
 A device or link does its tasks in the order given, each as soon as it is free and what the task waits for is done. On one device nothing is
-waited for, and both decisions say so: parts then only take longer. Sources: "GPipe" (Huang et al., 2018) for micro-batches; "TokenWeave"
+waited for, and all decisions say so: parts then only take longer. Sources: "GPipe" (Huang et al., 2018) for micro-batches; "TokenWeave"
 (Gond et al., 2025) for halves, whose rules these are: no more waves than unsplit, and never below 1024 tokens.
 """
 
@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..ir.analysis.axis_externs import SUMS
 from ..ir.dims import hint
 from ..ir.graph import Graph, Node, order
 from ..ir.reasons import Reason
 from ..passes.base import Notes
-from ..passes.split_batch import SplitHalves
+from ..passes.split_batch import SplitBatch, SplitHalves
 
 LEAST_TOKENS = 1024
 """Of fewer, halves are too short to hide anything behind."""
@@ -77,7 +77,7 @@ class Decision:
         return not self.reason
 
 
-# -- token halves
+# -- two parts of what several devices compute together
 
 
 @dataclass(frozen=True)
@@ -122,16 +122,26 @@ def in_parts(layers: Sequence[Layer], parts: Sequence[int], cluster: Cluster) ->
     return tasks
 
 
-def halves(layers: Sequence[Layer], tokens: int, cluster: Cluster) -> Decision:
-    """In how many tokens first, and the others behind them; or in one."""
+def halves(layers: Sequence[Layer], tokens: int, cluster: Cluster, batch: int = 1) -> Decision:
+    """In how many tokens first, and the others behind them; or in one. batch: as many of each row are first."""
+    step = math.lcm(STEP, batch)
+    return _in_two(layers, tokens, cluster, [(first, tokens - first) for first in range(step, tokens, step)])
+
+
+def batch_parts(layers: Sequence[Layer], batch: int, length: int, cluster: Cluster) -> Decision:
+    """The same for the rows of a batch, which do not attend to each other: as many first as behind them."""
+    alone = [replace(x, flops=x.flops + x.pair_flops * batch * length / 2, pair_flops=0.0) for x in layers]
+    first = batch - batch // 2
+    return _in_two(alone, batch * length, cluster, [(first * length, (batch - first) * length)] if batch > 1 else [])
+
+
+def _in_two(layers: Sequence[Layer], tokens: int, cluster: Cluster, splits: Sequence[tuple[int, int]]) -> Decision:
     whole = total(in_parts(layers, [tokens], cluster))
-    why = _alone(layers, tokens, cluster)
+    why = alone(layers, tokens, cluster)
     if why:
         return Decision((tokens,), whole, whole, why)
     waves = -(-tokens // cluster.wave)
-    splits = [(first, tokens - first) for first in range(STEP, tokens, STEP)]
-    splits = [s for s in splits if sum(-(-n // cluster.wave) for n in s) == waves]
-    timed = {s: total(in_parts(layers, s, cluster)) for s in splits}
+    timed = {s: total(in_parts(layers, s, cluster)) for s in splits if sum(-(-n // cluster.wave) for n in s) == waves}
     best = min(timed, key=lambda s: (timed[s], abs(s[0] - s[1])), default=None)
     if best is None:
         return Decision((tokens,), whole, whole, f"any two parts take more waves than {tokens} tokens do")
@@ -140,8 +150,8 @@ def halves(layers: Sequence[Layer], tokens: int, cluster: Cluster) -> Decision:
     return Decision(best, timed[best], whole)
 
 
-def _alone(layers: Sequence[Layer], tokens: int, cluster: Cluster) -> str:
-    """Why there is nothing to overlap."""
+def alone(layers: Sequence[Layer], tokens: int, cluster: Cluster) -> str:
+    """Why there is nothing to overlap, whatever the rates are."""
     if cluster.devices < 2:
         return "on one device nothing is waited for"
     if not any(layer.nbytes for layer in layers):
@@ -172,13 +182,34 @@ def _flops(node: Node, graph: Graph) -> float:
     return float(hint(node.op.cost(tuple(i.type for i in node.inputs), node.type, node.attrs).flops, graph.symbols))
 
 
-def split_halves(graph: Graph, batch: int, length: int, cluster: Cluster, notes: Notes) -> SplitHalves | None:
-    """The pass that splits sequences of a graph where that pays; None, and why in the notes, where it does not."""
-    decision = halves(layers_of(graph, batch * length), batch * length, cluster)
-    if decision.pays:
-        return SplitHalves(at=decision.parts[0] // batch)
-    notes.decline(SplitHalves.name, f"{batch} x {length} tokens", Reason.NO_GAIN, value=decision.reason)
-    return None
+def tokens_summed(graph: Graph) -> tuple[int, int] | None:
+    """Batch and length of what the processes sum first, [batch, length, size] or [batch, size]; (0, 0) of no sum, None where it varies."""
+    first = next((n for n in order(graph) if _begins_sum(n)), None)
+    if first is None:
+        return 0, 0
+    batch, length = (*first.shape[:-1], 1, 1)[:2]
+    return (batch, length) if isinstance(batch, int) and isinstance(length, int) and first.tensor.rank in (2, 3) else None
+
+
+def in_two(graph: Graph, cluster: Cluster, notes: Notes) -> list[tuple[SplitBatch | SplitHalves, Decision]]:
+    """The passes that compute the graph of one of several processes in two parts where that pays, the best first; in the notes is why not.
+
+    By the rows of the batch, and by tokens where there are any; whether the graph lets them is for the passes to say.
+    """
+    sizes = tokens_summed(graph)
+    if sizes is None:
+        notes.decline(SplitBatch.name, graph.name, Reason.VARYING_SIZE)
+        return []
+    (batch, length), tokens = sizes, math.prod(sizes)
+    layers = layers_of(graph, max(tokens, 1))
+    choices: list[tuple[SplitBatch | SplitHalves, Decision]] = [(SplitBatch(2), batch_parts(layers, batch, length, cluster))]
+    if length > 1:
+        decision = halves(layers, tokens, cluster, batch)
+        choices.append((SplitHalves(at=decision.parts[0] // batch), decision))
+    for item, decision in choices:
+        if not decision.pays:
+            notes.decline(item.name, f"{batch} x {length} tokens" if tokens else graph.name, Reason.NO_GAIN, value=decision.reason)
+    return sorted((c for c in choices if c[1].pays), key=lambda c: c[1].seconds)
 
 
 # -- micro-batches

@@ -14,13 +14,14 @@ from tilewright.search.simulate import (
     Layer,
     Span,
     Task,
+    batch_parts,
     halves,
     in_parts,
     in_pipeline,
+    in_two,
     layers_of,
     micro_batches,
     simulate,
-    split_halves,
     total,
 )
 
@@ -93,14 +94,45 @@ def test_layers_lie_between_sums() -> None:
     assert first.flops == second.flops > 2 * 16 * 16 - 1 and first.nbytes == 4 * 16 and second.nbytes == 0
 
 
-def test_the_pass_where_it_pays_and_why_where_not() -> None:
+SLOW = Cluster(2, 1e9, 128, 1e8)
+
+
+def test_the_passes_where_they_pay_and_why_where_not() -> None:
     graph, notes = parse(TEXT.replace("8", "2048")), Notes()
-    slow = Cluster(2, 1e9, 128, 1e8)
-    found = split_halves(graph, 2, 2048, slow, notes)
-    assert isinstance(found, SplitHalves) and 0 < found.at < 2048 and not notes.declined
-    assert split_halves(graph, 2, 2048, Cluster(1, 1e9), notes) is None
-    (declined,) = notes.declined
-    assert (declined.rule, declined.reason) == ("split-halves", Reason.NO_GAIN) and "on one device" in declined.value
+    chosen = in_two(graph, SLOW, notes)
+    assert {item.name for item, _ in chosen} == {"split-halves", "split-batch"} and not notes.declined
+    assert all(0 < item.at < 2048 for item, _ in chosen if isinstance(item, SplitHalves))
+    assert [d.seconds for _, d in chosen] == sorted(d.seconds for _, d in chosen)
+    assert in_two(graph, Cluster(1, 1e9), notes) == []
+    assert {(d.rule, d.what, d.reason, d.value) for d in notes.declined} == {
+        (rule, "2 x 2048 tokens", Reason.NO_GAIN, "on one device nothing is waited for") for rule in ("split-halves", "split-batch")
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "rules", "value"),
+    [
+        (TEXT, {"split-halves", "split-batch"}, "16 tokens are fewer than 1024"),
+        (TEXT.replace("[2, 8, 16]", "[4096, 16]"), set(), ""),
+        (TEXT.replace("[2, 8, 16]", "[1, 16]"), {"split-batch"}, "1 tokens are fewer than 1024"),
+        (TEXT.replace("2, 8", "2, n"), {"split-batch"}, ""),
+        ("graph g(x: f32[2048, 16]) {\n  return x\n}", {"split-batch"}, "nothing is summed over devices"),
+    ],
+)
+def test_what_is_summed_says_what_there_is_to_split(text: str, rules: set[str], value: str) -> None:
+    notes = Notes()
+    chosen = in_two(parse(text), SLOW, notes)
+    assert {d.rule for d in notes.declined} == rules and {d.value for d in notes.declined} <= {value}
+    assert [item.name for item, _ in chosen] == ([] if rules else ["split-batch"])
+
+
+def test_rows_of_a_batch_attend_to_themselves_alone() -> None:
+    """Halves of tokens: the second one has three quarters of the pairs; halves of the batch have as many each."""
+    layers = [Layer(flops=0.0, pair_flops=2.0, nbytes=1e-9)]
+    found = batch_parts(layers, 2, 2048, PAIR)
+    assert found.whole == pytest.approx(total(in_parts(layers, [4096], PAIR)))
+    assert not batch_parts(layers, 1, 4096, PAIR).pays
+    assert halves(LAYERS, 3 * 2048, PAIR, batch=3).parts[0] % (3 * STEP) == 0
 
 
 def test_micro_batches_fill_a_pipeline() -> None:
