@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .driver.artifact import load
     from .driver.budget import Budget
-    from .driver.chunks import ChunkStore
+    from .driver.chunks import ChunkReuse, ChunkStore
     from .driver.generate import Generator
     from .driver.iterated import reuse_blocks
     from .driver.optimize import optimize
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _API = {
     "Budget": ".driver.budget",
+    "ChunkReuse": ".driver.chunks",
     "ChunkStore": ".driver.chunks",
     "Generator": ".driver.generate",
     "PrefixStore": ".driver.prefixes",
@@ -39,6 +40,7 @@ _PACKAGES = ("codegen", "driver", "ir", "passes", "search")
 
 __all__ = [
     "Budget",
+    "ChunkReuse",
     "ChunkStore",
     "Generator",
     "PrefixStore",

@@ -1,7 +1,7 @@
 """`ChunkStore`: what a model computed for pieces of text, for use wherever they stand in later ones.
 
-    store = ChunkStore(stepper, ratio=0.15)
-    read = store.prefill([document, another], question)      read.logits: of the token that follows; read.state: to go on from
+    generator = Generator(model, max_length=2048, documents=ChunkReuse(ratio=0.15))
+    generator.generate(question, documents=[document, another])
 
 A prefix store (`prefixes.py`) needs texts that begin alike. Here each chunk is computed once, on its own; in a text, its keys are turned
 to where it stands now (they are kept before RoPE), and the tokens whose values differ most from what they are in this text are computed
@@ -11,6 +11,7 @@ trained to read blocks on their own (Block-Attention, arXiv:2409.15355).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,15 +30,50 @@ RATIOS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 """Shares of the tokens that `ratio_within` tries."""
 
 
+def _share(ratio: float) -> float:
+    if not 0 <= ratio <= 1:
+        raise BadOption(option="ratio", reason=f"it is a share of the tokens, 0 to 1, not {ratio}")
+    return float(ratio)
+
+
+@dataclass(frozen=True)
+class ChunkReuse:
+    """ratio: the share of the tokens of chunks that is computed anew. memory: what chunks may take, the least recently used go first. rank:
+    of the matrix that the keys of a chunk and a layer are kept as, before RoPE, where that is smaller (ShadowKV, arXiv:2410.21465); None
+    keeps them as they are."""
+
+    ratio: float = 0.15
+    memory: str | float = "1GB"
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises BadOption for what cannot be meant."""
+        _share(self.ratio)
+        quantity("memory", self.memory, math.inf)
+        if self.rank is not None and self.rank < 1:
+            raise BadOption(option="rank", reason=f"it is at least 1, not {self.rank}")
+
+
 @dataclass
 class ChunkCounts:
-    """Chunks that were found and that were computed; tokens of texts that were reused, and computed anew; chunks that went."""
+    """Chunks that were found and that were computed; their tokens that were taken as they are kept, and that were computed, for the first
+    time or anew; chunks that went."""
 
     hits: int = 0
     misses: int = 0
     reused: int = 0
     computed: int = 0
     evicted: int = 0
+
+
+@dataclass(frozen=True)
+class Filled:
+    """known: how many tokens a state holds now. computed: how many of those were computed, for the first time or anew. recomputed: the
+    positions of what is computed anew, by the caller where the state holds nothing."""
+
+    known: int
+    computed: int
+    recomputed: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -72,20 +108,16 @@ class _Programs:
 
 
 class ChunkStore:
-    """stepper: of a model whose positions enter by RoPE or by masks. ratio: the share of reused tokens that is computed anew. memory: what
-    chunks may take, the least recently used go first. rank: of the matrix that the keys of a chunk and a layer are kept as, before RoPE,
-    where that is smaller (ShadowKV, arXiv:2410.21465); None keeps them as they are.
+    """stepper: of a model whose positions enter by RoPE or by masks. ratio: as in `ChunkReuse`; what is kept holds for any.
 
     Raises CannotBlend where positions enter otherwise, CannotDerive, BadOption.
     """
 
-    def __init__(self, stepper: Stepper, *, ratio: float = 0.15, memory: str | float = "1GB", rank: int | None = None) -> None:
+    def __init__(self, stepper: Stepper, reuse: ChunkReuse = ChunkReuse()) -> None:
         if stepper.kv != "same":
             raise BadOption(option="kv", reason=f"chunks are blended into keys and values kept as computed, not as {stepper.kv}")
-        if rank is not None and rank < 1:
-            raise BadOption(option="rank", reason=f"it is at least 1, not {rank}")
-        self.stepper, self.ratio, self.rank = stepper, _share(ratio), rank
-        self.most_bytes = quantity("memory", memory, math.inf) or 0.0
+        self.stepper, self.ratio, self.rank = stepper, reuse.ratio, reuse.rank
+        self.most_bytes = quantity("memory", reuse.memory, math.inf) or 0.0
         self.counts, self.nbytes = ChunkCounts(), 0
         self._sizes: dict[int, _Programs] = {}
         self._chunks: OrderedDict[tuple[int, ...], list[torch.Tensor | _Factors]] = OrderedDict()
@@ -98,17 +130,43 @@ class ChunkStore:
         texts, asked = [_ids(c) for c in chunks], _ids(question)
         if not len(asked):
             raise BadOption(option="question", reason="it has no tokens: nothing says what to compute")
-        context = torch.cat([*texts, asked[:0]])
-        if len(context) + len(asked) > self.stepper.max_length:
-            raise OutOfPlace(count=len(context) + len(asked), position=0, most=self.stepper.max_length)
+        text = torch.cat([*texts, asked])
+        if len(text) > self.stepper.max_length:
+            raise OutOfPlace(count=len(text), position=0, most=self.stepper.max_length)
         state = self.stepper.state(1)
-        chosen = self._blended([t for t in texts if len(t)], context, state, self.ratio if ratio is None else _share(ratio))
-        self.counts.reused += len(context) - len(chosen)
-        self.counts.computed += len(chosen) + len(asked)
-        places = torch.cat([chosen, torch.arange(len(context), len(context) + len(asked))])
-        tokens = torch.cat([context, asked])[places]
-        logits = self._run("step", tokens, places, state)
-        return Read(logits[:, len(places) - 1], state, torch.tensor([len(context) + len(asked)]), chosen)
+        filled = self.fill(texts, state, ratio)
+        left = text[None, filled.known :]
+        ends = torch.tensor([[filled.known], [left.shape[1] - 1], [len(text)]])
+        left, (start, last, position) = (x.to(state.tensors[0].device) for x in (left, ends))
+        return Read(self.stepper.last(left, start, last, state), state, position, filled.recomputed)
+
+    def fill(self, chunks: Sequence[Tokens], state: State, ratio: float | None = None) -> Filled:
+        """Chunks one after the other, in an empty state of one text. With ratio 1 nothing is done: the text is to be read as any other."""
+        ratio = _share(self.ratio if ratio is None else ratio)
+        texts = [ids for c in chunks if len(ids := _ids(c))]
+        context = torch.cat([*texts, torch.arange(0)])
+        if ratio == 1 or not texts:
+            self.counts.computed += len(context)
+            return Filled(0, 0, torch.arange(len(context)))
+        hits, raw = zip(*(self._raw(text) for text in texts))
+        self._turn(raw, len(context), state)
+        count = 0 if len(texts) == 1 else math.ceil(ratio * len(context))  # a chunk at the start stands where it stood
+        chosen = self._deviating(context, state, count)
+        if count:
+            self._run("anew", context[chosen], chosen, state)
+        computed = torch.cat([torch.full((len(text),), not hit) for text, hit in zip(texts, hits)])
+        computed[chosen] = True
+        count = int(computed.sum())
+        self.counts.reused += len(context) - count
+        self.counts.computed += count
+        return Filled(len(context), count, chosen)
+
+    def mark(self, chunks: Sequence[Tokens]) -> str:
+        """Tells what texts hold that begin with these chunks from what others hold; empty where that is what the model computes."""
+        if self.ratio == 1 or not any(len(c) for c in chunks):
+            return ""
+        about = [self.ratio, self.rank, *(_ids(c).tolist() for c in chunks)]
+        return hashlib.sha256(repr(about).encode()).hexdigest()
 
     def ratio_within(self, max_error: float, examples: Sequence[tuple[Sequence[Tokens], Tokens]]) -> float:
         """The least of RATIOS with which the logits of no example are off by more, relative to those of all tokens computed anew."""
@@ -121,32 +179,31 @@ class ChunkStore:
 
     # -- what is computed
 
-    def _blended(self, texts: list[torch.Tensor], context: torch.Tensor, state: State, ratio: float) -> torch.Tensor:
-        """The state filled with the chunks; positions of the tokens that are to be computed anew, ascending."""
-        if not texts:
-            return torch.arange(0)
-        if ratio == 1:
-            return torch.arange(len(context))
-        everywhere = torch.arange(len(context))
-        known = [self._raw(text) for text in texts]
-        size = self._size(len(context))
-        graphs = self._graphs(size).graphs
-        raw = [_padded(torch.cat(parts, d), d, size) for d, parts in zip(graphs.dims, zip(*known))]
-        self._program(size, "encode").program.run([_row(everywhere, size), *raw, *state.tensors])
-        count = math.ceil(ratio * len(context))
-        if not count or len(texts) == 1:  # a chunk at the start stands where it stood
-            return everywhere[:0]
-        d = state.dims[graphs.checked]
-        stored = state.tensors[graphs.checked].narrow(d, 0, len(context)).clone()
-        new = self._run("probe", context, everywhere, state).narrow(d, 0, len(context))
-        others = tuple(i for i in range(new.dim()) if i != d)
-        deviation = (new - stored).double().square().sum(others)
-        return deviation.topk(count).indices.sort().values
+    def _turn(self, chunks: Sequence[list[torch.Tensor]], length: int, state: State) -> None:
+        """Fills the state with chunks as they are kept, turned to where they stand."""
+        size = self._size(length)
+        raw = [_padded(torch.cat(parts, d), d, size) for d, parts in zip(self._graphs(size).graphs.dims, zip(*chunks))]
+        places = _row(torch.arange(length), size).to(raw[0].device)
+        self._program(size, "encode").program.run([places, *raw, *state.tensors])
 
-    def _raw(self, text: torch.Tensor) -> list[torch.Tensor]:
-        """Of a chunk on its own: keys before RoPE, and values, each with len(text) tokens."""
+    def _deviating(self, context: torch.Tensor, state: State, count: int) -> torch.Tensor:
+        """Positions of the tokens whose values are off most, ascending."""
+        everywhere = torch.arange(len(context))
+        if not count:
+            return everywhere[:0]
+        checked = self._graphs(self._size(len(context))).graphs.checked
+        d = state.dims[checked]
+        stored = state.tensors[checked].narrow(d, 0, len(context)).clone()
+        (new,) = self._run("probe", context, everywhere, state)
+        others = tuple(i for i in range(new.dim()) if i != d)
+        deviation = (new.narrow(d, 0, len(context)) - stored).double().square().sum(others)
+        return deviation.topk(count).indices.sort().values.cpu()
+
+    def _raw(self, text: torch.Tensor) -> tuple[bool, list[torch.Tensor]]:
+        """Whether a chunk was kept; of it on its own: keys before RoPE, and values, each with len(text) tokens."""
         name = tuple(text.tolist())
         found = self._chunks.get(name)
+        hit = found is not None
         if found is None:
             self.counts.misses += 1
             found = self._computed(text)
@@ -154,11 +211,11 @@ class ChunkStore:
         else:
             self.counts.hits += 1
             self._chunks.move_to_end(name)
-        return [x.whole() if isinstance(x, _Factors) else x for x in found]
+        return hit, [x.whole() if isinstance(x, _Factors) else x for x in found]
 
     def _computed(self, text: torch.Tensor) -> list[torch.Tensor | _Factors]:
         graphs, state = self._graphs(self._size(len(text))).graphs, self.stepper.state(1)
-        found = self._run_all("read", text, torch.arange(len(text)), state)
+        found = self._run("read", text, torch.arange(len(text)), state)
         exact = [x.narrow(d, 0, len(text)).clone() for x, d in zip(found, graphs.dims)]
         return [self._factored(x) if is_key and x.dim() == 4 and d == 2 else x for x, d, is_key in zip(exact, graphs.dims, graphs.keys)]
 
@@ -183,13 +240,11 @@ class ChunkStore:
 
     # -- programs
 
-    def _run(self, what: str, tokens: torch.Tensor, places: torch.Tensor, state: State) -> torch.Tensor:
-        return self._run_all(what, tokens, places, state)[0]
-
-    def _run_all(self, what: str, tokens: torch.Tensor, places: torch.Tensor, state: State) -> list[torch.Tensor]:
+    def _run(self, what: str, tokens: torch.Tensor, places: torch.Tensor, state: State) -> list[torch.Tensor]:
         """Results for tokens [n] at ascending places [n]. What fills up the size of the program repeats the last token at its place."""
         size = self._size(len(tokens))
-        return self._program(size, what).program.run([_row(tokens, size), _row(places, size), *state.tensors])
+        device = state.tensors[0].device
+        return self._program(size, what).program.run([_row(tokens, size).to(device), _row(places, size).to(device), *state.tensors])
 
     def _size(self, count: int) -> int:
         return size_class(count, self.stepper.max_length)
@@ -221,11 +276,4 @@ def _nbytes(parts: Sequence[torch.Tensor | _Factors]) -> int:
 
 
 def _ids(tokens: Tokens) -> torch.Tensor:
-    ids = torch.as_tensor(tokens, dtype=torch.int64)
-    return ids.reshape(-1)
-
-
-def _share(ratio: float) -> float:
-    if not 0 <= ratio <= 1:
-        raise BadOption(option="ratio", reason=f"it is a share of the tokens, 0 to 1, not {ratio}")
-    return float(ratio)
+    return torch.as_tensor(tokens, dtype=torch.int64).reshape(-1).cpu()

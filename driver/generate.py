@@ -3,10 +3,12 @@
     generator = tilewright.Generator(model, max_length=512)
     generator.generate(input_ids, max_new_tokens=64)                 # like model.generate of transformers
     for token in generator.stream(prompt, do_sample=True, seed=1):   # as they come
+    generator.generate(question, documents=[document, another])      # what was read before, wherever it stands
 
 A `Stepper` (`driver/stepping.py`) computes; here is decided what it computes next. Rows of a batch are at positions of their own: a
-prompt is read in chunks, from where a stored prefix ends (`driver/prefixes.py`), and then step by step, with drafts where there are some
-(`driver/speculation.py`). What stands behind a row's position in the state means nothing, so nothing is ever undone.
+prompt is read in chunks, from where a stored prefix (`driver/prefixes.py`) or its documents (`driver/chunks.py`) end, and then step by
+step, with drafts where there are some (`driver/speculation.py`). What stands behind a row's position in the state means nothing, so
+nothing is ever undone.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +30,9 @@ from .generation_options import TRANSFORMERS_DEFAULTS, Limits, Request, Tokens, 
 from .prefixes import Owner, PrefixStore
 from .sampling import Sampler
 from .speculation import Lookup, PromptLookup, accepted
+
+if TYPE_CHECKING:
+    from .chunks import ChunkReuse, ChunkStore
 
 CHUNK = 256
 """Tokens of a prompt that one step reads."""
@@ -62,8 +69,8 @@ class Reader(Protocol):
 
 @dataclass
 class Statistics:
-    """What was done: prompt tokens that a stored prefix spared, and that were computed; tokens made; steps after the prompts; drafts that
-    were verified, and were right; seconds until the first tokens, and after."""
+    """What was done: tokens of prompts and documents that were kept from earlier texts, and that were computed; tokens made; steps after
+    the prompts; drafts that were verified, and were right; seconds until the first tokens, and after."""
 
     reused: int = 0
     computed: int = 0
@@ -97,8 +104,9 @@ class Generator:
     two itself. max_length: tokens of a text, with its prompt. kv: the format of keys and values, one of `passes.kv_formats.KV_FORMATS`.
     plan: formats of weights, "int4-g64" for all, or what a budget chose for the same model (`optimize(...).plan`).
 
-    prefixes: where to keep what was computed for texts; may be shared. speculation: draft what the text said before. chunk: tokens of a
-    prompt that one step reads. `statistics` adds up all that was done, `last` holds what the latest call did.
+    prefixes: where to keep what was computed for texts; may be shared. documents: how those of a call are read; `documents` then is their
+    store. speculation: draft what the text said before. chunk: tokens of a prompt that one step reads. `statistics` adds up all that was
+    done, `last` holds what the latest call did.
     """
 
     def __init__(
@@ -109,22 +117,25 @@ class Generator:
         kv: str = "same",
         plan: Plan | str | None = None,
         prefixes: PrefixStore | None = None,
+        documents: ChunkReuse | None = None,
         speculation: PromptLookup | None = None,
         chunk: int = CHUNK,
     ) -> None:
-        """Raises CannotDerive where the model mixes tokens otherwise than by causal attention, BadOption, and what exporting raises."""
+        """Raises CannotDerive where the model mixes tokens otherwise than by causal attention, CannotBlend where it cannot read documents,
+        BadOption, and what exporting raises."""
         if chunk < 1:
             raise BadOption(option="chunk", reason=f"it is a count of tokens from 1 on, not {chunk}")
         self.stepper: Stepper = model if isinstance(model, Stepper) else _stepper(model, max_length, kv, plan)
         self.prefixes, self.chunk = prefixes, min(chunk, self.stepper.max_length)
+        self.documents = None if documents is None else _chunk_store(self.stepper, documents)
         self.statistics, self.last = Statistics(), Statistics()
-        self._name = "" if prefixes is None else _identity(self.stepper)
-        self._limits = Limits(self.stepper.max_length, self.stepper.vocab, speculation, _defaults(model))
+        self._limits = Limits(self.stepper.max_length, self.stepper.vocab, speculation, documents is not None, _defaults(model))
 
     def generate(self, input_ids: Tokens, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
         """The prompts and what follows, [batch, length]: like `generate` of transformers, whose options it takes (`generation_options`).
 
-        Rows that end before others are filled up with padding. Raises BadOption, and NoDistribution.
+        documents=: texts that stand before each prompt, one after the other, or a list of such for each. Rows that end before others are
+        filled up with padding. Raises BadOption, and NoDistribution.
         """
         asked = request(input_ids, attention_mask, options, self._limits)
         made: list[list[int]] = [[] for _ in asked.prompts]
@@ -162,42 +173,63 @@ class Generator:
         self.last = counted = Statistics()
         batch = _Batch(self.stepper, asked, counted)
         try:
-            yield batch.first_tokens(self._known(batch), self.chunk)
+            begin = time.perf_counter()
+            for i in range(len(batch.rows)):
+                self._recall(batch, i)
+            first = batch.first_tokens(self.chunk)
+            counted.prompt_seconds += time.perf_counter() - begin
+            yield first
             while not all(row.ended for row in batch.rows):
                 yield batch.next_tokens()
         finally:
             self._keep(batch)
             self.statistics.add(counted)
 
-    def _owner(self, batch: _Batch) -> Owner:
-        return Owner(self._name, tuple(d - 1 for d in batch.state.dims))
+    def _recall(self, batch: _Batch, i: int) -> None:
+        """Fills the state of a row with what is kept: of the text, or where its documents reach further, of those."""
+        row, computed = batch.rows[i], 0
+        known = self._prefix(batch, i)
+        if self.documents is not None and known < sum(map(len, row.documents)):
+            filled = self.documents.fill(row.documents, batch.alone(i))
+            known, computed = max(known, filled.known), filled.computed
+        row.done = known
+        batch.counted.reused += known - computed
+        batch.counted.computed += computed
 
-    def _known(self, batch: _Batch) -> list[int]:
-        """Copies what is kept of each prompt into the state; how many tokens that are. The last one is left: its logits are needed."""
+    def _prefix(self, batch: _Batch, i: int) -> int:
+        """Copies what is kept of a text into the state; how many tokens that are. The last one is left: its logits are needed."""
         if self.prefixes is None:
-            return [0] * len(batch.rows)
-        lengths, owner = list[int](), self._owner(batch)
-        for i, row in enumerate(batch.rows):
-            with self.prefixes.longest(owner, row.text[:-1]) as prefix:
-                for start, count, tensors in prefix.pieces:
-                    for part, dim, kept in zip(batch.parts(i, start, start + count), owner.dims, tensors):
-                        part.copy_(kept.narrow(dim, 0, count))
-                lengths.append(prefix.length)
-        return lengths
+            return 0
+        owner = self._owner(batch, i)
+        with self.prefixes.longest(owner, batch.rows[i].text[:-1]) as prefix:
+            for start, count, tensors in prefix.pieces:
+                for part, dim, kept in zip(batch.parts(i, start, start + count), owner.dims, tensors):
+                    part.copy_(kept.narrow(dim, 0, count))
+            return prefix.length
 
     def _keep(self, batch: _Batch) -> None:
         if self.prefixes is None:
             return
         for i, row in enumerate(batch.rows):
             read = lambda start, stop, i=i: [t.clone(memory_format=torch.contiguous_format) for t in batch.parts(i, start, stop)]  # noqa: E731
-            self.prefixes.insert(self._owner(batch), row.text[: row.done], read)
+            self.prefixes.insert(self._owner(batch, i), row.text[: row.done], read)
+
+    def _owner(self, batch: _Batch, i: int) -> Owner:
+        """Texts that begin with documents are apart from others of the same tokens: what was reused of those is not quite the model's."""
+        mark = "" if self.documents is None else self.documents.mark(batch.rows[i].documents)
+        return Owner(f"{self._name} {mark}".rstrip(), tuple(d - 1 for d in batch.state.dims))
+
+    @cached_property
+    def _name(self) -> str:
+        return _identity(self.stepper)
 
 
 class _Row:
-    """One text. `done`: how many of its tokens the state holds. left: tokens that may still come."""
+    """One text: documents, prompt, and what follows. `done`: how many of its tokens the state holds. left: tokens that may still come."""
 
     def __init__(self, asked: Request, index: int) -> None:
-        self.text = list(asked.prompts[index])
+        self.documents = asked.documents[index]
+        self.text = [*chain(*self.documents), *asked.prompts[index]]
         self.sampler = Sampler(asked.sampling, asked.seeds[index])
         self.lookup = None if asked.lookup is None else Lookup(asked.lookup, self.text)
         self.stop, self.left, self.done, self.ended = asked.stop, asked.length, 0, False
@@ -237,12 +269,13 @@ class _Batch:
         """What the state holds of a row between two positions."""
         return [t[row].narrow(d - 1, start, stop - start) for t, d in zip(self.state.tensors, self.state.dims)]
 
-    def first_tokens(self, known: Sequence[int], chunk: int) -> list[list[int]]:
-        """Reads the prompts from where they are known on, and chooses what follows them."""
-        begin, last = time.perf_counter(), dict[int, torch.Tensor]()
-        for row, count in zip(self.rows, known):
-            row.done = count
-        self.counted.reused += sum(known)
+    def alone(self, row: int) -> Any:
+        """The state of one row, in the same memory."""
+        return replace(self.state, tensors=[t[row : row + 1] for t in self.state.tensors])
+
+    def first_tokens(self, chunk: int) -> list[list[int]]:
+        """Reads the texts from where they are known on, and chooses what follows them."""
+        last = dict[int, torch.Tensor]()
         while len(last) < len(self.rows):
             parts = [row.text[row.done : row.done + chunk] for row in self.rows]
             logits = self._compute_last(parts)
@@ -253,7 +286,6 @@ class _Batch:
                     last[i] = logits[i].clone()
         made = [row.take([row.sampler.choose(last[i], row.text)]) for i, row in enumerate(self.rows)]
         self.counted.generated += len(made)
-        self.counted.prompt_seconds += time.perf_counter() - begin
         return made
 
     def next_tokens(self) -> list[list[int]]:
@@ -317,6 +349,15 @@ def _stepper(model: torch.nn.Module, max_length: int | None, kv: str, plan: Plan
         raise BadOption(option="model", reason=f"{type(model).__name__} has an encoder, whose text a Generator is not given; use stepper()")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return stepper(model, torch.zeros(1, max_length, dtype=torch.int64, device=device), kv=kv, plan=plan)
+
+
+def _chunk_store(stepper: Stepper, reuse: ChunkReuse) -> ChunkStore:
+    from .chunks import ChunkStore
+    from .stepping import Stepper as Derived
+
+    if not isinstance(stepper, Derived):
+        raise BadOption(option="documents", reason=f"{type(stepper).__name__} has no graph that says how keys are turned to another place")
+    return ChunkStore(stepper, reuse)
 
 
 def _identity(stepper: Stepper) -> str:

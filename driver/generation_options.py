@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ TRANSFORMERS_DEFAULTS = {"top_k": 50}
 _SAMPLING = tuple(f.name for f in fields(Sampling))
 KNOWN = (
     "max_new_tokens", "max_length", *_SAMPLING, "seed", "eos_token_id", "pad_token_id", "num_return_sequences",
-    "prompt_lookup_num_tokens", "max_matching_ngram_size", "streamer",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "streamer", "documents",
 )  # fmt: skip
 
 _HOW = (
@@ -48,26 +49,32 @@ _NEUTRAL = {
 Tokens = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 """[batch, length] or [length], or lists of any lengths."""
 
+Texts = list[list[int]]
+"""Of one row, those that stand one after the other."""
+
 
 @dataclass(frozen=True)
 class Limits:
     """most: tokens of a text that the generator was made for. vocabulary: how many tokens there are. lookup: how to draft where the
-    options do not say. defaults: options of the model, as in its generation_config."""
+    options do not say. documents: whether there may be some. defaults: options of the model, as in its generation_config."""
 
     most: int
     vocabulary: int
     lookup: PromptLookup | None
+    documents: bool
     defaults: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Request:
-    """prompts: without padding. length: new tokens of a row at most. stop: tokens after which a row ends. seeds: of each row.
+    """documents: of each row, what stands before its prompt. prompts: without padding. length: new tokens of a row at most. stop: tokens
+    after which a row ends. seeds: of each row.
 
     padded: the prompts as they came. pad: what rows that ended are filled up with; None where none ends before the others.
     """
 
-    prompts: list[list[int]]
+    documents: list[Texts]
+    prompts: Texts
     padded: torch.Tensor
     length: int
     sampling: Sampling
@@ -89,19 +96,23 @@ def request(input_ids: Tokens, mask: torch.Tensor | None, options: Mapping[str, 
     stop = _ids(given.get("eos_token_id"))
     pad = given.get("pad_token_id", stop[0] if stop else None)
     padded, kept = _laid_out(input_ids, mask, given.get("pad_token_id"), stop)
+    documents = _documents(given.get("documents", ()), len(padded), limits)
     repeats = given.get("num_return_sequences", 1)
+    documents = [texts for texts in documents for _ in range(repeats)]
     padded, kept = (t.repeat_interleave(repeats, 0) for t in (padded, kept))
     prompts = [row[tokens].tolist() for row, tokens in zip(padded, kept)]
-    _require_tokens(prompts, limits.vocabulary)
+    _require_tokens(prompts)
+    _require_known("input_ids", prompts, limits.vocabulary)
     sampling = Sampling(**{name: given[name] for name in _SAMPLING if name in given})
     lookup = limits.lookup
     if given.get("prompt_lookup_num_tokens"):
         lookup = PromptLookup(given["prompt_lookup_num_tokens"], given.get("max_matching_ngram_size", PromptLookup().ngram))
-    length = _length(given, padded.shape[1], max(map(len, prompts)), limits.most)
+    longest = max(len(prompt) + sum(map(len, texts)) for prompt, texts in zip(prompts, documents))
+    length = _length(given, padded.shape[1], longest, limits.most)
     if given.get("streamer") is not None and len(prompts) > 1:
         raise BadOption(option="streamer", reason=f"it takes one text, not {len(prompts)}")
     seeds = seeds_of(given.get("seed"), len(prompts))
-    return Request(prompts, padded, length, sampling, frozenset(stop), pad, seeds, lookup, given.get("streamer"))
+    return Request(documents, prompts, padded, length, sampling, frozenset(stop), pad, seeds, lookup, given.get("streamer"))
 
 
 def _refuse(options: Mapping[str, Any], prefix: str) -> None:
@@ -139,17 +150,39 @@ def _laid_out(input_ids: Tokens, mask: torch.Tensor | None, pad: int | None, sto
     return padded.long(), kept
 
 
-def _require_tokens(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
+def _documents(given: Any, rows: int, limits: Limits) -> list[Texts]:
+    """Of each row: the same for all, or where lists of documents are given, its own. Documents without tokens are left out."""
+    if any(map(_is_token, given)):
+        raise BadOption(option="documents", reason="they are a list of texts, each of token ids; one text alone is in a list, too")
+    each = any(isinstance(text, (list, tuple)) and len(text) and not _is_token(text[0]) for text in given)
+    if each and len(given) != rows:
+        raise BadOption(option="documents", reason=f"there are lists of them for {len(given)} prompts, and {rows} prompts")
+    found = [[ids for text in texts if (ids := _ids(text))] for texts in (given if each else [given])]
+    if any(found) and not limits.documents:
+        raise BadOption(option="documents", reason="say how they are read: Generator(..., documents=tilewright.ChunkReuse(ratio=0.15))")
+    for texts in found:
+        _require_known("documents", texts, limits.vocabulary)
+    return found if each else found * rows
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, Integral) or getattr(value, "ndim", 1) == 0
+
+
+def _require_tokens(prompts: Texts) -> None:
     if not prompts or not all(prompts):
         raise BadOption(option="input_ids", reason="a prompt without tokens has no next one; begin with one, such as the model's bos token")
-    wrong = next((t for prompt in prompts for t in (min(prompt), max(prompt)) if not 0 <= t < vocabulary), None)
+
+
+def _require_known(option: str, texts: Texts, vocabulary: int) -> None:
+    wrong = next((t for text in texts for t in (min(text), max(text)) if not (isinstance(t, int) and 0 <= t < vocabulary)), None)
     if wrong is not None:
-        raise BadOption(option="input_ids", reason=f"there is no token {wrong}; the model knows 0 to {vocabulary - 1}")
+        raise BadOption(option=option, reason=f"there is no token {wrong}; the model knows 0 to {vocabulary - 1}")
 
 
 def _length(given: Mapping[str, Any], width: int, longest: int, most: int) -> int:
-    """New tokens of a row. max_length counts the prompt and its padding, too. The last token is never computed with, so that a text may
-    be longer by one than what the generator was made for."""
+    """New tokens of a row. max_length counts the prompt and its padding, too, but no documents. The last token is never computed with, so
+    that a text may be longer by one than what the generator was made for."""
     length = given["max_length"] - width if "max_length" in given else min(NEW_TOKENS, most + 1 - longest)
     length = given.get("max_new_tokens", length)
     if length < 1:

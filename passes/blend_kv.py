@@ -4,7 +4,7 @@
         raw    a key before RoPE, or a value               read:    tokens, positions -> raw...           (a chunk on its own)
         part = rope(raw, cos, sin)                 -->     encode:  positions, raw... -> keys', values'   (the same chunk elsewhere)
         keys' = scatter(keys, positions, part)             probe:   tokens, positions -> values of the layer that is checked
-        y = attention(q, keys', values', ...)              step:    tokens, positions -> logits           (the tokens chosen for it)
+        y = attention(q, keys', values', ...)              anew:    tokens, positions -> keys', values'   (the tokens chosen for it)
 
 A chunk's keys and values depend on what stood before it; where that is new, they are off, most of them a little and some a lot. The probe
 computes the first layers anew, and says which: those whose values deviate most are computed once more, among the stored ones of the rest.
@@ -40,10 +40,10 @@ class Blending:
     probe gives the values of one layer, which state `checked` holds.
     """
 
-    step: Graph
     read: Graph
     encode: Graph
     probe: Graph
+    anew: Graph
     dims: tuple[int, ...]
     keys: tuple[bool, ...]
     checked: int
@@ -70,10 +70,10 @@ def blending(graph: Graph, size: int, tokens: str = "") -> Blending:
     above = set(_above(parts[checked]))
     needed = tuple((state, value) for state, value in step.writes if value in above)
     return Blending(
-        step,
         read=cleaned(replace(step, name=f"{graph.name}.read", outputs=tuple(raw))),
         encode=_encode(step, raw),
         probe=cleaned(replace(step, name=f"{graph.name}.probe", outputs=(parts[checked],), writes=needed)),
+        anew=cleaned(replace(step, name=f"{graph.name}.anew", outputs=())),
         dims=tuple(dims),
         keys=tuple(x not in whole for x in raw),
         checked=states.index(checked),

@@ -7,8 +7,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from tilewright.driver.chunks import ChunkStore  # noqa: E402
+from tilewright.driver.chunks import ChunkReuse, ChunkStore  # noqa: E402
 from tilewright.driver.errors import BadOption  # noqa: E402
+from tilewright.driver.generate import Generator  # noqa: E402
 from tilewright.driver.stepping import OutOfPlace, stepper  # noqa: E402
 from tilewright.passes.blend_kv import CannotBlend  # noqa: E402
 
@@ -66,14 +67,15 @@ def test_all_tokens_computed_anew_is_exact(kind) -> None:
     model = _model(kind, 2)
     store = ChunkStore(_stepper(model))
     chunks, question = _text()
-    assert _error(store.prefill(chunks, question, 1.0).logits, _whole(model, chunks, question)) < 1e-5
+    read = store.prefill(chunks, question, 0.999)  # with 1 it is read as any text, without chunks
+    assert len(read.recomputed) == 57 and _error(read.logits, _whole(model, chunks, question)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi", "bloom"])
 def test_keys_of_one_layer_depend_on_nothing_but_their_place(kind) -> None:
     """What is kept is turned to where it stands: with a single layer nothing is left to compute anew."""
     model = _model(kind, 1)
-    store = ChunkStore(_stepper(model), ratio=0.0)
+    store = ChunkStore(_stepper(model), ChunkReuse(ratio=0.0))
     chunks, question = _text()
     store.prefill(chunks, question)
     moved = [chunks[2], chunks[0], chunks[1]]
@@ -92,7 +94,7 @@ def test_without_any_computed_anew_it_is_attention_in_blocks(llama) -> None:
     mask = (seen & (at[:, None] >= at))[None, None]
     blocks = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
     exact = _whole(_model("llama", 4), chunks, question, attention_mask=blocks)
-    found = ChunkStore(steps, ratio=0.0).prefill(chunks, question).logits
+    found = ChunkStore(steps, ChunkReuse(ratio=0.0)).prefill(chunks, question).logits
     assert _error(found, exact) < 1e-5
     assert _error(found, _whole(_model("llama", 4), chunks, question)) > 1e-3
 
@@ -132,10 +134,22 @@ def test_it_goes_on_from_what_was_read(llama) -> None:
     assert _error(logits[:, -1], _whole(_model("llama", 4), [*chunks, question], token[0])) < 1e-5
 
 
+def test_rows_of_a_batch_are_read_where_their_state_lies(llama) -> None:
+    """By compiled programs, in a batch of two with documents of their own."""
+    _, steps = llama
+    generator = Generator(steps, documents=ChunkReuse(0.3))
+    chunks, question = _text()
+    documents = [chunks, chunks[:1:-1]]
+    new = generator.generate(question.repeat(2, 1), documents=documents, max_new_tokens=3)[:, len(question) :]
+    for tokens, known in zip(new, documents):
+        read = generator.documents.prefill(known, torch.cat([question, tokens[:2]]))
+        assert int(tokens[2]) == int(read.logits.argmax())
+
+
 def test_a_chunk_at_the_start_and_no_chunk_at_all_are_exact(llama) -> None:
     _, steps = llama
     chunks, question = _text()
-    store = ChunkStore(steps, ratio=0.0)
+    store = ChunkStore(steps, ChunkReuse(ratio=0.0))
     for known in (chunks[:1], [], [chunks[0][:0], chunks[0]]):
         assert _error(store.prefill(known, question).logits, _whole(_model("llama", 4), known, question)) < 1e-5
 
@@ -145,14 +159,14 @@ def test_memory_is_kept_and_the_oldest_goes(llama) -> None:
     chunks, question = _text()
     one = ChunkStore(steps)
     one.prefill(chunks[:1], question)
-    store = ChunkStore(steps, memory=2 * one.nbytes)
+    store = ChunkStore(steps, ChunkReuse(memory=2 * one.nbytes))
     store.prefill(chunks, question)
     assert store.nbytes <= 2 * one.nbytes and store.counts.evicted == 1
     store.prefill([chunks[2], chunks[1]], question)
     assert store.counts.hits == 2
     store.prefill(chunks[:1], question)
     assert store.counts.misses == 4
-    nothing = ChunkStore(steps, memory=1)
+    nothing = ChunkStore(steps, ChunkReuse(memory=1))
     nothing.prefill(chunks, question)
     assert nothing.nbytes == 0
 
@@ -161,8 +175,8 @@ def test_keys_of_low_rank(llama) -> None:
     """Of full rank they are what they were; below, they take less, and the error grows."""
     _, steps = llama
     chunks, question = [torch.arange(40) % VOCAB, torch.arange(20) + 40], _text()[1]
-    whole, thin = ChunkStore(steps, ratio=0.0, rank=40), ChunkStore(steps, ratio=0.0, rank=6)
-    exact = ChunkStore(steps, ratio=0.0).prefill(chunks, question).logits.double()
+    whole, thin = ChunkStore(steps, ChunkReuse(ratio=0.0, rank=40)), ChunkStore(steps, ChunkReuse(ratio=0.0, rank=6))
+    exact = ChunkStore(steps, ChunkReuse(ratio=0.0)).prefill(chunks, question).logits.double()
     assert _error(whole.prefill(chunks, question).logits, exact) < 1e-5
     assert 1e-5 < _error(thin.prefill(chunks, question).logits, exact) < 0.5
     assert thin.nbytes < 0.85 * whole.nbytes
@@ -176,9 +190,9 @@ def test_learned_positions_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "says"), [({"ratio": 1.5}, "ratio.*0 to 1, not 1.5"), ({"rank": 0}, "rank.*at least 1"), ({"memory": "x"}, "memory")]
 )
-def test_options_that_mean_nothing(llama, options, says) -> None:
+def test_options_that_mean_nothing(options, says) -> None:
     with pytest.raises(BadOption, match=says):
-        ChunkStore(llama[1], **options)
+        ChunkReuse(**options)
 
 
 def test_texts_that_cannot_be(llama) -> None:
