@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import generations
 import pytest
 import torch
+from matrices import EXACT, Outcome, table
 from processes import together
 from tilewright.driver.inputs import Example
 from tilewright.driver.loading import captured_of, export_module
@@ -38,8 +39,6 @@ from torch import nn
 
 PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
 TOKENS, LENGTHS, CHUNK = 12, (12, 7), 4
-EXACT = 1e-7
-"""Relative error in float64 of what computes the same function; sums over processes are ATen's, in float32."""
 
 Call = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
@@ -305,16 +304,6 @@ TRANSFORMS: dict[str, Transform] = {
 # -- pairs
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """error: relative, in float64, to the model as it was; allowed: how large it may be. refused: why one of the two is not done."""
-
-    model: str
-    error: float = 0.0
-    allowed: float = EXACT
-    refused: str = ""
-
-
 def single(name: str, model: str) -> Outcome:
     return _outcome(model, (name,))
 
@@ -335,35 +324,17 @@ def _outcome(model: str, names: tuple[str, ...]) -> Outcome:
         try:
             made = TRANSFORMS[name].apply(made)
         except Refused as why:
-            return Outcome(model, refused=f"{name}: {why}")
+            return Outcome(refused=f"{name}: {why}")
     (found,) = made([x.clone() for x in inputs])
     allowed = sum(TRANSFORMS[name].bounded or 0.0 for name in names) or EXACT
     error = float((valid(found) - valid(expected)).norm() / valid(expected).norm())
-    return Outcome(model, error, allowed)
-
-
-PAIRS: Sequence[tuple[str, str]] = tuple(itertools.combinations(TRANSFORMS, 2))
+    return Outcome(error, allowed)
 
 
 def page() -> str:
-    """The matrix in words."""
-    reasons: dict[str, int] = {}
-    rows = []
-    for first in TRANSFORMS:
-        cells = [_cell(first, second, reasons) for second in TRANSFORMS]
-        rows.append(f"| **{first}** | {' | '.join(cells)} |")
-    notes = "\n".join(f"{number}. {reason}" for reason, number in reasons.items())
-    head = f"| first, then | {' | '.join(TRANSFORMS)} |\n|---|{'---|' * len(TRANSFORMS)}"
-    return HEAD + head + "\n" + "\n".join(rows) + "\n\nWhy not:\n\n" + notes + "\n"
-
-
-def _cell(first: str, second: str, reasons: dict[str, int]) -> str:
-    if (first, second) not in PAIRS:
-        return ""
-    found = pair(first, second)
-    if found.refused:
-        return f"[{reasons.setdefault(found.refused, len(reasons) + 1)}]"
-    return "=" if found.allowed == EXACT else f"{found.error:.1%}"
+    """Both matrices in words."""
+    rewrites, ways = table("first, then", TRANSFORMS, pair), table("together", generations.FEATURES, generations.pair)
+    return "\n".join([HEAD, rewrites, GENERATION, ways])
 
 
 HEAD = """# What goes with what
@@ -372,7 +343,14 @@ Each pair of rewrites is done to a small model, one after the other, and the res
 the same function, a percentage is how far outputs moved where one of the two is bounded (the models have random weights, so that says
 nothing of real ones), and a number is a refusal, with its reason below. `tests/test_composition.py` does this in every run of the tests,
 and `python tests/compositions.py` writes this page.
+"""
 
+GENERATION = """## Generating
+
+Each pair of what a `Generator` does, on a small decoder like Llama: the same documents and questions are read in one order, in another,
+and once more, and the logits from which each token was chosen compared with those of the whole model on the whole text, in float64. What is
+`=` also writes the same text as the plain generator; and what is exact changes no text beside what is bounded, either: drafts, kept
+beginnings and prompts in chunks leave each token as it was, and the numbers it was drawn with.
 """
 
 if __name__ == "__main__":

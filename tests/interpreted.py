@@ -15,7 +15,7 @@ from tilewright.ir.sizes import with_sizes
 from torch import nn
 from torch.nn import functional as F
 
-VOCAB, WIDTH, HEADS, LENGTH = 40, 32, 4, 64
+VOCAB, WIDTH, HEADS, LENGTH = 16, 32, 4, 64
 
 
 class Layer(nn.Module):
@@ -38,7 +38,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens [b, n] -> logits [b, n, VOCAB], with random weights."""
+    """Tokens [b, n] -> logits [b, n, VOCAB], with random weights; so few tokens that texts repeat themselves."""
 
     def __init__(self) -> None:
         super().__init__()

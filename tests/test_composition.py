@@ -1,9 +1,14 @@
-"""All pairs of rewrites, on models they apply to: the same function, within bounds, or refused with a reason."""
+"""All pairs of rewrites, on models they apply to, and of ways to generate: the same function, within bounds, or refused with a reason."""
 
 from __future__ import annotations
 
+from itertools import combinations
+
+import generations
 import pytest
-from compositions import EXACT, MODELS, PAGE, PAIRS, TRANSFORMS, page, pair, single
+from compositions import MODELS, PAGE, TRANSFORMS, page, pair, single
+from generations import FEATURES
+from matrices import EXACT
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -14,9 +19,22 @@ def test_each_applies_to_a_model(name: str) -> None:
     assert all(f.error > EXACT for f in found if not f.refused and TRANSFORMS[name].bounded is not None), "it does nothing"
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS)
+@pytest.mark.parametrize(("first", "second"), list(combinations(TRANSFORMS, 2)))
 def test_pairs(first: str, second: str) -> None:
     found = pair(first, second)
+    assert found.refused or found.error <= found.allowed, found
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_each_way_to_generate(name: str) -> None:
+    found = generations.single(name)
+    assert not found.refused and found.error <= found.allowed
+    assert found.error > EXACT or FEATURES[name].bounded is None, "it does nothing"
+
+
+@pytest.mark.parametrize(("first", "second"), list(combinations(FEATURES, 2)))
+def test_pairs_of_ways_to_generate(first: str, second: str) -> None:
+    found = generations.pair(first, second)
     assert found.refused or found.error <= found.allowed, found
 
 
