@@ -87,7 +87,7 @@ def can_be_offered(node: Node) -> bool:
 
 
 def takes_computed(node: Node, operand: Node) -> bool:
-    """Whether a kernel of ours may compute the operand of a contraction where it multiplies it."""
+    """Whether a kernel of ours may compute the operand of a contraction, or the keys or values of an attention, where it multiplies it."""
     rule = COMPUTED.get(device_type(node))
     return rule is not None and rule(node, operand)
 
@@ -134,7 +134,7 @@ NATIVE: dict[str, Callable[[Node], bool]] = {"cpu": _on_cpu, "cuda": _on_gpu}
 """Device type -> which contractions can be kernels of ours there."""
 
 COMPUTED: dict[str, Callable[[Node, Node], bool]] = {
-    "cpu": lambda node, operand: is_in_words(operand),
+    "cpu": lambda node, operand: is_low_bit(operand) if node.op.name == "attention" else is_in_words(operand),
     "cuda": lambda node, operand: node.op.name != "conv" and is_low_bit(operand),
 }
 """Device type -> which operands of them (contraction, operand) are computed in the kernel. Others are read: it would compute them once for

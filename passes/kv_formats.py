@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,21 +51,26 @@ MOST = 7.0
 
 
 def _int4(x: Node) -> Parts:
-    """Levels of 4 bits, two in a byte, and a scale for each row."""
-    rank = x.tensor.rank
+    """Levels of 4 bits and a scale for each row, NaN for one with NaN or infinities. The second half of the columns is in the high bits
+    of the bytes that hold the first, so that neighbours among columns are neighbours in memory."""
+    rank, half = x.tensor.rank, x.shape[-1] // 2
     wide = _cast(x, compute_dtype(x.dtype))
-    step = OPS["div"](OPS["amax"](OPS["abs"](wide), dims=(rank - 1,), keepdim=True), MOST)
-    scale = OPS["where"](OPS["gt"](step, 0.0), step, 1.0)
-    levels = OPS["add"](OPS["clamp"](OPS["round"](OPS["div"](wide, scale)), -MOST, MOST), 8.0)
-    pairs = OPS["reshape"](OPS["cast"](levels, dtype=torch.uint8), shape=(*x.shape[:-1], x.shape[-1] // 2, 2))
-    low, high = (OPS["select"](pairs, dim=rank, index=i) for i in (0, 1))
+    largest = OPS["amax"](OPS["abs"](wide), dims=(rank - 1,), keepdim=True)
+    finite, step = OPS["isfinite"](largest), OPS["div"](largest, MOST)
+    scale = OPS["where"](finite, OPS["where"](OPS["gt"](step, 0.0), step, 1.0), math.nan)
+    rounded = OPS["where"](finite, OPS["round"](OPS["div"](wide, scale)), 0.0)
+    levels = OPS["cast"](OPS["add"](OPS["clamp"](rounded, -MOST, MOST), 8.0), dtype=torch.uint8)
+    low, high = (OPS["slice"](levels, dim=rank - 1, start=i * half, stop=(i + 1) * half) for i in (0, 1))
     return OPS["bitwise_or"](low, OPS["bitwise_left_shift"](high, 4)), scale
 
 
 def _from_int4(parts: Parts, wanted: torch.dtype) -> Node:
-    levels, scale = parts
-    zero = OPS["full"](shape=(1,) * scale.tensor.rank, value=8.0, dtype=scale.dtype, device=scale.tensor.device)
-    return OPS["dequantize"](OPS["unpack"](levels, bits=4), scale, zero, dtype=wanted)
+    packed, scale = parts
+    rank, (*lead, half) = packed.tensor.rank, packed.shape
+    pairs = OPS["reshape"](OPS["unpack"](packed, bits=4), shape=(*lead, half, 2))
+    levels = OPS["reshape"](OPS["permute"](pairs, dims=(*range(rank - 1), rank, rank - 1)), shape=(*lead, 2 * half))
+    zero = OPS["full"](shape=(1,) * rank, value=8.0, dtype=scale.dtype, device=scale.tensor.device)
+    return OPS["dequantize"](levels, scale, zero, dtype=wanted)
 
 
 KV_FORMATS: dict[str, KvFormat] = {

@@ -38,11 +38,32 @@ template <class F> void heads(int64_t count, int64_t rows, int64_t work, int thr
 
 // Keys or values: row j begins at data + j * ld, its columns are contiguous.
 template <class S> struct Rows {
+  static constexpr bool scaled = false;
   const S* data;
   int64_t ld;
+  INLINE Rows from(int64_t first) const { return {data + first * ld, ld}; }
+  template <class T, int L> INLINE vec<T, L> get(int64_t j, int64_t c) const { return as<T>(load<L>(data + j * ld + c)); }
 };
 
-template <class S> INLINE Rows<S> rows_from(const Rows<S>& rows, int64_t first) { return {rows.data + first * rows.ld, rows.ld}; }
+// The same of integers with a scale for each row: (level - ZERO) * scales[j * STEP]. Where HALF is not 0, levels have four bits: byte c of a
+// row holds that of column c in its low bits, and that of column HALF + c in its high ones.
+template <class S, class F, int ZERO, int STEP, int HALF> struct Levels {
+  static constexpr bool scaled = true;
+  const S* data;
+  int64_t ld;
+  const F* scales;
+  INLINE Levels from(int64_t first) const { return {data + first * ld, ld, scales + first * STEP}; }
+  template <class T, int L> INLINE vec<T, L> level(int64_t j, int64_t c) const {
+    const S* const row = data + j * ld;
+    if constexpr (HALF == 0) return as<T>(widened(load<L>(row + c)) - ZERO);
+    else {
+      const auto bytes = widened(load<L>(row + (c < HALF ? c : c - HALF)));
+      return as<T>((c < HALF ? bytes & 15 : bytes >> 4) - ZERO);
+    }
+  }
+  template <class T> INLINE T scale(int64_t j) const { return T(load<1>(scales + j * STEP)); }
+  template <class T, int L> INLINE vec<T, L> get(int64_t j, int64_t c) const { return level<T, L>(j, c) * scale<T>(j); }
+};
 
 // How many of the `count` keys any row attends to at most.
 template <class Limits> INLINE int64_t seen(int64_t rows, int64_t count, const Limits& bounds) {
@@ -62,26 +83,28 @@ template <int Used, int Columns, class T, class Write> Rows<T> copied(Row<T>& me
 }
 
 // Panels [keys / NR][D][NR] of keys; what lies beyond the last key is zero.
-template <int NR, int L, int D, class T, class S> void pack_keys(const Rows<S>& keys, int64_t begin, int64_t end, int64_t count, T* panels) {
+template <int NR, int L, int D, class T, class KeyRows>
+void pack_keys(const KeyRows& keys, int64_t begin, int64_t end, int64_t count, T* panels) {
   alignas(64) T wide[L * (D + L)];
   for (int64_t j = begin; j < end; j += L) {
     T* to = panels + j / NR * NR * D + j % NR;
     const bool whole = j + L <= count;
-    if (__is_same(S, T) && whole) {
-      for (int64_t c = 0; c < D; c += L) transpose<L>((const T*)keys.data + j * keys.ld + c, keys.ld, to + c * NR, NR);
-      continue;
-    }
+    if constexpr (__is_same(KeyRows, Rows<T>))
+      if (whole) {
+        for (int64_t c = 0; c < D; c += L) transpose<L>(keys.data + j * keys.ld + c, keys.ld, to + c * NR, NR);
+        continue;
+      }
     for (int64_t l = 0; l < L; l++)
       for (int64_t c = 0; c < D; c += L)
-        store<L>(wide + l * (D + L) + c, j + l < count ? as<T>(load<L>(keys.data + (j + l) * keys.ld + c)) : vec<T, L>{});
+        store<L>(wide + l * (D + L) + c, j + l < count ? keys.template get<T, L>(j + l, c) : vec<T, L>{});
     for (int64_t c = 0; c < D; c += L) transpose<L>(wide + c, D + L, to + c * NR, NR);
   }
 }
 
 // Rows of values side by side: read again by every tile, they would meet in few cache sets where they lie.
-template <int L, int E, class T, class S> void pack_values(const Rows<S>& values, int64_t begin, int64_t end, T* packed) {
+template <int L, int E, class T, class ValueRows> void pack_values(const ValueRows& values, int64_t begin, int64_t end, T* packed) {
   for (int64_t j = begin; j < end; j++)
-    for (int64_t c = 0; c < E; c += L) store<L>(packed + j * E + c, as<T>(load<L>(values.data + j * values.ld + c)));
+    UNROLL for (int64_t c = 0; c < E; c += L) store<L>(packed + j * E + c, values.template get<T, L>(j, c));
 }
 
 // 2^x for x <= 0 or NaN; 0 below -126, where subnormal numbers, which are slow, would begin.
@@ -178,6 +201,29 @@ INLINE void weigh(const T* weights, int64_t ld, const Rows<S>& values, int64_t j
     micro<R, rest, L>(weights, ld, from + (V - rest) * L, values.ld, count, out + (V - rest) * L, V * L, more);
 }
 
+// The same of levels: weights take the scales, which are applied once for a row of values.
+template <int R, int N, int V, int L, class T, class S, class F, int ZERO, int STEP, int HALF>
+INLINE void weigh(T* weights, int64_t ld, const Levels<S, F, ZERO, STEP, HALF>& values, int64_t j, int64_t count, T* out, bool more) {
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t k = 0; k < count; k++) weights[r * ld + k] *= values.template scale<T>(j + k);
+  constexpr int parts = (V + N - 1) / N, wide = (V + parts - 1) / parts;
+  UNROLL for (int part = 0; part < V; part += wide) {
+    vec<T, L> sums[R][wide] = {};
+    for (int64_t k = 0; k < count; k++)
+      UNROLL for (int v = 0; v < wide; v++)
+        if (part + v < V) {
+          const auto level = values.template level<T, L>(j + k, (part + v) * L);
+          UNROLL for (int r = 0; r < R; r++) sums[r][v] += splat<L>(weights[r * ld + k]) * level;
+        }
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int v = 0; v < wide; v++)
+        if (part + v < V) {
+          T* const at = out + (r * V + part + v) * L;
+          store<L>(at, more ? load<L>(at) + sums[r][v] : sums[r][v]);
+        }
+  }
+}
+
 template <int L, class T> INLINE void scale_row(T* row, int64_t count, T factor) {
   for (int64_t c = 0; c < count; c += L) store<L>(row + c, load<L>(row + c) * factor);
 }
@@ -228,8 +274,8 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
       if (walk.anchor != anchor || range.begin < packed.begin || range.begin > packed.end)
         anchor = walk.anchor, packed = {range.begin, range.begin};
       if (const int64_t until = ceil_div(range.end, NR) * NR; packed.end < until) {
-        pack_keys<NR, L, D>(rows_from(keys, anchor), packed.end, until, count - anchor, (T*)panels);
-        pack_values<L, E>(rows_from(values, anchor), packed.end, least_of(until, count - anchor), (T*)packed_values);
+        pack_keys<NR, L, D>(keys.from(anchor), packed.end, until, count - anchor, (T*)panels);
+        pack_values<L, E>(values.from(anchor), packed.end, least_of(until, count - anchor), (T*)packed_values);
         packed.end = until;
       }
     }
@@ -254,7 +300,7 @@ void attend(int64_t rows, int64_t count, int64_t part, int64_t parts, const KeyR
   }
 }
 
-// The same for rows of one tile: keys are packed block by block, in cache, and values are read where they lie.
+// The same for rows of one tile: keys are packed block by block, in cache, and values are read where they lie, levels packed as keys are.
 template <int R, int N, int L, int D, int E, class T, template <class, int> class Weights, class KeyRows, class ValueRows, class Query,
           class Limits, class Score, class Finish>
 void attend_tile(int64_t rows, int64_t count, const KeyRows& keys, const ValueRows& values, const Query& query, const Limits& bounds,
@@ -262,6 +308,7 @@ void attend_tile(int64_t rows, int64_t count, const KeyRows& keys, const ValueRo
   constexpr int64_t NR = N * L, KEYS = tile::KEYS<NR>;
   const int64_t padded = ceil_div(rows, R) * R;
   alignas(64) T q[QUERIES * D] = {}, scores[QUERIES * KEYS], out[QUERIES * E], panels[KEYS * D];
+  alignas(64) T numbers[ValueRows::scaled ? KEYS * E : 1];
   Weights<T, L> rows_of[QUERIES];
   Bounds range = {count, 0};
   for (int64_t r = 0; r < rows; r++) {
@@ -275,13 +322,16 @@ void attend_tile(int64_t rows, int64_t count, const KeyRows& keys, const ValueRo
     const int64_t some = least_of(KEYS, range.end - j);
     for (int64_t c = 0; c < some; c++)
       for (int64_t d = 0; d < E; d += 64 / sizeof(*values.data)) __builtin_prefetch(values.data + (j + c) * values.ld + d);  // soon read
-    pack_keys<NR, L, D>(rows_from(keys, j), 0, ceil_div(some, NR) * NR, count - j, panels);
+    pack_keys<NR, L, D>(keys.from(j), 0, ceil_div(some, NR) * NR, count - j, panels);
     for (int64_t c = 0; c < some; c += NR) multiply<R, N, L, D>(q, padded, panels + c * D, NR, ceil_div(some - c, L), scores + c, KEYS);
     for (int64_t r = 0; r < rows; r++) {
       const T factor = rows_of[r].add(scores + r * KEYS, r, j, some, score);
       if (more && factor != 1) scale_row<L>(out + r * E, E, factor);
     }
-    for (int64_t r = 0; r < padded; r += R) weigh<R, N, E / L, L>(scores + r * KEYS, KEYS, values, j, some, out + r * E, more);
+    if constexpr (ValueRows::scaled) pack_values<L, E>(values.from(j), 0, some, numbers);
+    for (int64_t r = 0; r < padded; r += R)
+      if constexpr (ValueRows::scaled) weigh<R, N, E / L, L>(scores + r * KEYS, KEYS, Rows<T>{numbers, E}, 0, some, out + r * E, more);
+      else weigh<R, N, E / L, L>(scores + r * KEYS, KEYS, values, j, some, out + r * E, more);
   }
   for (int64_t r = 0; r < rows; r++) {
     if (more) scale_row<L>(out + r * E, E, rows_of[r].scale());
@@ -309,14 +359,17 @@ void attend_few(int64_t count, const KeyRows& keys, const ValueRows& values, con
   for (int64_t j = range.begin; j < range.end; j += KEYS, more = true) {
     const int64_t some = least_of(KEYS, range.end - j);
     for (int64_t c = 0; c < some; c++) {
-      const auto* key = keys.data + (j + c) * keys.ld;
       for (int64_t d = 0; d < E; d += 64 / sizeof(*values.data)) __builtin_prefetch(values.data + (j + c) * values.ld + d);  // soon read
       vec<T, L> sum[R] = {};
       UNROLL for (int64_t d = 0; d < D; d += L) {
-        const vec<T, L> k = as<T>(load<L>(key + d));
+        vec<T, L> k;
+        if constexpr (KeyRows::scaled) k = keys.template level<T, L>(j + c, d);
+        else k = keys.template get<T, L>(j + c, d);
         UNROLL for (int r = 0; r < R; r++) sum[r] += k * load<L>(q + r * D + d);
       }
       UNROLL for (int r = 0; r < R; r++) scores[r * KEYS + c] = fold([](auto a, auto b) { return a + b; }, sum[r]);
+      if constexpr (KeyRows::scaled)
+        UNROLL for (int r = 0; r < R; r++) scores[r * KEYS + c] *= keys.template scale<T>(j + c);
     }
     for (int64_t r = 0; r < R; r++) {
       const T factor = rows_of[r].add(scores + r * KEYS, r, j, some, score);

@@ -30,6 +30,7 @@ from .body import Scope
 from .expressions import ADD, MULTIPLY, STORAGE, index_text, wrap
 from .parts import PartPrinter
 from .product import Rewrite
+from .rows import Place, Scales, find_rows
 from .schedule import CpuTarget
 
 FEW_ROWS = 4  # so few queries read every key once: packing would not pay
@@ -106,12 +107,9 @@ class AttentionPrinter(PartPrinter):
         used, key = column.extent, self.found.key
         assert isinstance(used, int)
         wide = -(-used // self.lanes) * self.lanes
-        place = _in_place(value, key, column) if wide == used else None
-        if place is not None:
-            load, start, ld = place
-            buffer, storage = self.names.buffers[load.buffer], STORAGE[self.kernel.buffer(load.buffer).dtype]
-            at = buffer if start == 0 else f"{buffer} + {wrap(index_text(start, {}), ADD)}"
-            self.line(f"const tile::Rows<{storage}> {self.callables[name]} = {{{at}, {index_text(ld, {})[0]}}};")
+        rows = find_rows(value, key, column, self.lanes)
+        if rows is not None:
+            self.line(f"const {self.rows_text(*rows, self.callables[name])};")
             return wide
         write, memory = self.names.fresh(name + "_row"), self.names.fresh(name + "_copy")
         self.writer(write, value, key.name, (key,), column)
@@ -119,6 +117,20 @@ class AttentionPrinter(PartPrinter):
         self.line(f"tile::Row<{self.kind}> {memory}({count}*{wide});")
         self.line(f"const auto {self.callables[name]} = tile::copied<{used}, {wide}>({memory}, {count}, {write});")
         return wide
+
+    def rows_text(self, place: Place, scales: Scales | None, name: str) -> str:
+        """The declaration of rows that are read where they lie."""
+        storage, at, ld = self.place_text(place)
+        if scales is None:
+            return f"tile::Rows<{storage}> {name} = {{{at}, {ld}}}"
+        kind, first, step = self.place_text(scales.place)
+        return f"tile::Levels<{storage}, {kind}, {scales.zero}, {step}, {scales.half}> {name} = {{{at}, {ld}, {first}}}"
+
+    def place_text(self, place: Place) -> tuple[str, str, str]:
+        """(type of an element, the first row, elements between rows) as C++."""
+        buffer, storage = self.names.buffers[place.load.buffer], STORAGE[self.kernel.buffer(place.load.buffer).dtype]
+        at = buffer if place.start == 0 else f"{buffer} + {wrap(index_text(place.start, {}), ADD)}"
+        return storage, at, index_text(place.ld, {})[0]
 
     def seen(self) -> str:
         """How many keys any row attends to at most: no more are copied, so what a cache does not hold yet costs nothing."""
@@ -189,18 +201,6 @@ class AttentionPrinter(PartPrinter):
         self.bind(self.found.rows, self.row, stores)
         self.walk(column, ("0", self.size(column)), stores, (Buffer(self.tile, self.dtype, column.extent),))
         self.close("};")
-
-
-def _in_place(value: Scalar, key: Axis, column: Axis) -> tuple[Load, sympy.Expr, sympy.Expr] | None:
-    """(load, index of the first element, distance between rows) of an operand whose rows are contiguous."""
-    if not isinstance(value, Load) or value.mask is not None or value.indirect:
-        return None
-    index, j, c = sympy.sympify(value.index), key.symbol, column.symbol
-    ld, step = (sympy.expand(index.subs(s, s + 1) - index) for s in (j, c))  # type: ignore[operator]
-    start = sympy.expand(index.subs({j: 0, c: 0}))
-    if step != 1 or {j, c} & (ld.free_symbols | start.free_symbols) or sympy.expand(start + j * ld + c - index) != 0:
-        return None
-    return value, start, ld
 
 
 def _chosen(function: str, texts: Sequence[str]) -> str:

@@ -56,7 +56,7 @@ def find_words(value: Scalar, moved: Scalar, depth: Sequence[Axis]) -> Words | N
     """The words of a value over the axes of the depth, outermost first; None for others. moved: the value by a flat column."""
     if not depth or not all(isinstance(a.extent, int) and a.extent > 0 for a in depth):
         return None
-    found, flat = _affine(value), _affine(moved)
+    found, flat = affine(value), affine(moved)
     if found is None or flat is None:
         return None
     _, zero, scale = found
@@ -72,7 +72,8 @@ def find_words(value: Scalar, moved: Scalar, depth: Sequence[Axis]) -> Words | N
 # ---- (level - zero) * scale
 
 
-def _affine(value: Scalar) -> tuple[Level, Scalar | None, Scalar] | None:
+def affine(value: Scalar) -> tuple[Level, Scalar | None, Scalar] | None:
+    """(level, zero, scale) of a value that is (level - zero) * scale; None for others."""
     if value.dtype == torch.int32:
         level = _level(value)
         return None if level is None else (level, None, Const(torch.float32, 1.0))

@@ -8,8 +8,9 @@ import torch
 
 from ...ir.dims import Dim, product, symbol
 from ..attentions import Attention
-from ..kernel import Kernel, Load, cone
+from ..kernel import Kernel
 from ..space import Limit, Space
+from .product import narrow
 from .program import blocks_of
 from .schedule import is_wide, next_power_of_two
 from .tiles import UNITS
@@ -66,9 +67,8 @@ def padded(extent: Dim) -> int:
 
 
 def element_size(kernel: Kernel, found: Attention) -> int:
-    """Bytes of a key in the block that is multiplied."""
-    rights = [d.right for d in found.dots]
-    return max((kernel.buffer(v.buffer).dtype.itemsize for v in cone(rights) if isinstance(v, Load)), default=4)
+    """Bytes of a key in the block that is multiplied: as it is stored, or in the dtype that it is computed in."""
+    return max(narrow(kernel, d.right).dtype.itemsize for d in found.dots)
 
 
 def depth_of(found: Attention) -> int:

@@ -3,7 +3,11 @@
     attention(q, k, v)[i, e]   -->   sum over a of softmax over a (score[i, a]) * v[a, e]; or sigmoid (score[i, a]) * v[a, e]
                                      score[i, a] = scale * (sum over b of q[i, b] * k[a, b]), masked
 
-Here a numbers the keys and b the columns of query and key. A gradient has a second product in its score, of grad and value over c.
+Here a numbers the keys and b the columns of query and key. Keys and values are read, or computed where they are met:
+
+    attention(q, dequantize(k, s), v)   -->   score[i, a] = scale * (sum over b of q[i, b] * (k[a, b] * s[a])), masked
+
+A gradient has a second product in its score, of grad and value over c.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from ..reasons import Reason
 from ..types import TensorType, compute_dtype
 from .indices import ONE, Poly, const
 from .points import Index, Kind, Point, Refusal, broadcast_index, dims_of
-from .products import require_memory
+from .products import require_memory, require_unsummed
 from .windows import check
 
 if TYPE_CHECKING:
@@ -38,8 +42,10 @@ def attention(puller: Puller, node: Node, index: Index, mask: Mask) -> Point:
     left = puller.at(q, (*_heads(puller, q, batch, node), row, c))
     right = puller.at(k, (*_heads(puller, k, batch, node), at, c))
     value = puller.at(v, (*_heads(puller, v, batch, node), at, column))
-    for operand in (left, right, value):
-        require_memory(node, operand)
+    require_memory(node, left)
+    for operand in (right, value):
+        require_unsummed(node, operand)
+    puller.whole.append(column)
     wide = compute_dtype(node.dtype)
     product = graph_input("product", TensorType(wide, (*node.shape[:-1], k.shape[-2]), node.tensor.device))
     place = (*batch, row, at)

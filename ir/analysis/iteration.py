@@ -53,18 +53,22 @@ class Output:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """A region as one loop nest. points: operands first, each once; every index is over the axes' names."""
+    """A region as one loop nest. points: operands first, each once; every index is over the axes' names.
+
+    whole: what is to be one axis, though indices take it apart.
+    """
 
     axes: tuple[LoopAxis, ...]
     outputs: tuple[Output, ...]
     points: tuple[Point, ...]
     ranges: Ranges = field(repr=False, default_factory=lambda: Ranges({}))
+    whole: tuple[Poly, ...] = ()
 
     def normal_form(self) -> tuple[tuple[LoopAxis, ...], dict[Poly, Poly]]:
         """(axes, index -> the same index over these axes): as few divisions as possible, and as few axes."""
-        form = _Form(list(self.axes), {p: p for p in _indices(self)}, self.ranges)
+        form = _Form(list(self.axes), {p: p for p in (*_indices(self), *self.whole)}, self.ranges)
         fixed = any(p.kind is Kind.SCAN or p.axes for p in self.points)
-        form.split(lambda axis: not (fixed and axis.inner))
+        form.split(lambda axis: not (fixed and axis.inner) and all(variable(axis.name) != form.used[p] for p in self.whole))
         form.merge(lambda axis: not (fixed and axis.inner))
         return tuple(form.axes), form.used
 
@@ -112,7 +116,7 @@ def _place(body: Graph, anchor: Node | None) -> Placement:
         outputs.append(Output(node, ranges.recombine(linear(at, dims_of(node))), puller.at(node, at)))
     axes += [LoopAxis(name, extent, True) for name, extent in puller.own]
     ordered = sorted(axes, key=lambda a: a.inner)
-    return Placement(tuple(ordered), tuple(outputs), tuple(puller.points), ranges)
+    return Placement(tuple(ordered), tuple(outputs), tuple(puller.points), ranges, tuple(puller.whole))
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,15 @@ def is_read(point: Point) -> bool:
 
 
 def computed_operands(points: Iterable[Point]) -> list[tuple[Node, int]]:
-    """(product, number of an operand) for those operands of products among the points that are computed where they are multiplied."""
-    dots = [p for p in points if p.kind is Kind.DOT]
-    return [(p.node, k) for p in dots if p.node for k in (0, 1) if not all(map(is_read, _under(p.operands[k])))]
+    """(product, number of an operand) for those operands of products among the points that are computed where they are multiplied: of an
+    attention its keys and values."""
+    found: list[tuple[Node, int]] = []
+    for p in points:
+        if p.kind not in (Kind.DOT, Kind.ATTEND) or p.node is None:
+            continue
+        operands = ((2, p.operands[1]),) if p.kind is Kind.ATTEND else enumerate(p.operands[:2])
+        found += [(p.node, k) for k, operand in operands if not all(map(is_read, _under(operand)))]
+    return found
 
 
 def joining_windows(points: Iterable[Point]) -> list[Node]:

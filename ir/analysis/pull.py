@@ -51,6 +51,7 @@ class Puller:
         self.extents = tuple(extents)
         self.points: list[Point] = []
         self.own: list[tuple[str, Poly]] = []  # axes of the one contraction or window, and their extents
+        self.whole: list[Poly] = []  # indices that are to be one axis
         self._walker: Node | None = None
         self._values: dict[tuple[Node, Index, Mask], Point] = {}
         self._shared: dict[object, Point] = {}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lowering import Cases, x
 from tilewright.ir import ops
 from tilewright.ir.dims import SymbolRange, symbol
-from tilewright.ir.graph import Node
+from tilewright.ir.graph import Graph, Node, graph_input
+from tilewright.ir.interpret import interpret
+from tilewright.ir.types import TensorType
+from tilewright.passes.kv_formats import KV_FORMATS
 
 INF = float("inf")
 
@@ -108,6 +112,39 @@ def stepped_window(q: Node, k: Node, v: Node, position: Node) -> Node:
     return stepped(q, k, v, position, 20)
 
 
+def cache(kv: str, *shape: int) -> tuple[torch.Tensor, ...]:
+    """Keys, then values, as they are kept in a format."""
+    value = graph_input("x", TensorType(torch.float32, shape))
+    body = Graph("kept", (value,), KV_FORMATS[kv].encode(value))
+    return tuple(t for n in range(2) for t in interpret(body, [x(*shape).roll(n)]))
+
+
+def read(kv: str, parts: Sequence[Node], dtype: torch.dtype = torch.float32) -> tuple[Node, Node]:
+    half = len(parts) // 2
+    k, v = (KV_FORMATS[kv].decode(tuple(p), dtype) for p in (parts[:half], parts[half:]))
+    return k, v
+
+
+def cached(kv: str) -> Callable[..., Node]:
+    """Steps at positions over a cache in a format."""
+    return lambda q, *parts: stepped(q, *read(kv, parts[:-1], q.dtype), parts[-1])
+
+
+def sigmoid_cached(q: Node, *parts: Node) -> Node:
+    return decoded(q, *read("int8", parts))
+
+
+def tokens_first(q: Node, *parts: Node) -> Node:
+    """A cache with the heads of a token side by side."""
+    return attention(q, *read("int8", [ops.permute(p, dims=(0, 2, 1, 3)) for p in parts]))
+
+
+def interleaved(q: Node, packed: Node, scale: Node, zero: Node) -> Node:
+    """Neighbouring columns in one byte, and zeros that are read."""
+    kept = ops.op("dequantize")(ops.op("unpack")(packed, bits=4), scale, zero, dtype=torch.float32)
+    return attention(q, kept, kept)
+
+
 def packed(q: Node, k: Node, v: Node, first: Node, last: Node) -> Node:
     """Sequences of several lengths one after the other: each token knows where its own begins and ends."""
     keys = ops.iota(length=k.shape[-2])
@@ -185,6 +222,20 @@ add("steps at positions", stepped, x(3, 4, 5, 32), x(3, 1, 304, 32), x(3, 1, 304
 add("many steps at positions", stepped, x(3, 4, 40, 32), x(3, 2, 340, 32), x(3, 2, 340, 32), at)
 add("a step in a window", stepped_window, x(3, 4, 1, 32), x(3, 2, 300, 32), x(3, 2, 300, 32), at)
 add("a step, narrow heads", stepped, x(3, 4, 1, 12), x(3, 2, 300, 12), x(3, 2, 300, 20), at)
+add("a step, int8 cache", cached("int8"), x(3, 4, 1, 64), *cache("int8", 3, 2, 300, 64), at)
+add("a step, int4 cache", cached("int4"), x(3, 4, 1, 64), *cache("int4", 3, 2, 300, 64), at)
+add("a step, bf16 cache", cached("bf16"), x(3, 4, 1, 64), *cache("bf16", 3, 2, 300, 64), at)
+add("a step, int4 cache of narrow heads", cached("int4"), x(3, 4, 1, 24), *cache("int4", 3, 2, 300, 24), at)
+add("a step of three, int4 cache", cached("int4"), x(3, 2, 3, 128), *cache("int4", 3, 2, 302, 128), at)
+add("steps, int8 cache", cached("int8"), x(3, 4, 5, 32), *cache("int8", 3, 1, 304, 32), at)
+add("steps, int4 cache", cached("int4"), x(3, 4, 5, 32), *cache("int4", 3, 1, 304, 32), at)
+add("many steps, int8 cache", cached("int8"), x(3, 4, 40, 32), *cache("int8", 3, 2, 340, 32), at)
+add("many steps, int4 cache", cached("int4"), x(3, 4, 40, 32), *cache("int4", 3, 2, 340, 32), at)
+add("many steps, int4 cache of narrow heads", cached("int4"), x(3, 4, 40, 20), *cache("int4", 3, 2, 340, 20), at)
+add("bfloat16, int8 cache", cached("int8"), x(3, 4, 2, 32, dtype=torch.bfloat16), *cache("int8", 3, 2, 340, 32), at)
+add("sigmoid, int8 cache", sigmoid_cached, x(2, 4, 1, 32), *cache("int8", 2, 2, 130, 32))
+add("a step, heads of a token side by side", tokens_first, x(2, 4, 1, 32), *cache("int8", 2, 130, 2, 32))
+add("columns in pairs", interleaved, x(2, 2, 3, 32) / 8, cache("int4", 2, 2, 70, 32)[0], x(2, 2, 70, 1), x(2, 2, 70, 1))
 add("steps in a window", stepped_window, x(3, 4, 7, 32), x(3, 4, 310, 32), x(3, 4, 310, 32), at)
 FIRST, LAST = limits_of([3, 2, 5, 40])
 add("packed and causal", packed_causal, *(x(2, 50, 16) for _ in range(3)), FIRST, LAST)

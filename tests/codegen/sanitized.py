@@ -30,7 +30,8 @@ WORDS = (
     "dynamic_3", "dynamic_40", "epilogue_3", "bf16_3", "f16_40", "bfp6_odd", "split_3", "split_odd", "narrow_odd", "no_rows",
     "one_of_some_rows",
 )  # fmt: skip
-ATTENTIONS = ("causal, fewer keys than queries", "narrow heads", "padding", "decode, grouped", "bfloat16", "sizes known at run time")
+ATTENTIONS = ("causal, fewer keys than queries", "narrow heads", "padding", "decode, grouped", "bfloat16", "sizes known at run time",
+              "a step, int8 cache", "a step, int4 cache", "steps, int4 cache", "many steps, int8 cache", "columns in pairs")  # fmt: skip
 CONVOLUTIONS = ("stem", "border_only", "longer_than_registers", "tiles_beyond_the_image")
 WINDOWS = ("tails", "stride_dilation", "wide_padding", "symbolic", "max_ceil", "avg_ceil_uncounted")
 

@@ -10,6 +10,7 @@ import torch
 from attentions import CASES, attention, causal, kept, x
 from lowering import Case, assert_close, graph_of, memory
 from support import NATIVE
+from tilewright.codegen.cpp.attention import print_attention
 from tilewright.codegen.cpp.schedule import CpuTarget, detect_target
 from tilewright.codegen.cpp.toolchain import compile_kernels
 from tilewright.codegen.lower import lower
@@ -75,6 +76,40 @@ def test_no_keys_give_zero(compiled):
     case = CASES["sizes known at run time"]
     tensors = (x(2, 5, 64), torch.empty(2, 0, 32), torch.empty(2, 0, 32))
     assert not launch(compiled["sizes known at run time"], graph(case), tensors)[0].any()
+
+
+# ---- levels
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("a step, bf16 cache", "tile::Rows<bf16>"),
+        ("a step, int8 cache", "tile::Levels<int8_t, float, 0, 1, 0>"),
+        ("a step, int4 cache", "tile::Levels<uint8_t, float, 8, 1, 32>"),
+        ("a step, heads of a token side by side", "tile::Levels<int8_t, float, 0, 2, 0>"),
+        ("a step, int4 cache of narrow heads", "tile::copied<24, 24>"),
+        ("columns in pairs", "tile::copied<32, 32>"),
+    ],
+)
+def test_levels_are_read_where_they_lie(name, rows):
+    text = print_attention(lower(graph(CASES[name]), "k"), TARGETS["v3"])
+    assert text.count(rows) == 2
+
+
+@pytest.mark.parametrize("name", ["a step, int8 cache", "a step, int4 cache"])
+def test_what_a_cache_does_not_hold_yet_does_not_reach_a_step(name, compiled):
+    case, body = CASES[name], graph(CASES[name])
+    q, k, k_scale, v, v_scale, at = (t.clone() for t in case.tensors)
+    (clean,) = launch(compiled[name], body, case.tensors)
+    for scale in (k_scale, v_scale):
+        for row, position in zip(scale, at.tolist()):
+            row[:, position + 1 :] = NAN
+    (got,) = launch(compiled[name], body, [q, k, k_scale, v, v_scale, at])
+    assert torch.equal(got, clean)
+    v_scale[0, 1, 0] = NAN  # a row that was no number when it was kept
+    (got,) = launch(compiled[name], body, [q, k, k_scale, v, v_scale, at])
+    assert got[0, 2:].isnan().all() and torch.equal(got[0, :2], clean[0, :2]) and torch.equal(got[1:], clean[1:])
 
 
 # ---- special values

@@ -31,7 +31,7 @@ def test_views_of_heads_are_index_expressions():
     ("build", "reason"),
     [
         (lambda q: attention(ops.exp(q), q, q), Reason.PROLOGUE),
-        (lambda q: attention(q, q, ops.exp(q)), Reason.PROLOGUE),
+        (lambda q: attention(q, q, ops.op("cumsum")(q, dim=2)), Reason.SECOND_WALK),
         (lambda q: attention(q, q, attention(q, q, q)), Reason.SECOND_WALK),
         (lambda q: ops.softmax(attention(q, q, q), dim=-1), Reason.SECOND_WALK),
         (lambda q: attention(*(ops.slice(q, dim=1, start=0, stop=1) for _ in range(3))), Reason.NOT_EXPRESSIBLE),
@@ -41,6 +41,13 @@ def test_what_is_no_kernel(build, reason):
     with pytest.raises(LoweringError) as error:
         lower(graph_of(build, [torch.ones(2, 8, 16)]), "k")
     assert error.value.reason is reason
+
+
+def test_columns_stay_one_axis_where_their_levels_are_in_halves():
+    for name in ("steps, int4 cache", "columns in pairs"):
+        case = CASES[name]
+        kernel = lower(graph_of(case.build, case.tensors), "k")
+        assert [a.extent for a in kernel.grid][-1] == 32 and [a.extent for a in kernel.inner][-1] == 32
 
 
 def test_rows_without_keys_are_zero():

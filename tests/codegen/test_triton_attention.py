@@ -258,6 +258,12 @@ def test_weights_of_a_wide_attention_are_not_rounded() -> None:
     assert "weights.to" not in loop and loop.count('input_precision="ieee"') == 1
 
 
+def test_levels_become_numbers_of_the_dtype_that_is_multiplied() -> None:
+    for name, dtype in (("bfloat16, int8 cache", "bfloat16"), ("a step, int8 cache", "float32")):
+        program = build(lower(graph(CASES[name]), "k"))
+        assert program.source.count(f"to(tl.{dtype})") >= 2
+
+
 def test_heads_that_share_keys_share_a_block() -> None:
     program = build(lower(graph(CASES["decode, many grouped heads"]), "k"))
     assert program.schedule.block_m == 16 and program.launches[0].grid == (2,)

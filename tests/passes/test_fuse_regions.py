@@ -189,6 +189,29 @@ def test_queries_that_are_computed_are_a_kernel_before_the_attention():
     assert kernels(after) == ["exp", "attention"] and ("exp into attention", Reason.PROLOGUE) in reasons(notes)
 
 
+def test_keys_and_values_of_few_bits_become_numbers_where_they_are_met():
+    after = fused("""
+        graph g(q: f32[2, 8, 16], k: i8[2, 8, 16], s: f32[2, 8, 1], v: u8[2, 8, 8], t: f32[2, 8, 1]) stage canonical {
+          keys = dequantize(k, s, dtype=f32)
+          levels = unpack(v, bits=4)
+          values = dequantize(levels, t, dtype=f32)
+          a = attention(q, keys, values, scale=0.5)
+          return a
+        }""")
+    assert kernels(after) == ["dequantize+unpack+attention"]
+
+
+def test_keys_that_are_computed_from_numbers_are_a_kernel_before_the_attention():
+    notes = Notes()
+    after = fused("""
+        graph g(q: f32[2, 8, 16], k: f32[2, 8, 16]) stage canonical {
+          e = exp(k)
+          a = attention(q, e, k, scale=0.5)
+          return a
+        }""", notes)  # fmt: skip
+    assert kernels(after) == ["exp", "attention"] and ("exp into attention", Reason.PROLOGUE) in reasons(notes)
+
+
 def test_fills_that_are_values_are_kernels():
     after = fused("""
         graph g(x: f32[s, 4]) where s in 2..9 stage canonical {
