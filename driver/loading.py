@@ -294,6 +294,10 @@ def export_module(name: str, module: torch.nn.Module, example: Example) -> Model
     Raises BadInputs, ModelFails where it does not run on the example, or CannotOptimize where it cannot be exported.
     """
     module = module.eval()
+    placed = next((name for name, p in module.named_parameters() if type(p).__name__ == "DTensor"), None)
+    if placed is not None:
+        reason = f"its parameter {placed} lies on a mesh of processes: driver.distributed.shards.shard takes it, and torch.compile does"
+        raise CannotOptimize(path=name, reason=reason)
     example = example.bound_to(module)
     _try(name, module, example)
     program = _exported(name, module, example)

@@ -12,7 +12,7 @@ any format whose rows and columns are those of its parts (`shard_weights.py`): a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -23,8 +23,8 @@ from ..ir.reasons import Reason
 from ..ir.rewrite import remap, rewrite
 from .base import Notes, Pass, describe
 from .shard_rules import carried
-from .shard_weights import Stretch, in_shares, is_weight, share, stretched
-from .weights import ConstantMaker, is_constant
+from .shard_weights import Stretch, in_constant, in_shares, is_weight, share, stretched
+from .weights import ConstantMaker, is_constant, source_name
 
 WORLD = "0"
 """How torch names the group of all processes."""
@@ -34,20 +34,49 @@ _PRODUCTS = frozenset({"linear", "int_linear"})
 
 @dataclass(frozen=True)
 class ShardLinears(Pass):
-    """The graph of process `rank` of `count`: the same function of the same inputs, if all of them run theirs. group: as torch names it."""
+    """The graph of process `rank` of `count`: the same function of the same inputs, if all of them run theirs. group: as torch names it.
+
+    only: names of weights; linears by others stay whole. () is all.
+    """
 
     rank: int = 0
     count: int = 2
     group: str = WORLD
+    only: tuple[str, ...] = ()
 
     name: ClassVar[str] = "shard-linears"
     needs: ClassVar[Stage] = Stage.CANONICAL
 
     def run(self, graph: Graph, notes: Notes | None = None) -> Graph:
-        notes = notes or Notes()
+        return self.shared_out(graph, notes or Notes()).graph
+
+    def shared_out(self, graph: Graph, notes: Notes) -> Shared:
         whole = apart(graph)
-        found = sharding(whole, self.count, notes)
-        return _Local(whole, found, self).made(notes) if found.columns else graph
+        found = sharding(whole, self.count, notes, self._barred(whole))
+        if not found.columns:
+            return Shared(graph)
+        local = _Local(whole, found, self)
+        return Shared(local.made(notes), local.cut)
+
+    def _barred(self, graph: Graph) -> frozenset[Node]:
+        if not self.only:
+            return frozenset()
+        products = (n for n in order(graph) if n.op.name in _PRODUCTS)
+        return frozenset(n for n in products if not any(made_from(source_name(n.inputs[1]), name) for name in self.only))
+
+
+def made_from(name: str, weight: str) -> bool:
+    """Whether a constant of that name is a weight, or was made from it."""
+    return name == weight or name.startswith(f"{weight}.")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The graph of one process. cut: the constants of which it has a stretch as long as everyone else's, and the dimension, as DTensor's
+    `Shard` has it. Of a constant that was taken apart, each part: "qkv.weight[0:64]"."""
+
+    graph: Graph
+    cut: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,11 +113,11 @@ def _is_columns(node: Node) -> bool:
     return node.op.name == "slice" and node.attrs["dim"] == node.tensor.rank - 1 and node.attrs["step"] == 1
 
 
-def sharding(graph: Graph, count: int, notes: Notes) -> Sharding:
+def sharding(graph: Graph, count: int, notes: Notes, barred: Collection[Node] = ()) -> Sharding:
     """The largest set of linears that can be shared out: all, less those of which a shard cannot be carried to a linear that ends it."""
-    whole: set[Node] = set()
+    whole: set[Node] = set(barred)
     while True:
-        found, conflict = _carried_on(graph, count, whole)
+        found, conflict = _carried_on(graph, count, whole, barred)
         if conflict is None:
             return found
         for source in (n for n in order(graph) if n in conflict.blamed):
@@ -104,8 +133,9 @@ class _Conflict:
     value: str
 
 
-def _carried_on(graph: Graph, count: int, whole: set[Node]) -> tuple[Sharding, _Conflict | None]:
-    """Every linear not in `whole` by columns, as far as it goes: to the first conflict, for others may follow from it."""
+def _carried_on(graph: Graph, count: int, whole: Collection[Node], barred: Collection[Node]) -> tuple[Sharding, _Conflict | None]:
+    """Every linear not in `whole` by columns, as far as it goes: to the first conflict, for others may follow from it. Those that are
+    `barred` are not to end shards, either."""
     found, sources = Sharding(), dict[Node, set[Node]]()
     for node in order(graph):
         sharded = [i for i in node.inputs if i in found.dims]
@@ -114,7 +144,7 @@ def _carried_on(graph: Graph, count: int, whole: set[Node]) -> tuple[Sharding, _
             if _shardable(node) and node not in whole and all(in_shares(w, 0, count) for w in node.inputs[1:]):
                 found.columns.add(node)
                 found.dims[node], sources[node] = node.tensor.rank - 1, {node}
-        elif _ends(node, found.dims, count):
+        elif node not in barred and _ends(node, found.dims, count):
             found.rows.add(node)
         else:
             dim = carried(node, found.dims, count)
@@ -149,6 +179,7 @@ class _Local:
         self.maker = ConstantMaker(graph)
         self.local: dict[Node, Node] = {}
         self.held: dict[tuple[Node, Stretch], Node] = {}
+        self.cut: dict[str, int] = {}
         self.step = 1 + max((n.attrs["sequence"] for n in order(graph) if n.attrs.get("sequence") is not None), default=-1)
 
     def made(self, notes: Notes) -> Graph:
@@ -187,7 +218,17 @@ class _Local:
     def _held(self, constant: Node, part: Stretch) -> Node:
         if (constant, part) not in self.held:
             self.held[constant, part] = self.maker.derived([constant], f"shard{self.item.rank}", part.of, constant.prov)
+            self._record(constant, part)
         return self.held[constant, part]
+
+    def _record(self, view: Node, part: Stretch) -> None:
+        whole = in_constant(view, Stretch(part.dim, range(int(view.shape[part.dim]))))  # type: ignore[arg-type]
+        if whole is None or part != share(view, part.dim, self.item.rank, self.item.count):
+            return  # no stretch of a constant, or scales of pieces of groups
+        (constant, there) = whole
+        start, stop = there.indices[0], there.indices[-1] + 1
+        taken_apart = "" if stop - start == constant.shape[there.dim] else f"[{start}:{stop}]"
+        self.cut[constant.attrs["data"].name + taken_apart] = there.dim
 
     def _carried(self, node: Node) -> Node:
         """The node on shards; operands that every process has whole are cut to what goes with its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,10 +15,13 @@ import pytest
 import tilewright
 import torch
 import torch.distributed as dist
+from distributed_worker import Mlp
 from support import NATIVE
+from tilewright.driver.distributed.placements import CannotShard, Plan
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 pytestmark = [NATIVE, pytest.mark.slow, pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")]
-SECONDS = 150
+SECONDS = 200
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
@@ -80,7 +84,22 @@ def test_arguments_that_are_no_micro_batches_are_refused(found: list[dict[str, A
     assert "x is (7, 6, 16), and 4 micro-batches take f32[2, 6, 16] each" in found[0]["refused"]
 
 
-@pytest.mark.parametrize("name", ["mlp", "summed", "odd", "heads", "groups", "one group"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp",
+        "summed",
+        "odd",
+        "heads",
+        "groups",
+        "one group",
+        "planned",
+        "halves",
+        "rows",
+        "measured",
+        "alone",
+    ],
+)
 def test_shards_compute_what_the_model_does(found: list[dict[str, Any]], name: str) -> None:
     assert all(one[name]["off"] < 1e-5 for one in found)
 
@@ -104,3 +123,68 @@ def test_norms_of_sums_are_computed_on_a_share_of_the_tokens(found: list[dict[st
 
 def test_tokens_that_cannot_be_shared_out_evenly_are_summed(found: list[dict[str, Any]]) -> None:
     assert found[0]["odd"]["collectives"] == ["all_reduce"] * 2 + ["wait_tensor"] * 2
+
+
+def test_weights_of_a_mesh_are_shared_out_as_torch_places_them(found: list[dict[str, Any]]) -> None:
+    mesh = found[0]["mesh"]
+    assert mesh["shards"]["off"] < 1e-5 and len(mesh["given"]) == 8
+    assert mesh["given"].items() <= mesh["shards"]["placements"].items()
+    assert "its parameter up.0.weight lies on a mesh of processes" in mesh["refused"]
+
+
+def test_a_model_on_a_mesh_is_compiled_and_trained_as_it_is(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        assert one["mesh"]["off"] < 1e-5 and one["mesh"]["gradients off"] < 1e-4
+        assert len(one["mesh"]["kernels"]) == 2 and all(one["mesh"]["kernels"])
+
+
+def test_a_plan_says_which_linears_are_shared_out(found: list[dict[str, Any]]) -> None:
+    placements = {name: kind for name, kind in found[0]["planned"]["placements"].items() if kind != "R"}
+    assert placements == {"up.0.weight": "S(0)", "up.0.bias": "S(0)", "down.0.weight": "S(1)"}
+    assert "up.0.weight: it is to be cut by columns of its result, and cannot: linear up_0" in found[0]["refusals"]["alone"]
+
+
+PLANS = {
+    "other": (ColwiseParallel(), "the model has no such module"),
+    "*.0": (ColwiseParallel(), "norms.0: it is a RMSNorm, and linears are shared out"),
+    "up.*": (SequenceParallel(), "SequenceParallel is none of the styles that linears have here, ColwiseParallel and RowwiseParallel"),
+}
+
+
+@pytest.mark.parametrize("pattern", PLANS)
+def test_plans_that_are_none(pattern: str) -> None:
+    style, why = PLANS[pattern]
+    with pytest.raises(CannotShard, match=re.escape(why)):
+        Plan(Mlp(), {pattern: style})
+    assert Plan(Mlp(), {"up.*": ColwiseParallel(), "down.1": RowwiseParallel()}).dims == {
+        "up.0.weight": 0,
+        "up.1.weight": 0,
+        "down.1.weight": 1,
+    }
+
+
+def test_weights_in_8_bits_are_shared_out_within_an_error(found: list[dict[str, Any]]) -> None:
+    int8 = found[0]["int8"]
+    assert 1e-5 < int8["off"] < 0.05 and int8["bytes"] < found[0]["mlp"]["bytes"] / 2
+    assert {int8["placements"][f"down.0.weight.{part}"] for part in ("int8", "int8.scale")} == {"S(1)", "R"}
+    assert "results are off by" in found[0]["refusals"]["formats"]
+
+
+def test_two_parts_where_sums_are_slow(found: list[dict[str, Any]]) -> None:
+    halves, rows = found[0]["halves"], found[0]["rows"]
+    assert halves["collectives"] == rows["collectives"] == ["all_reduce"] * 2 + ["wait_tensor"] * 2
+    assert halves["parts"][0].startswith("input x: ") and "are foretold to take 0." in halves["parts"][1]
+    assert rows["parts"][0] == "input x: 1 + 1" and "attention reads all indices together" in rows["whole because"][0]
+
+
+def test_one_part_where_nothing_overlaps(found: list[dict[str, Any]]) -> None:
+    assert found[0]["mlp"]["whole because"] == ["12 tokens are fewer than 1024"]
+    assert found[0]["alone"]["whole because"] == ["on one device nothing is waited for"] and not found[0]["alone"]["collectives"]
+    assert "Mlp: one process has it all" in found[0]["alone"]["declined"]
+
+
+def test_what_is_measured_decides_alike_on_all_processes(found: list[dict[str, Any]]) -> None:
+    """Whichever way: with its reason."""
+    first, second = (one["measured"] for one in found)
+    assert first["parts"] == second["parts"] and first["collectives"] == second["collectives"]
+    assert bool(first["parts"]) != bool(first["scattered"]) and (first["parts"] or first["whole because"])

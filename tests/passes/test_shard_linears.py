@@ -113,6 +113,24 @@ def test_one_product_of_queries_keys_and_values_is_taken_apart(monkeypatch: pyte
     assert sum(n.op.name == "linear" for n in order(made[0])) == 3
 
 
+def test_what_is_cut_is_said_with_the_dimension() -> None:
+    item = ShardLinears(1, 2)
+    assert item.shared_out(mlp(), Notes()).cut == {"up": 0, "upb": 0, "down": 1}
+    lines = ("t = permute(w, dims=[1, 0])", "qk = linear(x, t)", *(f"{n} = slice(qk, dim=1, start={s}, stop={s + 8})" for n, s in QK))
+    whole = graph("x: f64[6, 4]", weights(w=(4, 16), o=(4, 8)), *lines, "p = mul(q, k)", "y = linear(p, o)", "return y")
+    assert item.shared_out(whole, Notes()).cut == {"w[0:8]": 1, "w[8:16]": 1, "o": 1}
+
+
+QK = (("q", 0), ("k", 8))
+
+
+@pytest.mark.parametrize(("only", "cut"), [(("up", "down"), {"up", "upb", "down"}), (("up",), set()), (("other",), set())])
+def test_linears_that_are_not_named_stay_whole(only: tuple[str, ...], cut: set[str]) -> None:
+    notes = Notes()
+    assert set(ShardLinears(0, 2, only=only).shared_out(mlp(), notes).cut) == cut
+    assert [d.value for d in notes.declined] == (["linear y"] if only == ("up",) else [])
+
+
 @pytest.mark.parametrize(
     ("line", "value"),
     [("a = softmax(h, dim=1)", "softmax a"), ("a = rms_norm(h)", "rms_norm a"), ("a = cumsum(h, dim=0)", "cumsum a")],
