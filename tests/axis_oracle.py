@@ -97,4 +97,8 @@ def _reached(
 
 def _at(differs: torch.Tensor, places: Places, size: int) -> set[tuple[int, ...]]:
     held = [(d, indices(along, differs.shape[d], size)) for d, along in enumerate(places) if along]
-    return {tuple(int(index[at[d]]) for d, index in held) for at in differs.nonzero().tolist()}
+    if not held:
+        return {()} if differs.any() else set()
+    others = [d for d in range(differs.dim()) if d not in dict(held)]
+    at_axis = differs.any(dim=others) if others else differs
+    return {tuple(int(index[i]) for i, (_, index) in zip(at, held)) for at in at_axis.nonzero().tolist()}

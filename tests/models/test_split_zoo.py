@@ -9,8 +9,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("transformers")
 
 from processes import together
-from tilewright.driver.inputs import Example
-from tilewright.driver.loading import captured_of, export_module
 from tilewright.driver.split import BEFORE
 from tilewright.ir.analysis.segments import segments
 from tilewright.ir.graph import constants
@@ -22,7 +20,7 @@ from tilewright.passes.scatter_norms import ScatterNorms
 from tilewright.passes.shard_linears import ShardLinears
 from tilewright.passes.split_layers import split
 from tilewright.search.metrics import relative_error
-from zoo import ZOO
+from zoo import ZOO, captured
 
 WHOLE = frozenset({"resnet", "mobilenet-v2", "mamba"})
 """Models without two linears in a row, of which nothing is shared out."""
@@ -30,12 +28,9 @@ WHOLE = frozenset({"resnet", "mobilenet-v2", "mamba"})
 
 @pytest.fixture(scope="module", params=ZOO)
 def prepared(request):
-    model, inputs = ZOO[request.param]()
-    exported = export_module(request.param, model.eval(), Example((), dict(inputs(2, 12))))
+    graph, given = captured(request.param, ZOO[request.param])
     with torch.no_grad():
-        graph = run_passes(captured_of(exported).graph, BEFORE, Notes())
-    flat = [x for x in torch.utils._pytree.tree_leaves(exported.example.kwargs) if torch.is_tensor(x)]
-    return request.param, graph, flat
+        return request.param, run_passes(graph, BEFORE, Notes()), list(given.values())
 
 
 def test_parts_in_sequence_are_the_graph(prepared):

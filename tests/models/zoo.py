@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers as hf
+from tilewright.driver.inputs import Example
+from tilewright.driver.loading import captured_of, export_module
+from tilewright.ir.graph import Graph
 
 Inputs = Callable[[int, int], dict[str, torch.Tensor]]
 Entry = Callable[[], tuple[torch.nn.Module, Inputs]]
@@ -131,3 +135,12 @@ ZOO: dict[str, Entry] = {
                       decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
                       num_mel_bins=16, max_source_positions=32, max_target_positions=64, pad_token_id=0, decoder_start_token_id=1),
 }  # fmt: skip
+
+
+@functools.cache
+def captured(name: str, make: Entry) -> tuple[Graph, dict[str, torch.Tensor]]:
+    """The graph of a model as it is captured for two rows, and its inputs; capturing takes long, and several files look at one graph."""
+    model, inputs = make()
+    given = inputs(2, 12)
+    graph = captured_of(export_module(name, model, Example((), given))).graph
+    return graph, {k: v for k, v in given.items() if torch.is_tensor(v)}
