@@ -56,13 +56,13 @@ FEATURES: dict[str, Feature] = {
     "drafts": Feature({"prompt_lookup_num_tokens": 3}, used=lambda made: made.statistics.accepted > 0),
     "prefix store": Feature({"prefixes": "in memory"}, used=_copied),
     "prefix store, spilled": Feature({"prefixes": "on disk"}, used=_loaded),
-    "documents": Feature({"documents": True}, 0.1, used=_turned),
-    "low-rank keys": Feature({"documents": True, "rank": 3}, 0.1, used=_turned),
-    "keys and values, bf16": Feature({"kv": "bf16"}, 0.002),
-    "keys and values, int8": Feature({"kv": "int8"}, 0.005),
-    "keys and values, int4": Feature({"kv": "int4"}, 0.05),
-    "weights, int8": Feature({"plan": "int8"}, 0.02),
-    "weights, int4": Feature({"plan": "int4-g32"}, 0.2),
+    "documents": Feature({"documents": True}, 0.007, used=_turned),
+    "low-rank keys": Feature({"documents": True, "rank": 3}, 0.008, used=_turned),
+    "keys and values, bf16": Feature({"kv": "bf16"}, 0.0004),
+    "keys and values, int8": Feature({"kv": "int8"}, 0.001),
+    "keys and values, int4": Feature({"kv": "int4"}, 0.015),
+    "weights, int8": Feature({"plan": "int8"}, 0.012),
+    "weights, int4": Feature({"plan": "int4-g32"}, 0.18),
 }
 """What is asked, what reads and drafts, what keeps, what is kept and in which format."""
 
