@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .driver.artifact import load
     from .driver.budget import Budget
     from .driver.chunks import ChunkReuse, ChunkStore
+    from .driver.distributed.pipeline import Pipeline
+    from .driver.distributed.shards import shard
     from .driver.generate import Generator
     from .driver.iterated import reuse_blocks
     from .driver.optimize import optimize
@@ -25,6 +27,7 @@ _API = {
     "ChunkReuse": ".driver.chunks",
     "ChunkStore": ".driver.chunks",
     "Generator": ".driver.generate",
+    "Pipeline": ".driver.distributed.pipeline",
     "PrefixStore": ".driver.prefixes",
     "PromptLookup": ".driver.speculation",
     "load": ".driver.artifact",
@@ -32,6 +35,7 @@ _API = {
     "padding_counts": ".driver.padding",
     "receipts": ".driver.receipt",
     "reuse_blocks": ".driver.iterated",
+    "shard": ".driver.distributed.shards",
     "simplify": ".driver.simplify",
     "split": ".driver.split",
     "stepper": ".driver.stepping",
@@ -43,6 +47,7 @@ __all__ = [
     "ChunkReuse",
     "ChunkStore",
     "Generator",
+    "Pipeline",
     "PrefixStore",
     "PromptLookup",
     "load",
@@ -50,6 +55,7 @@ __all__ = [
     "padding_counts",
     "receipts",
     "reuse_blocks",
+    "shard",
     "simplify",
     "split",
     "stepper",

@@ -296,7 +296,7 @@ def export_module(name: str, module: torch.nn.Module, example: Example) -> Model
     module = module.eval()
     placed = next((name for name, p in module.named_parameters() if type(p).__name__ == "DTensor"), None)
     if placed is not None:
-        reason = f"its parameter {placed} lies on a mesh of processes: driver.distributed.shards.shard takes it, and torch.compile does"
+        reason = f"its parameter {placed} lies on a mesh of processes: tilewright.shard and torch.compile take it so"
         raise CannotOptimize(path=name, reason=reason)
     example = example.bound_to(module)
     _try(name, module, example)

@@ -23,6 +23,7 @@ from ..ir.analysis.segments import Segments, segments
 from ..ir.capture import CapturedModule
 from ..ir.dims import hint
 from ..ir.graph import Graph, Node, constants
+from ..ir.types import TensorType
 from ..passes.base import Notes
 from ..passes.manager import run_passes
 from ..passes.split_layers import Part, rounded, rounded_nbytes
@@ -31,6 +32,7 @@ from ..search.database import Database
 from ..search.device import this_device
 from ..search.examples import example_inputs
 from ..search.segment_loads import by_rates, load_of, measured, timed
+from ..search.simulate import Decision, micro_batches
 from ..search.stages import Machine, Staged, stages
 from .accuracy import ErrorCheck
 from .artifact import Optimized
@@ -72,6 +74,16 @@ class Split:
         """Bytes that each stage holds."""
         return tuple(sum(d.value.nbytes for d in constants(s.graph).values() if d.value is not None) for s in self.stages)
 
+    def micro_batches(self) -> Decision:
+        """Into how many parts a batch like the example is best cut on its way through the stages, as simulated: one computes a part while
+        the next one has another. Every part reads a stage's weights again. For such a pipeline split the model on the rows of one part.
+        """
+        again = max(self.weights) / this_device().read
+        first = self.stages[0].graph.inputs[0].type
+        rows = first.shape[0] if isinstance(first, TensorType) and first.rank else 1
+        seconds = [max(s - again, 0.0) for s in self.staged.seconds]
+        return micro_batches(seconds, self.staged.link_seconds, rows if isinstance(rows, int) else 1, again)
+
     def render(self, console: Console | None = None) -> None:
         """Prints what was chosen, and what it comes to."""
         out = console or Console()
@@ -84,6 +96,9 @@ class Split:
         out.print(table)
         error = f"error {self.error.ours:.0e} (eager {self.error.eager:.0e}, allowed {self.error.allowed:.0e})"
         out.print(f"a pipeline passes on every {duration(self.staged.bottleneck)}, one call takes {duration(self.staged.latency)}; {error}")
+        parts = self.micro_batches()
+        gain = f"{len(parts.parts)} micro-batches would take {parts.seconds / parts.whole:.2f} of the time" if parts.pays else parts.reason
+        out.print(f"such a batch in parts: {gain}")
 
     def save(self, path: str | Path, levels: Collection[str] = tuple(LEVELS)) -> tuple[Path, ...]:
         """Writes an artifact for each stage: `model.tw` makes `model.1.tw`, `model.2.tw`. levels: as of one. Raises CannotWrite."""

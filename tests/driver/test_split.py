@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,17 @@ def test_a_size_may_vary() -> None:
     made = tilewright.split(model, (torch.randn(4, 8),), dynamic={"input": {0: "n"}}, **CHEAP)
     x = torch.randn(7, 8)
     torch.testing.assert_close(made(x), model(x))
+
+
+def test_a_batch_goes_in_parts_where_stages_overlap() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4))).eval()
+    made, alone = (tilewright.split(model, (torch.randn(rows, 8),), **CHEAP) for rows in (6, 1))
+    even = replace(made.staged, seconds=(1.0, 1.0), link_seconds=(0.0,))
+    found = replace(made, staged=even).micro_batches()
+    assert found.pays and found.parts == (1,) * 6 and found.seconds == pytest.approx(7 / 6, rel=1e-3)
+    one_sided = replace(made.staged, seconds=(1e3, 0.0), link_seconds=(0.0,))
+    assert "of the time" in replace(made, staged=one_sided).micro_batches().reason
+    assert replace(alone, staged=even).micro_batches().reason == "a batch of one has no parts"
 
 
 def test_a_goal_of_a_command_line() -> None:
