@@ -4,6 +4,9 @@ A radix tree over token ids, one for each model (and format of its keys and valu
 the model's state the part that belongs to them; where two texts part, the run is split. So any common beginning is found, to the token,
 and tokens themselves are compared: a hash decides nothing.
 
+What is not finite is not kept, nor what follows it: a number that is none spoils what a kernel computes beside it, earlier tokens too,
+and another text that only begins alike would get it.
+
 What takes more than the budget is evicted, least recently used first. A path is used from its end to its root, so that a run is always
 older than the one before it: the oldest is a leaf. What is in use stays. With a folder to spill to, runs go to a file first
 (`driver/spill.py`) and come back when they are asked for; a file that was damaged counts as a miss.
@@ -183,12 +186,15 @@ class PrefixStore:
         return run.tensors
 
     def _append(self, parent: Run, start: int, tokens: list[int], read: Read) -> int:
-        """A new run, as long as there is room for; its length."""
+        """A new run, as long as there is room for and its numbers are finite; its length."""
         each = _size(read(start, start + 1))
         count = min(len(tokens), self._room(each * len(tokens)) // max(each, 1))
         if count == 0:
             return 0
         tensors = read(start, start + count)
+        finite = _finite(tensors, parent.owner.dims)
+        if finite < count:
+            return self._append(parent, start, tokens[:finite], read) if finite else 0
         run = Run(parent.owner, tokens[:count], parent, _size(tensors), tensors, device=tensors[0].device)
         parent.children[tokens[0]] = run
         self._kept[run] = None
@@ -281,6 +287,17 @@ def _common(edge: list[int], tokens: list[int], at: int) -> int:
     if edge == tokens[at : at + len(edge)]:
         return len(edge)
     return next((i for i, (a, b) in enumerate(zip(edge, tokens[at:])) if a != b), min(len(edge), len(tokens) - at))
+
+
+def _finite(tensors: Sequence[torch.Tensor], dims: Sequence[int]) -> int:
+    """How many tokens come before one with numbers that are not finite."""
+    count = tensors[0].shape[dims[0]]
+    for tensor, d in zip(tensors, dims):
+        if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite()):
+            others = tuple(i for i in range(tensor.dim()) if i != d)
+            whole = tensor.isfinite().all(others) if others else tensor.isfinite()  # a sum may be too large, too
+            count = min(count, int(whole.cumprod(0).sum()))
+    return count
 
 
 def _size(tensors: Sequence[torch.Tensor]) -> int:

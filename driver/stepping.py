@@ -24,6 +24,7 @@ from ..ir.capture import CapturedModule
 from ..ir.errors import TilewrightError
 from ..ir.graph import Data, Graph, Node, constants
 from ..ir.sizes import with_sizes
+from ..ir.types import TensorType
 from ..passes.base import Notes
 from ..passes.canonicalize import Canonicalize
 from ..passes.last_rows import LastRows
@@ -36,6 +37,7 @@ from .inputs import Example
 from .loading import captured_of, export_module
 from .pipeline import FINISHING, PREPARING
 from .receipt import Receipt, make_receipt
+from .states import State, zeros
 
 ALL_BATCHES = "batch"
 """The size symbol of the batch."""
@@ -45,18 +47,6 @@ class OutOfPlace(TilewrightError, ValueError):
     """Tokens at positions that a text cannot have."""
 
     template = "{count} tokens cannot stand at position {position}: texts have at most {most}"
-
-
-@dataclass
-class State:
-    """What a model remembers of the texts in a batch. tensors: the batch lies in the first dimension, and in `dims` of each the tokens.
-
-    given: what it computed from its other inputs, once. What stands behind a row's position means nothing.
-    """
-
-    tensors: list[torch.Tensor]
-    dims: tuple[int, ...]
-    given: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,9 +78,8 @@ class Stepper:
     def state(self, batch: int, *inputs: torch.Tensor) -> State:
         """Empty, for so many texts. inputs: the other inputs of the model, in its order."""
         derived = self._derived(1)
-        kept = [with_batch(k.node, batch) for k in derived.kept]
-        tensors = [torch.zeros(kind.shape, dtype=kind.dtype, device=kind.device) for kind in kept]
-        return State(tensors, tuple(k.dim for k in derived.kept), self._start(derived.start, batch, inputs))
+        tensors = [zeros(with_batch(k.node, batch)) for k in derived.kept]
+        return State(tensors, tuple(k.dim for k in derived.kept), self._start(derived.start, batch, inputs), [0] * batch)
 
     def _start(self, start: Graph | None, batch: int, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if start is None:
@@ -103,7 +92,7 @@ class Stepper:
     def step(self, tokens: torch.Tensor, position: torch.Tensor, state: State) -> torch.Tensor:
         """Logits [b, n, vocab] of tokens [b, n] that stand at position [b] and after it; the state is updated in place."""
         batch, count = tokens.shape
-        tokens = self._whole(tokens, position)
+        tokens = self._whole(tokens, position, state)
         (logits,) = self.program(batch, tokens.shape[1]).program.run([tokens, position, *state.given, *state.tensors])
         return logits if tokens.shape[1] == count else logits[:, :count]
 
@@ -111,19 +100,21 @@ class Stepper:
         """As `step`, but the logits [b, vocab] of the token `at` [b] of each row alone: all that reading a prompt needs."""
         if tokens.shape[1] == 1:
             return self.step(tokens, position, state)[:, 0]
-        tokens = self._whole(tokens, position)
+        tokens = self._whole(tokens, position, state)
         program = self.program(*tokens.shape, last=True).program
         (logits,) = program.run([tokens, position, *state.given, *state.tensors, at])
         return logits[:, 0]
 
-    def _whole(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """The tokens, and as many more as the size of their step takes. Raises OutOfPlace."""
-        count = tokens.shape[1]
-        first, last = (int(p) for p in position.aminmax())
+    def _whole(self, tokens: torch.Tensor, position: torch.Tensor, state: State) -> torch.Tensor:
+        """The tokens, and as many more as the size of their step takes: the last one again, which the model can read, while any other might
+        make numbers that are not finite. Raises OutOfPlace."""
+        count, starts = tokens.shape[1], position.tolist()
+        first, last = min(starts), max(starts)
         if first < 0 or last + count > self.max_length or not count:
             raise OutOfPlace(count=count, position=last if first >= 0 else first, most=self.max_length)
         size = size_class(count, self.max_length)
-        return tokens if size == count else torch.nn.functional.pad(tokens, (0, size - count))
+        state.reach(starts, size)
+        return tokens if size == count else torch.cat([tokens, tokens[:, -1:].expand(-1, size - count)], 1)
 
     def program(self, batch: int, size: int, last: bool = False) -> Step:
         """What computes steps of this size, or the logits of one token of each row; compiled when first asked for."""
@@ -166,7 +157,7 @@ class Stepper:
                 data.share(other)
 
 
-def with_batch(node: Node, batch: int) -> Any:
+def with_batch(node: Node, batch: int) -> TensorType:
     """The type of an input for a batch of a size."""
     return node.tensor.with_shape(tuple(d if isinstance(d, int) else batch for d in node.shape))
 

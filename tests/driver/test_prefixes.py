@@ -288,6 +288,25 @@ def test_files_go_with_the_store(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("at", [0, 3])
+def test_what_is_not_finite_is_not_kept(bad: float, at: int) -> None:
+    """Nor what follows it; large numbers are, though their sum is not finite."""
+    store, whole = PrefixStore(1e9), reader(OWNERS[0], [5] * 6)
+
+    def read(start: int, stop: int) -> list[torch.Tensor]:
+        tensors = whole(start, stop)
+        if start <= at < stop:
+            tensors[0][1, at - start] = bad
+        return tensors
+
+    expected = at if bad != 3e38 else 6
+    assert store.insert(OWNERS[0], [5] * 6, read) == expected
+    with store.longest(OWNERS[0], [5] * 6) as prefix:
+        assert prefix.length == expected
+    assert store.bytes == expected * EACH
+
+
 class Recorded:
     """A stepper that notes the logits of each step's last tokens."""
 

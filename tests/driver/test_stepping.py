@@ -31,6 +31,26 @@ class Tiny(nn.Module):
         return self.head(x)
 
 
+class Spoiled(Tiny):
+    """Attention by an op and attention written out; tokens 0 and 1 are not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens.weight.data[:2] = float("nan")
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        later = torch.full((LENGTH, LENGTH), float("-inf")).triu(1)
+        for i, layer in enumerate(self.layers):
+            q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in layer(x).chunk(3, -1))
+            if i:
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            else:
+                y = (torch.tanh(q @ k.mT * 0.2) + later).softmax(-1) @ v
+            x = x + y.transpose(1, 2).flatten(2)
+        return self.head(x)
+
+
 MODEL = Tiny().eval().requires_grad_(False)
 TEXT = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
 
@@ -101,6 +121,19 @@ def test_out_of_place(steps):
     for tokens, position in ((TEXT[:1, :2], LENGTH - 1), (TEXT[:1, :1], -1), (TEXT[:1, :0], 0)):
         with pytest.raises(OutOfPlace, match=f"at most {LENGTH}"):
             steps.step(tokens, torch.tensor([position]), state)
+
+
+def test_what_is_not_finite_stays_with_its_text():
+    """A text with such tokens leaves nothing to the next one in the same state, and what fills a step up to its size is finite."""
+    model = Spoiled().eval().requires_grad_(False)
+    steps, text, start = stepper(model, TEXT), TEXT.clamp(min=2), torch.zeros(3, dtype=torch.int64)
+    expected, state = model(text), steps.state(3)
+    assert bool(expected.isfinite().all())
+    for _ in range(2):
+        for at, count in ((0, 3), (3, 1), (4, 3)):
+            logits = steps.step(text[:, at : at + count], start + at, state)
+            torch.testing.assert_close(logits, expected[:, at : at + count], rtol=1e-4, atol=1e-5)
+        assert steps.step(torch.ones(3, 3, dtype=torch.int64), start + 7, state).isnan().all()
 
 
 def test_asked_wrongly():
