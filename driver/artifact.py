@@ -108,8 +108,9 @@ class Optimized:
         return self.convention.pack(self.program.run(inputs) if self.unpadded is None else self.unpadded.run(inputs, self.program.run))
 
     def with_own_state(self) -> Optimized:
-        """The same model, whose buffers are copies: what it does to them is not seen here."""
-        return replace(self, state={name: value.clone() for name, value in self.state.items()}) if self.state else self
+        """The same model, whose buffers are copies: what it does to them is not seen here, nor are its calls counted."""
+        state = {name: value.clone() for name, value in self.state.items()}
+        return replace(self, state=state, unpadded=None if self.unpadded is None else self.unpadded.afresh())
 
     def save(self, path: str | Path, levels: Collection[str] = tuple(LEVELS), compress: bool = False) -> None:
         """Writes the artifact; raises CannotWrite. levels: of x86-64, for which a model that runs on CPUs is compiled (`cpp.levels`).

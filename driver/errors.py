@@ -76,6 +76,10 @@ class CannotOptimize(UserError):
     template = "cannot optimize {path}: {reason}"
 
 
+class TooManyActivations(CannotOptimize):
+    """No patches of the graph keep the limit on intermediate values."""
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says in its first line, as the reason of a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

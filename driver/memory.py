@@ -11,9 +11,11 @@ LARGE_BYTES = 32 << 20
 """Weights that are worth 30 ms of tidying up."""
 
 
-def constant_bytes(graph: Graph) -> int:
-    """What the constants of a graph take, computed where they are not yet."""
-    return sum(int(d.value.nbytes) for d in constants(graph).values() if d.value is not None)
+def constant_bytes(graph: Graph, beside: Graph | None = None) -> int:
+    """What the constants of a graph take, computed where they are not yet; without those that lie in the memory of the graph beside it."""
+    known = [d.value for d in constants(graph).values()]
+    theirs = {d.value.data_ptr() for d in constants(beside).values() if d.value is not None} if beside is not None else ()
+    return sum(int(x.nbytes) for x in known if x is not None and x.data_ptr() not in theirs)
 
 
 def return_free_memory(nbytes: int) -> None:

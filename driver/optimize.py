@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -11,11 +11,11 @@ import torch
 
 from ..ir.capture import CapturedModule
 from ..search.tuner import decide
-from .activations import within_activations
+from .activations import unlimited, within_activations
 from .artifact import Optimized
 from .budget import Budget
 from .calling import CallingConvention
-from .compile import Compiled, Options, compile_graph
+from .compile import Options, compile_graph
 from .errors import BadOption
 from .inputs import Example
 from .loading import Model, captured_of, export_module
@@ -86,49 +86,52 @@ def optimize_model(
 
     For a target that is elsewhere, speed is not measured, and error only of the rewritten graph.
     """
-    options = Options(passes=passes, max_autotune=tuning_seconds > 0, tuning_seconds=tuning_seconds, remove_padding=remove_padding)
-    _check_together(options, target, budget, activations)
-    if budget is not None and passes is not None:
-        raise BadOption(option="passes", reason="a budget runs the default ones, with formats between them; leave out one of the two")
+    given = {"passes": passes, "target": target, "budget": budget, "remove_padding": remove_padding or None, "activations": activations}
+    _check_together({name for name, value in given.items() if value is not None})
+    options = Options(passes=passes, max_autotune=tuning_seconds > 0, tuning_seconds=tuning_seconds)
     with stage("capturing the graph"):
         captured = captured_of(model)
     convention = convention_for(model, captured)
+    if target is not None:
+        return outlined(_compiled_for(target, model, captured, convention, options, budget, stage), captured, stage)
+    finishing = unlimited
     if activations is not None:
         with stage("looking for patches"):
-            options = within_activations(captured.graph, options, activations)
-    if target is not None:
-        return _outlined(_compiled_for(target, model, captured, convention, options, budget, stage), captured, stage)
-    with stage("rewriting, building kernels and measuring them" if options.tunes else "rewriting and building kernels"):
-        compiled = _compiled(model, captured, convention, options)
-    optimized = Optimized(compiled.graph, convention, compiled.program, compiled.receipt, captured.state)
-    with stage("measuring speed against eager"):
-        optimized = _never_slower(apart(model, captured), captured, optimized, options)
-    if budget is not None:
-        optimized = optimize_within(model, captured, convention, budget, Here(model, captured, convention, optimized), stage)
-        if budget.allowed_relative is None:
-            return _outlined(optimized, captured, stage, options.tunes)  # verified by another metric
-    with stage("checking against float64"):
-        allowed = None if budget is None else budget.allowed_relative
-        error = error_check(apart(model, captured), captured, convention, optimized.with_own_state(), allowed)
-    optimized = replace(optimized, receipt=replace(optimized.receipt, error=error))
+            options, finishing = within_activations(captured.graph, options, activations)
+    optimized = _compiled(model, captured, convention, options, stage)
     if remove_padding:
         with stage("leaving padding out"):
-            optimized = with_packing(model, captured, optimized, options)
-    return _outlined(optimized, captured, stage, options.tunes)
+            optimized = with_packing(model, captured, optimized, options.tunes or budget is not None)
+    if budget is not None:
+        place = Here(model, captured, optimized, finishing, remove_padding)
+        optimized = optimize_within(model, captured, convention, budget, place, stage)
+    if budget is None or budget.allowed_relative is not None:  # else it was verified by another metric
+        with stage("checking against float64"):
+            ours = replace(optimized, unpadded=None).with_own_state()  # which has what padding computes, too
+            error = error_check(apart(model, captured), captured, convention, ours, budget and budget.allowed_relative)
+        optimized = replace(optimized, receipt=replace(optimized.receipt, error=error))
+    return outlined(optimized, captured, stage, options.tunes)
 
 
-def _check_together(options: Options, target: str | None, budget: Budget | None, activations: str | float | None) -> None:
-    """Padding is left out by the default passes, exactly, and measured, and images are divided by them: not together with each other or
-    with what changes any of that. Raises BadOption."""
-    asked = {"remove_padding": options.remove_padding or None, "activations": activations}
-    others = {"passes": options.passes, "target": target, "budget": budget}
-    for name, value in asked.items():
-        given = next((other for other, set_to in {**others, **asked}.items() if set_to is not None and other != name), None)
-        if value is not None and given is not None:
-            raise BadOption(option=name, reason=f"it does not go together with {given}; leave out one of the two")
+APART = {
+    ("budget", "passes"): "it runs the default ones, with formats between them",
+    ("remove_padding", "passes"): "rows are packed between the default ones",
+    ("remove_padding", "target"): "when it gains is measured where it runs",
+    ("remove_padding", "activations"): "rows without padding are not divided into patches",
+    ("activations", "passes"): "patches come between the default ones; put split-space among yours",
+    ("activations", "target"): "what kernels of a GPU hold is not foretold",
+}
+"""Options that do not go together, and why. All others do."""
 
 
-def _outlined(made: Optimized, captured: CapturedModule, stage: Stages, measure: bool = False) -> Optimized:
+def _check_together(given: Collection[str]) -> None:
+    """Raises BadOption."""
+    for (name, other), why in APART.items():
+        if name in given and other in given:
+            raise BadOption(option=name, reason=f"it does not go together with {other}: {why}; leave out one of the two")
+
+
+def outlined(made: Optimized, captured: CapturedModule, stage: Stages, measure: bool = False) -> Optimized:
     """With both graphs in outline on the receipt, and, measured or of a data sheet, what the machine can do at most."""
     target, fallbacks = made.receipt.target, {f.node for f in made.receipt.fallbacks}
     with stage("measuring what the machine can do") if measure else nullcontext():
@@ -164,10 +167,16 @@ def _compiled_for(
     return replace(made, receipt=receipt)
 
 
-def _compiled(model: Model, captured: CapturedModule, convention: CallingConvention, options: Options) -> Compiled:
-    if not options.tunes:
-        return compile_graph(captured.graph, options)
-    return compile_tuned(captured.graph, options, flat_example(model, captured, convention))
+def _compiled(model: Model, captured: CapturedModule, convention: CallingConvention, options: Options, stage: Stages) -> Optimized:
+    """Exactly, and no slower than eager."""
+    with stage("rewriting, building kernels and measuring them" if options.tunes else "rewriting and building kernels"):
+        if options.tunes:
+            made = compile_tuned(captured.graph, options, flat_example(model, captured, convention))
+        else:
+            made = compile_graph(captured.graph, options)
+    optimized = Optimized(made.graph, convention, made.program, made.receipt, captured.state)
+    with stage("measuring speed against eager"):
+        return _never_slower(apart(model, captured), captured, optimized, options)
 
 
 def _never_slower(model: Model, captured: CapturedModule, optimized: Optimized, options: Options) -> Optimized:

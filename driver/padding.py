@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,24 @@ class WithoutPadding:
         inputs += [torch.from_numpy(x).to(mask.device) for x in layout]
         return self.program.run(inputs)
 
+    def afresh(self) -> WithoutPadding:
+        """The same, with no calls counted yet."""
+        return replace(self, counts=Counter())
+
+    def whenever_possible(self) -> WithoutPadding:
+        """The same for all calls that it may run, whether it gains or not."""
+        return replace(self, pays_below=math.inf, counts=Counter())
+
+    def share(self, inputs: Sequence[Any]) -> float:
+        """How much of a call's tokens is computed."""
+        way, layout = self.choose(inputs[self.plan.mask])
+        return layout[0].size / inputs[self.plan.mask].numel() if way is Way.PACKED else 1.0
+
+    def at_tokens(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+        """What the outputs of a call hold where there is no padding: rows. Those that have no tokens are as they are."""
+        present = inputs[self.plan.mask] != self.plan.padding
+        return [x if dims is None else rows_at(x, dims, present) for x, dims in zip(outputs, self.plan.spread)]
+
     def choose(self, mask: torch.Tensor) -> tuple[Way, Sequence[np.ndarray]]:
         """How a call with this mask goes, and where its rows come from."""
         values = mask.detach().to("cpu", torch.float32 if mask.dtype == torch.bfloat16 else mask.dtype).numpy()
@@ -117,6 +136,14 @@ class WithoutPadding:
         if not 0 <= plan.mask < len(graph.inputs) - LAYOUT or plan.padding not in (0, 1) or not plan.present <= {FIRST, LAST}:
             raise ValueError("what it says of padding fits no graph")
         return WithoutPadding(plan, program, float(data["below"]))
+
+
+def rows_at(x: torch.Tensor, dims: tuple[int, int], where: torch.Tensor) -> torch.Tensor:
+    """Of a value whose dimensions are batch and tokens, the same one where they are merged, those that are chosen: [rows, ...]."""
+    batch, tokens = dims
+    if batch == tokens:
+        return x.movedim(batch, 0)[where.reshape(-1)]
+    return x.movedim((batch, tokens), (0, 1))[where]
 
 
 _COMPILED: deque[WithoutPadding] = deque(maxlen=4096)

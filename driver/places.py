@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,15 @@ from ..search.database import Database
 from ..search.gpus import of_target
 from ..search.layer_times import foretold_times, layer_times
 from ..search.sensitivity import Progress
+from .activations import Finishing, unlimited
 from .artifact import Optimized
 from .calling import CallingConvention
 from .compile import Options, compile_graph, rewritten
 from .loading import Model
 from .measure import apart, flat_example, timed, with_speed
+from .memory import constant_bytes
+from .packing import with_packing
+from .padding import WithoutPadding
 from .pipeline import FINISHING, PREPARING
 from .targets import compile_for, retargeted
 
@@ -33,16 +38,18 @@ Run = Callable[[list[Any]], list[Any]]
 
 @dataclass(frozen=True)
 class Made:
-    """A candidate. graph: after all passes; run: of flat inputs, as near to its kernels as this machine can; seconds: of a call, and
-    those of the exact model beside it, with the noise of the comparison; finished: what is returned of it.
+    """A candidate. nbytes: of its constants; run: of flat inputs, as near to its kernels as this machine can; seconds: of a call, and
+    those of the exact model beside it, with the noise of the comparison; finished: what is returned of it. unpadded: what runs calls with
+    padding, if something does.
     """
 
-    graph: Graph
+    nbytes: int
     run: Run
     seconds: float
     exact_seconds: float
     noise: float
     finished: Callable[[], Optimized]
+    unpadded: WithoutPadding | None = None
 
 
 class Place(ABC):
@@ -62,7 +69,7 @@ class Place(ABC):
 
     @abstractmethod
     def made(self, quantized: Graph, notes: Notes, seconds: Mapping[str, float]) -> Made:
-        """A canonical graph in its formats, built. seconds: of each pass so far."""
+        """A canonical graph in its formats, built. seconds: of each pass so far. Raises TooManyActivations."""
 
     @abstractmethod
     def exact(self) -> Optimized:
@@ -70,30 +77,44 @@ class Place(ABC):
 
 
 class Here(Place):
-    """This machine. made: the model as `optimize` makes it without a budget."""
+    """This machine. exact: the model as `optimize` makes it without a budget. finishing: the passes behind formats. remove_padding: there
+    is to be a program beside a candidate that leaves padding out.
+    """
 
     measured = True
 
-    def __init__(self, model: Model, captured: CapturedModule, convention: CallingConvention, made: Optimized) -> None:
-        self._model, self._captured, self._convention, self._exact = model, captured, convention, made
-        self._sizes = bind_sizes(captured.graph, flat_example(model, captured, convention))
+    def __init__(
+        self, model: Model, captured: CapturedModule, exact: Optimized, finishing: Finishing = unlimited, remove_padding: bool = False
+    ) -> None:
+        self._model, self._captured, self._exact = model, captured, exact
+        self._finishing, self._remove_padding = finishing, remove_padding
+        inputs = flat_example(model, captured, exact.convention)
+        self._sizes = bind_sizes(captured.graph, inputs)
+        self._share = 1.0 if exact.unpadded is None else exact.unpadded.share(inputs)
 
     def layer_times(
         self, graph: Graph, layers: Sequence[Layer], formats: Sequence[str], database: Database, progress: Progress
     ) -> dict[tuple[str, str], float]:
-        return layer_times(layers, formats, _runner, database, progress, {name: SymbolRange(n, n) for name, n in self._sizes.items()})
+        sizes = {name: SymbolRange(n, n) for name, n in self._sizes.items()}
+        found = layer_times(layers, formats, _runner, database, progress, sizes)
+        return {which: self._share * seconds for which, seconds in found.items()}  # of the tokens that a call computes
 
     def exact_times(self) -> tuple[float, float]:
         timings = timed(apart(self._model, self._captured), ours=self._exact).timings
         return timings["ours"].seconds, timings["eager"].seconds
 
     def made(self, quantized: Graph, notes: Notes, seconds: Mapping[str, float]) -> Made:
-        compiled = compile_graph(quantized, Options(), notes, FINISHING, before=seconds)
-        made = Optimized(compiled.graph, self._convention, compiled.program, compiled.receipt, self._captured.state)
+        compiled = compile_graph(quantized, Options(), notes, self._finishing(quantized), before=seconds)
+        made = Optimized(compiled.graph, self._exact.convention, compiled.program, compiled.receipt, self._captured.state)
+        if self._remove_padding:
+            made = with_packing(self._model, self._captured, made, True, quantized)
         verdict = timed(apart(self._model, self._captured), ours=made, exact=self._exact)
-        exact = verdict.timings["exact"]
-        ours = verdict.timings["ours"].seconds
-        return Made(made.graph, made.program.run, ours, exact.seconds, exact.noise, lambda: with_speed(made, verdict, "ours"))
+        ours, exact = verdict.timings["ours"].seconds, verdict.timings["exact"]
+        nbytes = constant_bytes(made.graph)
+        if made.unpadded is not None:
+            nbytes += constant_bytes(made.unpadded.plan.graph, beside=made.graph)
+        finished = functools.partial(with_speed, made, verdict, "ours")
+        return Made(nbytes, compiled.program.run, ours, exact.seconds, exact.noise, finished, made.unpadded)
 
     def exact(self) -> Optimized:
         return self._exact
@@ -131,7 +152,8 @@ class Elsewhere(Place):
             with torch.no_grad():
                 return interpret(here, flat)
 
-        return Made(graph, run, self._foretold(graph), self._exact_seconds, 0.0, lambda: self._compiled(quantized, FINISHING, notes))
+        finished = functools.partial(self._compiled, quantized, FINISHING, notes)
+        return Made(constant_bytes(graph), run, self._foretold(graph), self._exact_seconds, 0.0, finished)
 
     def exact(self) -> Optimized:
         return self._compiled(self._captured.graph, (*PREPARING, *FINISHING), Notes())

@@ -10,11 +10,13 @@ stands in the way, and the nearest there is.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -38,23 +40,21 @@ from ..search.sensitivity import Effect, Progress, Sensitivity, counts
 from ..search.tuner import CERTAINTY
 from .artifact import Optimized
 from .budget import OBJECTIVES, Attempt, Budget, LayerLine, Point, Spent, quantity
+from .calibration import batches
 from .calling import CallingConvention
 from .compile import Options, rewritten
-from .errors import BadCalibration, BadOption, CannotOptimize
+from .errors import BadOption, CannotOptimize, TooManyActivations
 from .inputs import copied
 from .loading import Model
-from .measure import apart, flat_example, flattened
+from .measure import apart, flattened
 from .memory import constant_bytes
 from .pipeline import PREPARING
-from .places import Made, Place
+from .places import Made, Place, Run
 from .words import scaled
 
 ATTEMPTS = 8
 LEAST_WEIGHTS = 4096
 """A smaller layer saves nothing that counts."""
-
-HELD_OUT = 4
-"""One in so many calibration inputs judges the result, and has no part in choosing."""
 
 MARGIN = 0.97
 """Of what measuring says would just do: the next attempt should not miss by a hair."""
@@ -102,28 +102,13 @@ class _Within:
         self.metric = budget.of_outputs
         self.foretells = isinstance(budget.metric, str)  # whether what layers err is what the user limits
         self.adds = self.metric.power  # their errors to this power add up
-        batches = [flat_example(model, captured, convention), *self._calibration()]
-        held = max(1, len(batches) // HELD_OUT) if len(batches) > 1 else 0
-        self.chosen_on, self.judged_on = (batches[:-held], batches[-held:]) if held else (batches, batches)
-        self.held_out = held > 0
+        found = batches(model, captured, convention, budget.calibration)
+        self.chosen_on, self.judged_on, self.held_out = found.chosen_on, found.judged_on, found.held_out
         self.graph = self._scaled()
         self.layers = [x for x in layers(self.graph) if x.weight.tensor.numel >= LEAST_WEIGHTS]
         self.exact_bytes = constant_bytes(self.graph)
         self.attempts: list[Attempt] = []
         self.taught: float | None = None  # the last measured error over what the sum over layers was, in the power that adds up
-
-    def _calibration(self) -> list[list[Any]]:
-        found = []
-        for number, item in enumerate(self.budget.calibration, 1):
-            kwargs = dict(item) if isinstance(item, Mapping) else {}
-            args = () if kwargs else tuple(item) if isinstance(item, (tuple, list)) else (item,)
-            try:
-                flat = flattened(self.convention, self.captured, args, kwargs)
-                self.convention.checked(flat, self.captured.graph)
-                found.append(flat)
-            except TypeError as error:
-                raise BadCalibration(spec=f"input {number}", reason=str(error)) from error
-        return found
 
     def _scaled(self) -> Graph:
         """The graph with channels that round better scaled; as it is where no format rounds so coarsely that it would matter."""
@@ -237,7 +222,7 @@ class _Within:
                 best = tried, allocation
                 if room < ROOM:
                     break
-            if missed == "time" and room < NEARLY:
+            if missed in ("time", "activations") and room < NEARLY:
                 slow = self._withdraw(allocation)
                 forbidden = [names for names in forbidden if slow not in names]
             else:
@@ -248,7 +233,8 @@ class _Within:
         return best
 
     def _withdraw(self, allocation: Allocation) -> str:
-        """What measures far slower than foretold is rolled back: the format that most weights are in is no choice any more."""
+        """What measures far slower than foretold is rolled back, and what keeps no limit on intermediate values, of which nothing is
+        foretold: the format that most weights are in is no choice any more."""
         taken: Counter[str] = Counter()
         for c, name in zip(self.choices, allocation.names):
             taken[name] += c.layer.nbytes if name != EXACT else 0
@@ -286,15 +272,18 @@ class _Within:
         error = self._error_of(lambda flat: interpret(quantized, flat))
         if error > self._most_error:
             return self._missed(allocation, "error", self._room(error), error)
-        with self.stage("building kernels of a candidate"):
-            made = self.place.made(quantized, notes, seconds)
+        try:
+            with self.stage("building kernels of a candidate"):
+                made = self.place.made(quantized, notes, seconds)
+        except TooManyActivations:
+            return self._missed(allocation, "activations", 0.0, error)
         return self._judged(allocation, made)
 
     def _judged(self, allocation: Allocation, made: Made) -> tuple[_Tried | None, str, float]:
         """By what it does when it runs."""
-        error, seconds = self._error_of(made.run), made.seconds
+        error, seconds = self._error_when_run(made), made.seconds
         most_seconds = self._user_limits()["time"] or made.exact_seconds * (1 + CERTAINTY * made.noise)
-        nbytes, most_bytes = constant_bytes(made.graph), self._user_limits()["bytes"] or math.inf
+        nbytes, most_bytes = made.nbytes, self._user_limits()["bytes"] or math.inf
         if error > self._most_error:
             return self._missed(allocation, "error", self._room(error), error, seconds)
         if seconds > most_seconds:
@@ -320,13 +309,22 @@ class _Within:
     def _power(self) -> int:
         return self.metric.power if isinstance(self.budget.metric, str) else 1
 
-    def _error_of(self, run: Callable[[list[Any]], list[Any]]) -> float:
-        """On the inputs that judge, against float64; of a loss, by how much it grows."""
+    def _error_when_run(self, made: Made) -> float:
+        """Of both programs, where there are two: that which leaves padding out, for all calls that it may run, at tokens."""
+        error = self._error_of(made.run)
+        if made.unpadded is None:
+            return error
+        rows = made.unpadded.whenever_possible()
+        return max(error, self._error_of(partial(rows.run, padded=made.run), rows.at_tokens))
+
+    def _error_of(self, run: Run, part: Callable[[list[Any], list[Any]], list[Any]] = lambda inputs, outputs: outputs) -> float:
+        """On the inputs that judge, against float64; of a loss, by how much it grows. part: of the outputs, what counts."""
         if not isinstance(self.budget.metric, str):
             grown = self._loss(self._callable(run)) - self.original_loss
             return grown if grown == grown else math.inf
         with torch.no_grad():
-            return max(self.metric(run(copied(flat)), reference) for flat, reference in zip(self.judged_on, self.references))
+            found = ((part(flat, run(copied(flat))), part(flat, exact)) for flat, exact in zip(self.judged_on, self.references))
+            return max(itertools.starmap(self.metric, found))
 
     def _loss(self, model: Callable[..., Any]) -> float:
         assert not isinstance(self.budget.metric, str)
@@ -338,7 +336,7 @@ class _Within:
             raise BadOption(option="metric", reason=f"it is to return a number, not {type(found).__name__}")
         return float(found)
 
-    def _callable(self, run: Callable[[list[Any]], list[Any]], grad: bool = False) -> Callable[..., Any]:
+    def _callable(self, run: Run, grad: bool = False) -> Callable[..., Any]:
         def model(*args: Any, **kwargs: Any) -> Any:
             with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
                 return self.convention.pack(run(flattened(self.convention, self.captured, args, kwargs)))
@@ -391,7 +389,7 @@ class _Within:
             objective=self.budget.objective,
             limits=limits,
             error=tried.error if tried else self.rounding,
-            bytes=constant_bytes(tried.made.graph) if tried else self.exact_bytes,
+            bytes=tried.made.nbytes if tried else self.exact_bytes,
             exact_bytes=self.exact_bytes,
             seconds=tried.made.seconds if tried else self.exact_seconds,
             exact_seconds=tried.made.exact_seconds if tried else self.exact_seconds,

@@ -27,6 +27,7 @@ from ..ir.analysis.axis_spread import Conflict
 from ..ir.analysis.axis_spread import spread as spread_ends
 from ..ir.analysis.padding import Tokens, hides, key_mask
 from ..ir.analysis.places import PARALLEL, Along
+from ..ir.analysis.primitives import expanded
 from ..ir.dims import Dim, SymbolRange, dim, same, same_shape, symbol
 from ..ir.errors import TypeInferenceError
 from ..ir.graph import Graph, Node, graph_input, is_scalar, order, use_counts
@@ -40,6 +41,10 @@ from .packed_masks import CannotPack, Layout, packed_mask
 NAME = "remove-padding"
 FIRST, LAST = 0, -1
 """Positions of tokens that a graph may read by themselves."""
+
+_ONE_VALUE = OPS.keys() - {"quantize_rows", "item"}
+"""Rows hold one value a node: the codes and scales of inputs in 8 bits are computed apart, and fusion, for which they would be that anyway,
+joins them again."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Packed:
 def without_padding(graph: Graph, notes: Notes | None = None) -> Packed | None:
     """The graph over packed rows; None, with the reason in the notes, where it has no such form."""
     notes = notes or Notes()
+    graph = expanded(graph, keep=_ONE_VALUE)
     attentions = [n for n in order(graph) if n.op.name == "attention"]
     padding = next(filter(None, map(key_mask, attentions)), None)
     if padding is None:

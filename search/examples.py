@@ -28,9 +28,11 @@ def example_inputs(graph: Graph, known: Mapping[int, torch.Tensor] = {}) -> list
 
 
 def with_sizes(graph: Graph) -> Graph:
-    """A part of a larger graph, with an input for each size that its values mention: no other input needs to tell it."""
-    sizes = sorted({s for node in order(graph) for s in _symbols(node)}, key=str)
-    return replace(graph, inputs=(*graph.inputs, *(graph_input(str(s), ScalarType(torch.int64, s)) for s in sizes)))
+    """A part of a larger graph, with an input for each size that its values mention: no other input needs to tell it. Of others it knows
+    nothing."""
+    sizes = {str(s): s for s in sorted({s for node in order(graph) for s in _symbols(node)}, key=str)}
+    inputs = (graph_input(name, ScalarType(torch.int64, s)) for name, s in sizes.items())
+    return replace(graph, inputs=(*graph.inputs, *inputs), symbols={k: v for k, v in graph.symbols.items() if k in sizes})
 
 
 def _symbols(node: Node) -> set[sympy.Symbol]:

@@ -5,16 +5,17 @@ import tilewright
 import torch
 from support import NATIVE
 from tilewright.codegen.program import arena_bytes
-from tilewright.driver.activations import activation_passes
-from tilewright.driver.compile import compile_graph
+from tilewright.driver import measure, places, within
+from tilewright.driver.activations import within_activations
+from tilewright.driver.compile import Options, compile_graph
 from tilewright.driver.errors import BadOption, CannotOptimize
 from tilewright.driver.inputs import Example
 from tilewright.driver.loading import captured_of, export_module
-from tilewright.driver.pipeline import DEFAULT_PASSES
+from tilewright.driver.pipeline import DEFAULT_PASSES, PREPARING, passes_from
 from tilewright.ir.graph import Graph
 from tilewright.ir.interpret import interpret
-from tilewright.passes.base import Notes
-from tilewright.passes.manager import parse_passes, pass_text, run_passes
+from tilewright.passes.base import Notes, Pass
+from tilewright.passes.manager import run_passes
 from torch import nn
 
 
@@ -35,6 +36,13 @@ IMAGE = (1, 3, 96, 96)
 def captured(model: nn.Module, *shape: int) -> Graph:
     torch.manual_seed(0)
     return captured_of(export_module("net", model.eval(), Example((torch.randn(shape),), {}, {}))).graph
+
+
+def activation_passes(graph: Graph, limit) -> tuple[Pass, ...]:
+    options, finishing = within_activations(graph, Options(), limit)
+    passes = tuple(passes_from(options.passes))
+    assert passes == (*PREPARING, *finishing(run_passes(graph, PREPARING, Notes())))
+    return passes
 
 
 def taken(graph: Graph, passes) -> int:
@@ -69,11 +77,6 @@ def test_a_limit_in_bytes_that_is_kept_already_changes_nothing():
     assert activation_passes(graph, taken(graph, DEFAULT_PASSES)) == DEFAULT_PASSES
 
 
-def test_passes_can_be_written_as_text():
-    passes = activation_passes(captured(Net(), *IMAGE), "50%")
-    assert parse_passes(",".join(map(pass_text, passes))) == list(passes)
-
-
 def test_refused_with_the_least_there_is():
     with pytest.raises(CannotOptimize, match=r"in patches with up to 25% more arithmetic [\d,]+, and 1,000 are allowed") as caught:
         activation_passes(captured(Net(), *IMAGE), 1000)
@@ -103,7 +106,24 @@ def test_optimize_keeps_it_and_measures_the_rest():
     assert any(a.rule == "split-space" and a.source for a in made.receipt.applied)
 
 
-OTHERS = {"passes": "canonicalize", "target": "sm_90", "budget": tilewright.Budget(max_error=0.1), "remove_padding": True}
+def test_with_formats(monkeypatch):
+    """Weights in 8 bits are floats again where a convolution reads them, intermediate values: another format is taken."""
+    monkeypatch.setattr(measure, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(
+        places, "layer_times", lambda layers, formats, *rest: {(x.name, f): 1e-6 for x in layers for f in ("exact", *formats)}
+    )
+    monkeypatch.setattr(within, "CERTAINTY", 1e9)
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(IMAGE)
+    budget = tilewright.Budget(max_error=0.05, formats=("int8", "bf16-bf16"), objective="memory", calibration=[torch.randn(IMAGE)])
+    made = tilewright.optimize(model, (x,), tuning_seconds=0, activations="30%", budget=budget)
+    spent = made.receipt.spent
+    assert int(made.receipt.arena) <= 0.3 * taken(captured(model, *IMAGE), DEFAULT_PASSES)
+    assert [a.verdict for a in spent.attempts] == ["declined: over the activations", "kept"] and spent.error <= 0.05
+    assert {line.format for line in spent.layers} == {"bf16-bf16"} and spent.bytes < 0.6 * spent.exact_bytes
+
+
+OTHERS = {"passes": "canonicalize", "target": "sm_90", "remove_padding": True}
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -369,7 +369,7 @@ def test_latency_on_another_machine(deep) -> None:
 
 
 def test_passes_of_the_users_own_have_no_formats(ids) -> None:
-    with pytest.raises(BadOption, match="passes: a budget runs the default ones"):
+    with pytest.raises(BadOption, match="budget: it does not go together with passes: it runs the default ones"):
         tilewright.optimize(Net().eval(), (ids[0],), passes="canonicalize", budget=Budget(max_error=0.1))
 
 

@@ -43,6 +43,15 @@ def test_tokens_keep_their_values(name: str, lengths: str, left: bool) -> None:
     assert_equal_on_tokens(graph, found, mask_of(ENDS[lengths], left))
 
 
+def test_inputs_in_8_bits() -> None:
+    """Codes and scales come of one node."""
+    rounded = ("both = quantize_rows(y)", "q = item(both, index=0)", "s = item(both, index=1)", "f = cast(q, dtype=f32)", "r = mul(f, s)")
+    graph, found, notes = packed(encoder(*rounded, result="r"))
+    assert found is not None, notes.declined
+    assert {str(n.shape[1]) for n in order(found.graph) if n.op.name == "round"} == {"n"}
+    assert_equal_on_tokens(graph, found, mask_of(ENDS["mixed"]))
+
+
 def test_a_mask_of_what_is_padding() -> None:
     graph, found, _ = packed(encoder(mask=INVERTED))
     assert found is not None and found.padding == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tilewright.ir.interpret import interpret
@@ -9,6 +11,7 @@ from tilewright.ir.text import parse
 from tilewright.passes.layers import layers
 from tilewright.passes.quantize import Plan, Quantize
 from tilewright.search.database import Database
+from tilewright.search.examples import with_sizes
 from tilewright.search.layer_times import EXACT, layer_times
 from tilewright.search.metrics import metric
 from tilewright.search.replay import Replay
@@ -138,6 +141,13 @@ def test_replay_leaves_what_is_written_alone() -> None:
     state = torch.ones(4)
     Replay(graph, [torch.ones(4), state]).run(graph)
     assert torch.equal(state, torch.ones(4))
+
+
+def test_a_layer_alone_knows_the_sizes_it_mentions() -> None:
+    """A table of positions is read for each token, whatever the batch."""
+    graph = parse("graph g(ids: i64[b, s], at: i64[1, s], w: f32[8, 4]) where b in 1.., s in 1.. {\n y = embedding(w, at)\n return y\n}")
+    made = with_sizes(replace(graph, inputs=graph.inputs[1:]))
+    assert list(made.symbols) == ["s"] and [str(n.type) for n in made.inputs] == ["i64[1, s]", "f32[8, 4]", "int=s"]
 
 
 def test_layer_times_are_of_all_that_runs_instead(graph, tmp_path) -> None:
