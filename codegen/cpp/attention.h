@@ -201,26 +201,25 @@ INLINE void weigh(const T* weights, int64_t ld, const Rows<S>& values, int64_t j
     micro<R, rest, L>(weights, ld, from + (V - rest) * L, values.ld, count, out + (V - rest) * L, V * L, more);
 }
 
-// The same of levels: weights take the scales, which are applied once for a row of values.
+// The same of levels: weights take the scales, which are applied once for a row of values. Columns that share bytes are added together.
 template <int R, int N, int V, int L, class T, class S, class F, int ZERO, int STEP, int HALF>
 INLINE void weigh(T* weights, int64_t ld, const Levels<S, F, ZERO, STEP, HALF>& values, int64_t j, int64_t count, T* out, bool more) {
   for (int64_t r = 0; r < R; r++)
     for (int64_t k = 0; k < count; k++) weights[r * ld + k] *= values.template scale<T>(j + k);
   constexpr int parts = (V + N - 1) / N, wide = (V + parts - 1) / parts;
-  UNROLL for (int part = 0; part < V; part += wide) {
+  const auto column = [](int v) { return HALF ? v / 2 * L + v % 2 * HALF : v * L; };
+  UNROLL for (int first = 0; first < V; first += wide) {
     vec<T, L> sums[R][wide] = {};
     for (int64_t k = 0; k < count; k++)
-      UNROLL for (int v = 0; v < wide; v++)
-        if (part + v < V) {
-          const auto level = values.template level<T, L>(j + k, (part + v) * L);
-          UNROLL for (int r = 0; r < R; r++) sums[r][v] += splat<L>(weights[r * ld + k]) * level;
-        }
-    UNROLL for (int r = 0; r < R; r++)
-      UNROLL for (int v = 0; v < wide; v++)
-        if (part + v < V) {
-          T* const at = out + (r * V + part + v) * L;
-          store<L>(at, more ? load<L>(at) + sums[r][v] : sums[r][v]);
-        }
+      UNROLL for (int v = first; v < first + wide && v < V; v++) {
+        const auto level = values.template level<T, L>(j + k, column(v));
+        UNROLL for (int r = 0; r < R; r++) sums[r][v - first] += splat<L>(weights[r * ld + k]) * level;
+      }
+    UNROLL for (int v = first; v < first + wide && v < V; v++)
+      UNROLL for (int r = 0; r < R; r++) {
+        T* const at = out + r * V * L + column(v);
+        store<L>(at, more ? load<L>(at) + sums[r][v - first] : sums[r][v - first]);
+      }
   }
 }
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from tilewright.ir.analysis.hashing import equal
-from tilewright.ir.graph import Graph
+from tilewright.ir.graph import Graph, graph_input
 from tilewright.ir.interpret import interpret
 from tilewright.ir.sizes import with_sizes
 from tilewright.ir.text import parse
+from tilewright.ir.types import TensorType
 from tilewright.ir.verify import verify
 from tilewright.passes.base import Notes
 from tilewright.passes.canonicalize import Canonicalize
@@ -226,6 +227,22 @@ def test_formats_of_keys_and_values(kv, most):
     error = error_of(causal(), 1, kv)
     assert error < most and (kv in ("f32", "bf16") or error > 1e-4)  # floats are all float64 here
     assert error_of(causal(), 3, kv) < most
+
+
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+def test_rows_that_are_no_numbers_are_none_when_they_are_read(kv):
+    value = graph_input("x", TensorType(torch.float32, (5, 8)))
+    parts = KV_FORMATS[kv].encode(value)
+    x = torch.randn(5, 8)
+    x[1], x[2, 3], x[3, 4], x[4, 5] = 0.0, float("nan"), float("inf"), -float("inf")
+    (got,) = interpret(Graph("g", (value,), (KV_FORMATS[kv].decode(parts, torch.float32),)), [x])
+    assert got[2:].isnan().all() and not got[1].any() and (got[0] - x[0]).abs().max() <= x[0].abs().max() / 13
+
+
+def test_halves_of_columns_share_bytes():
+    value = graph_input("x", TensorType(torch.float32, (1, 4)))
+    packed, scale = interpret(Graph("g", (value,), KV_FORMATS["int4"].encode(value)), [torch.tensor([[7.0, -7.0, 1.0, 0.0]])])
+    assert packed.tolist() == [[15 + (9 << 4), 1 + (8 << 4)]] and scale.tolist() == [[1.0]]
 
 
 def test_what_formats_keep():
