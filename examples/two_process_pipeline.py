@@ -22,8 +22,6 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from tilewright.driver.distributed.pipeline import Pipeline
-from tilewright.driver.distributed.shards import shard
 from torch import nn
 
 WIDTH, LAYERS, HEADS, LENGTH, ROWS = 384, 6, 6, 128, 4
@@ -79,10 +77,10 @@ def run(micro_batches: int, rounds: int) -> None:
             made.render()
             told = [[str(path) for path in made.save(Path(folder) / "encoder.tw", levels=())]]
         dist.broadcast_object_list(told)
-        pipeline = Pipeline.load(told[0], micro_batches)  # type: ignore[arg-type]
+        pipeline = tilewright.Pipeline.load(told[0], micro_batches)  # type: ignore[arg-type]
         dist.barrier()
     alone = tilewright.optimize(model, (one,), tuning_seconds=0) if rank == 0 else None
-    shards = shard(model, (one,))
+    shards = tilewright.shard(model, (one,))
 
     def by_one() -> torch.Tensor | None:
         return torch.cat([alone(part) for part in all_rows.split(ROWS)]) if alone is not None else None

@@ -23,7 +23,7 @@ from ..ir.reasons import Reason
 from ..ir.rewrite import remap, rewrite
 from .base import Notes, Pass, describe
 from .shard_rules import carried
-from .shard_weights import Stretch, in_constant, in_shares, is_weight, share, stretched
+from .shard_weights import Stretch, in_constant, in_shares, is_weight, run, share, stretched
 from .weights import ConstantMaker, is_constant, source_name
 
 WORLD = "0"
@@ -73,10 +73,11 @@ def made_from(name: str, weight: str) -> bool:
 @dataclass(frozen=True)
 class Shared:
     """The graph of one process. cut: the constants of which it has a stretch as long as everyone else's, and the dimension, as DTensor's
-    `Shard` has it. Of a constant that was taken apart, each part: "qkv.weight[0:64]"."""
+    `Shard` has it. Of a constant that was taken apart, each part: "qkv.weight[0:64]". None where it is no such stretch (scales of groups
+    that processes share)."""
 
     graph: Graph
-    cut: Mapping[str, int] = field(default_factory=dict)
+    cut: Mapping[str, int | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -179,7 +180,7 @@ class _Local:
         self.maker = ConstantMaker(graph)
         self.local: dict[Node, Node] = {}
         self.held: dict[tuple[Node, Stretch], Node] = {}
-        self.cut: dict[str, int] = {}
+        self.cut: dict[str, int | None] = {}
         self.step = 1 + max((n.attrs["sequence"] for n in order(graph) if n.attrs.get("sequence") is not None), default=-1)
 
     def made(self, notes: Notes) -> Graph:
@@ -222,9 +223,10 @@ class _Local:
         return self.held[constant, part]
 
     def _record(self, view: Node, part: Stretch) -> None:
-        whole = in_constant(view, Stretch(part.dim, range(int(view.shape[part.dim]))))  # type: ignore[arg-type]
+        whole = in_constant(view, run(part.dim, 0, int(view.shape[part.dim])))  # type: ignore[arg-type]
         if whole is None or part != share(view, part.dim, self.item.rank, self.item.count):
-            return  # no stretch of a constant, or scales of pieces of groups
+            self.cut[source_name(view)] = None
+            return
         (constant, there) = whole
         start, stop = there.indices[0], there.indices[-1] + 1
         taken_apart = "" if stop - start == constant.shape[there.dim] else f"[{start}:{stop}]"

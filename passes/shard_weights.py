@@ -8,7 +8,7 @@ A stretch that ends within a group has a scale for each piece of a group: w' is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +23,13 @@ class Stretch:
     """Indices of dimension `dim`, in order; one that stands for several stretches of something finer may be there more than once."""
 
     dim: int
-    indices: Sequence[int]
+    indices: tuple[int, ...]
 
     @property
     def together(self) -> bool:
         """Whether it is one index after the other."""
         start = self.indices[0]
-        return tuple(self.indices) == tuple(range(start, start + len(self.indices)))
+        return self.indices == tuple(range(start, start + len(self.indices)))
 
     def of(self, value: torch.Tensor) -> torch.Tensor:
         if self.together:
@@ -41,15 +41,19 @@ Under = tuple["Stretch | None", ...]
 """Of each operand what a stretch of the result is made of; None is all of it."""
 
 
+def run(dim: int, start: int, length: int) -> Stretch:
+    return Stretch(dim, tuple(range(start, start + length)))
+
+
 def share(weight: Node, dim: int, rank: int, count: int) -> Stretch:
     """The part that process `rank` of `count` has of a dimension that they have equal parts of."""
     size = int(weight.shape[dim]) // count  # type: ignore[arg-type]
-    return Stretch(dim, range(rank * size, (rank + 1) * size))
+    return run(dim, rank * size, size)
 
 
 def is_weight(node: Node) -> bool:
     """Whether a value is a constant, or computed from constants by ops that rows of it can be traced through."""
-    return is_constant(node) or _of_constants(node) and bool(node.tensor.rank) and _fits(node, Stretch(0, range(1)))
+    return is_constant(node) or _of_constants(node) and bool(node.tensor.rank) and _fits(node, run(0, 0, 1))
 
 
 def in_shares(weight: Node, dim: int, count: int) -> bool:
@@ -137,7 +141,7 @@ def _unpack(node: Node, wanted: Stretch) -> Under | None:
         return (wanted,)
     each, (start, length) = 8 // node.attrs["bits"], (wanted.indices[0], len(wanted.indices))
     whole = wanted.together and start % each == length % each == 0
-    return (Stretch(wanted.dim, range(start // each, (start + length) // each)),) if whole else None
+    return (run(wanted.dim, start // each, length // each),) if whole else None
 
 
 def _slice(node: Node, wanted: Stretch) -> Under | None:

@@ -40,7 +40,7 @@ def whole(module: torch.nn.Module) -> torch.nn.Module:
     """
     fully = next((name for name, m in module.named_modules() if isinstance(m, FSDPModule)), None)
     if fully is not None:
-        reason = "fully_shard has taken over its modules; give the module as it was before, or compile this one with torch.compile"
+        reason = "fully_shard has taken it over; give the module as it was before"
         raise CannotShard(name=fully or type(module).__name__, reason=reason)
     placed = {name: t for name, t in chain(module.named_parameters(), module.named_buffers()) if isinstance(t, DTensor)}
     if not placed:
@@ -60,10 +60,11 @@ def _gathered(value: DTensor) -> torch.Tensor:
     return torch.nn.Parameter(found, requires_grad=False) if isinstance(value, torch.nn.Parameter) else found
 
 
-def placements_of(graph: Graph, cut: Mapping[str, int], weights: Collection[str]) -> dict[str, Placement]:
+def placements_of(graph: Graph, cut: Mapping[str, int | None], weights: Collection[str]) -> dict[str, Placement]:
     """Where the constants of a graph lie, by their cuts. weights: the module's names, which stand for what was made from them."""
     parts = {name.split("[")[0] for name in cut}
-    found = {name: Replicate() for name in constants(graph) if name not in parts} | {name: Shard(dim) for name, dim in cut.items()}
+    stretches = {name: Shard(dim) for name, dim in cut.items() if dim is not None}
+    found = {name: Replicate() for name in constants(graph) if name not in parts} | stretches
     origins = {name: max((w for w in weights if made_from(name.split("[")[0], w)), key=len, default=name) for name in found}
     several = Counter(origins.values())
     return {origins[name] if several[origins[name]] == 1 else name: placement for name, placement in found.items()}

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from distributed_worker import Mlp
 from support import NATIVE
-from tilewright.driver.distributed.placements import CannotShard, Plan
+from tilewright.driver.distributed.placements import CannotShard, Plan, whole
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 pytestmark = [NATIVE, pytest.mark.slow, pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")]
@@ -161,6 +162,14 @@ def test_plans_that_are_none(pattern: str) -> None:
         "up.1.weight": 0,
         "down.1.weight": 1,
     }
+
+
+def test_modules_that_fully_shard_has_are_refused() -> None:
+    model = Mlp()
+    model.up[0].__class__ = type("FSDPLinear", (FSDPModule, torch.nn.Linear), {})
+    with pytest.raises(CannotShard, match=r"up\.0: fully_shard has taken it over"):
+        whole(model)
+    assert whole(model.down) is model.down
 
 
 def test_weights_in_8_bits_are_shared_out_within_an_error(found: list[dict[str, Any]]) -> None:

@@ -179,9 +179,9 @@ def test_a_format_that_reads_whole_rows_is_not_shared_out() -> None:
     assert made[0] is whole and notes.declined[0].value == "quantize_rows"
 
 
-@pytest.mark.parametrize(("columns", "groups"), [(64, 2), (96, 4), (48, 2)])
+@pytest.mark.parametrize(("columns", "groups"), [(64, 2), (96, 4), (96, 3)])
 def test_groups_of_scales_are_cut_in_pieces(columns: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process has 32 columns of one group, 48 of groups of 24, 24 of one group: scales go with the columns."""
+    """A process has 32 columns of one group, 48 of two, 48 of one and a half: scales go with the columns."""
     held = {
         "up": torch.randn(columns, 8),
         "q": torch.randint(0, 256, (4, columns // 2), dtype=torch.uint8),
@@ -194,6 +194,8 @@ def test_groups_of_scales_are_cut_in_pieces(columns: int, groups: int, monkeypat
     x = torch.randn(3, 8)
     for outputs in together(made, [x], monkeypatch):
         torch.testing.assert_close(outputs, interpret(whole, [x]), rtol=1e-4, atol=1e-4)
+    cut = ShardLinears(0, 2).shared_out(whole, Notes()).cut
+    assert cut["q"] == 1 and cut["s"] == cut["z"] == (None if columns == 96 and groups == 3 else 1)
     assert constants(made[0])["q.shard0"].value.shape == (4, columns // 4)
 
 
