@@ -146,13 +146,11 @@ class ChunkStore:
         texts = [ids for c in chunks if len(ids := _ids(c))]
         context = torch.cat([*texts, torch.arange(0)])
         if ratio == 1 or not texts:
-            self.counts.computed += len(context)
             return Filled(0, 0, torch.arange(len(context)))
-        hits, raw = zip(*(self._raw(text) for text in texts))
-        self._turn(raw, len(context), state)
-        count = 0 if len(texts) == 1 else math.ceil(ratio * len(context))  # a chunk at the start stands where it stood
-        chosen = self._deviating(context, state, count)
-        if count:
+        hits = self._turned(texts, state)
+        start = len(texts[0])  # a chunk at the start stands where it stood
+        chosen = self._deviating(context, start, min(math.ceil(ratio * len(context)), len(context) - start), state)
+        if len(chosen):
             self._run("anew", context[chosen], chosen, state)
         computed = torch.cat([torch.full((len(text),), not hit) for text, hit in zip(texts, hits)])
         computed[chosen] = True
@@ -179,25 +177,31 @@ class ChunkStore:
 
     # -- what is computed
 
-    def _turn(self, chunks: Sequence[list[torch.Tensor]], length: int, state: State) -> None:
-        """Fills the state with chunks as they are kept, turned to where they stand."""
-        size = self._size(length)
-        raw = [_padded(torch.cat(parts, d), d, size) for d, parts in zip(self._graphs(size).graphs.dims, zip(*chunks))]
-        places = _row(torch.arange(length), size).to(raw[0].device)
-        self._program(size, "encode").program.run([places, *raw, *state.tensors])
+    def _turned(self, texts: Sequence[torch.Tensor], state: State) -> list[bool]:
+        """Fills the state with chunks as they are kept, turned to where they stand; of each whether it was."""
+        hits, start = list[bool](), 0
+        for text in texts:
+            hit, raw = self._raw(text)
+            size = self._size(len(text))
+            places = _row(torch.arange(start, start + len(text)), size).to(raw[0].device)
+            parts = [_padded(x, d, size) for x, d in zip(raw, self._graphs(size).graphs.dims)]
+            self._program(size, "encode").program.run([places, *parts, *state.tensors])
+            hits.append(hit)
+            start += len(text)
+        return hits
 
-    def _deviating(self, context: torch.Tensor, state: State, count: int) -> torch.Tensor:
-        """Positions of the tokens whose values are off most, ascending."""
-        everywhere = torch.arange(len(context))
+    def _deviating(self, context: torch.Tensor, start: int, count: int, state: State) -> torch.Tensor:
+        """Positions of the tokens from `start` on whose values are off most, ascending."""
+        places = torch.arange(start, len(context))
         if not count:
-            return everywhere[:0]
-        checked = self._graphs(self._size(len(context))).graphs.checked
+            return places[:0]
+        checked = self._graphs(1).graphs.checked
         d = state.dims[checked]
-        stored = state.tensors[checked].narrow(d, 0, len(context)).clone()
-        (new,) = self._run("probe", context, everywhere, state)
+        stored = state.tensors[checked].narrow(d, start, len(places)).clone()
+        (new,) = self._run("probe", context[start:], places, state)
         others = tuple(i for i in range(new.dim()) if i != d)
-        deviation = (new.narrow(d, 0, len(context)) - stored).double().square().sum(others)
-        return deviation.topk(count).indices.sort().values.cpu()
+        deviation = (new.narrow(d, 0, len(places)) - stored).double().square().sum(others)
+        return places[deviation.topk(count).indices.sort().values.cpu()]
 
     def _raw(self, text: torch.Tensor) -> tuple[bool, list[torch.Tensor]]:
         """Whether a chunk was kept; of it on its own: keys before RoPE, and values, each with len(text) tokens."""

@@ -68,7 +68,8 @@ def test_all_tokens_computed_anew_is_exact(kind) -> None:
     store = ChunkStore(_stepper(model))
     chunks, question = _text()
     read = store.prefill(chunks, question, 0.999)  # with 1 it is read as any text, without chunks
-    assert len(read.recomputed) == 57 and _error(read.logits, _whole(model, chunks, question)) < 1e-5
+    assert read.recomputed.tolist() == list(range(20, 57)), "the first chunk stands where it stood"
+    assert _error(read.logits, _whole(model, chunks, question)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi", "bloom"])
