@@ -57,7 +57,7 @@ FEATURES: dict[str, Feature] = {
     "prefix store": Feature({"prefixes": "in memory"}, used=_copied),
     "prefix store, spilled": Feature({"prefixes": "on disk"}, used=_loaded),
     "documents": Feature({"documents": True}, 0.007, used=_turned),
-    "low-rank keys": Feature({"documents": True, "rank": 3}, 0.008, used=_turned),
+    "low-rank keys": Feature({"documents": True, "rank": 3}, 0.01, used=_turned),
     "keys and values, bf16": Feature({"kv": "bf16"}, 0.0004),
     "keys and values, int8": Feature({"kv": "int8"}, 0.001),
     "keys and values, int4": Feature({"kv": "int4"}, 0.015),
