@@ -92,12 +92,12 @@ class Plan:
         return tuple(self.dims)
 
     def require(self, placements: Mapping[str, Placement], why: Sequence[str]) -> None:
-        """Raises CannotShard where something lies elsewhere than it was asked to. why: what was declined, in words."""
+        """Raises CannotShard where something lies elsewhere than it was asked to. why: what stays whole, in words."""
         for weight, dim in self.dims.items():
             found = {p for name, p in placements.items() if made_from(name.split("[")[0], weight)}
             if Shard(dim) not in found:
-                asked, reasons = "columns" if dim == 0 else "rows", "; ".join(why) or "there is no linear that goes with it"
-                raise CannotShard(name=weight, reason=f"it is to be cut by {asked} of its result, and cannot: {reasons}")
+                reason = "; ".join(why) or "no linear goes with it whose result needs no shards"
+                raise CannotShard(name=weight, reason=f"it cannot be {Shard(dim)!r}: {reason}")
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -64,11 +64,11 @@ def shard(
     with the same arguments; each has the whole result. Its weights may be DTensors, which are made whole first.
 
     scatter: norms of sums are computed by one process for each token (`passes/scatter_norms.py`). plan: which linears are shared out, and
-    how, as `parallelize_module` takes it; None is all that can be. formats: of weights, as the pass quantize takes them ("*:int8"), within
+    how, as `parallelize_module` takes it; without one all are that can be. formats: of weights, as the pass quantize takes them ("*:int8"), within
     `max_error` of the result. cluster: how fast processes and links are, to tell whether two parts gain; None is measured where that could
     matter. Checked against float64; raises CannotShard and CannotOptimize.
     """
-    name, asked = type(module).__name__, None if plan is None else Plan(module, plan)
+    name, asked = type(module).__name__, Plan(module, plan) if plan else None
     model = export_module(name, whole(module), Example(tuple(args), dict(kwargs or {})))
     captured, notes = captured_of(model), Notes()
     convention = convention_for(model, captured)
@@ -80,7 +80,7 @@ def shard(
         shared = processes.shared(graph, asked, notes)
         placements = placements_of(graph, shared.cut, model.program.state_dict)
         if asked is not None:
-            asked.require(placements, [f"{d.what}: {d.value}" for d in notes.declined if d.rule == ShardLinears.name])
+            asked.require(placements, [f"{d.what} is read whole by {d.value}" for d in notes.declined if d.rule == ShardLinears.name])
         mine = processes.finished(shared.graph, cluster, notes)
     compiled = _compiled(mine, notes)
     made = Sharded(compiled.graph, convention, compiled.program, compiled.receipt, captured.state, placements=placements)

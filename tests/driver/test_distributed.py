@@ -142,7 +142,7 @@ def test_a_model_on_a_mesh_is_compiled_and_trained_as_it_is(found: list[dict[str
 def test_a_plan_says_which_linears_are_shared_out(found: list[dict[str, Any]]) -> None:
     placements = {name: kind for name, kind in found[0]["planned"]["placements"].items() if kind != "R"}
     assert placements == {"up.0.weight": "S(0)", "up.0.bias": "S(0)", "down.0.weight": "S(1)"}
-    assert "up.0.weight: it is to be cut by columns of its result, and cannot: linear up_0" in found[0]["refusals"]["alone"]
+    assert "up.0.weight: it cannot be Shard(dim=0): linear up_0 is read whole by linear down_0" in found[0]["refusals"]["alone"]
 
 
 PLANS = {
