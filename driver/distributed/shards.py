@@ -64,9 +64,9 @@ def shard(
     with the same arguments; each has the whole result. Its weights may be DTensors, which are made whole first.
 
     scatter: norms of sums are computed by one process for each token (`passes/scatter_norms.py`). plan: which linears are shared out, and
-    how, as `parallelize_module` takes it; without one all are that can be. formats: of weights, as the pass quantize takes them ("*:int8"), within
-    `max_error` of the result. cluster: how fast processes and links are, to tell whether two parts gain; None is measured where that could
-    matter. Checked against float64; raises CannotShard and CannotOptimize.
+    how, as `parallelize_module` takes it; without one all are that can be. formats: of weights, as the pass quantize takes them ("*:int8"),
+    within `max_error` of the result. cluster: how fast processes and links are, to tell whether two parts gain; None is measured where
+    that could matter. Checked against float64; raises CannotShard and CannotOptimize.
     """
     name, asked = type(module).__name__, Plan(module, plan) if plan else None
     model = export_module(name, whole(module), Example(tuple(args), dict(kwargs or {})))
