@@ -43,6 +43,7 @@ template <class S> struct Rows {
   int64_t ld;
   INLINE Rows from(int64_t first) const { return {data + first * ld, ld}; }
   template <class T, int L> INLINE vec<T, L> get(int64_t j, int64_t c) const { return as<T>(load<L>(data + j * ld + c)); }
+  template <class T, int L> INLINE vec<T, L> level(int64_t j, int64_t c) const { return get<T, L>(j, c); }
 };
 
 // The same of integers with a scale for each row: (level - ZERO) * scales[j * STEP]. Where HALF is not 0, levels have four bits: byte c of a
@@ -361,9 +362,7 @@ void attend_few(int64_t count, const KeyRows& keys, const ValueRows& values, con
       for (int64_t d = 0; d < E; d += 64 / sizeof(*values.data)) __builtin_prefetch(values.data + (j + c) * values.ld + d);  // soon read
       vec<T, L> sum[R] = {};
       UNROLL for (int64_t d = 0; d < D; d += L) {
-        vec<T, L> k;
-        if constexpr (KeyRows::scaled) k = keys.template level<T, L>(j + c, d);
-        else k = keys.template get<T, L>(j + c, d);
+        const vec<T, L> k = keys.template level<T, L>(j + c, d);
         UNROLL for (int r = 0; r < R; r++) sum[r] += k * load<L>(q + r * D + d);
       }
       UNROLL for (int r = 0; r < R; r++) scores[r * KEYS + c] = fold([](auto a, auto b) { return a + b; }, sum[r]);
