@@ -67,6 +67,13 @@ class Reader(Protocol):
     def last(self, tokens: torch.Tensor, position: torch.Tensor, at: torch.Tensor, state: Any) -> torch.Tensor: ...
 
 
+@runtime_checkable
+class Fillable(Protocol):
+    """A state that takes other memory where so many tokens of each row are about to be written into it."""
+
+    def expect(self, count: int) -> None: ...
+
+
 @dataclass
 class Statistics:
     """What was done: tokens of prompts and documents that were kept from earlier texts, and that were computed; tokens made; steps after
@@ -202,6 +209,8 @@ class Generator:
             return 0
         owner = self._owner(batch, i)
         with self.prefixes.longest(owner, batch.rows[i].text[:-1]) as prefix:
+            if len(batch.rows) == 1 and isinstance(batch.state, Fillable):
+                batch.state.expect(prefix.length)
             for start, count, tensors in prefix.pieces:
                 for part, dim, kept in zip(batch.parts(i, start, start + count), owner.dims, tensors):
                     part.copy_(kept.narrow(dim, 0, count))
@@ -329,14 +338,15 @@ class _Batch:
     def _placed(self, parts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [batch, width], and where the first of each row stands.
 
-        A step has one width. Where a row has fewer tokens, what is behind them is written behind its position and means nothing; where
-        the width reaches beyond the last place, it begins earlier, with tokens that are computed again to the same end.
+        A step has one width. Where a row has fewer tokens, its last one is read again, behind its position, which means nothing; where the
+        width reaches beyond the last place, it begins earlier, with tokens that are computed again to the same end.
         """
         width = max(map(len, parts))
         starts = [min(row.done, self.stepper.max_length - width) for row in self.rows]
         texts = [[*row.text[start : row.done], *part] for row, start, part in zip(self.rows, starts, parts)]
         device = self.state.tensors[0].device
-        tokens = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
+        lasts = [text[-1] if text else row.text[-1] for row, text in zip(self.rows, texts)]
+        tokens = torch.tensor([text + [last] * (width - len(text)) for text, last in zip(texts, lasts)], device=device)
         return tokens, torch.tensor(starts, device=device)
 
 
