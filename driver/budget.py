@@ -13,7 +13,7 @@ from typing import Any
 from ..passes.formats import FORMATS
 from ..search.metrics import METRICS, Metric, metric
 from .errors import BadCalibration, BadInputs, BadOption
-from .inputs import Example, parse_inputs
+from .inputs import parse_inputs
 
 OBJECTIVES = {"latency": "time", "memory": "bytes", "error": "error"}
 """What a user wants least of -> the cost it is."""
@@ -104,14 +104,14 @@ def budget_from(
         if given is None and objective == "latency":
             return None
         raise BadOption(option=given or "objective", reason="it is for a budget: give --max-error, --memory or --latency too")
-    examples = [example for path in calibration if (example := _calibration(path)) is not None]
     names = DEFAULT_FORMATS if formats is None else tuple(name.strip() for name in formats.split(","))
-    return Budget(**limits, objective=objective, metric=metric, formats=names, calibration=[e.kwargs for e in examples])  # type: ignore[arg-type]
+    return Budget(**limits, objective=objective, metric=metric, formats=names, calibration=calibration_from(calibration))  # type: ignore[arg-type]
 
 
-def _calibration(path: str) -> Example | None:
+def calibration_from(paths: Sequence[str]) -> list[Mapping[str, Any]]:
+    """Inputs by name, one of each file. Raises BadCalibration."""
     try:
-        return parse_inputs([path])
+        return [example.kwargs for path in paths if (example := parse_inputs([path])) is not None]
     except BadInputs as error:
         raise BadCalibration(**error.fields) from error
 

@@ -1,4 +1,4 @@
-"""The command line: `optimize MODEL` (also `tilewright optimize`); `tilewright explain`, `diff`, `verify` and `bisect`."""
+"""The command line: `optimize MODEL`, and `tilewright` with its commands, of which that is one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .errors import CannotWrite
 from .tuning import app as tuning
 
 if TYPE_CHECKING:
-    from .receipt import Receipt
+    from .artifact import Optimized
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Optimization with a receipt.")
 app.add_typer(tuning, name="tuning")
@@ -99,9 +99,7 @@ def optimize(
     Exactly, unless a limit is given: then the weights of each layer are kept in the format that costs least within all limits.
     """
     console = Console(file=sys.stdout)  # not what sys.stdout may be while torch exports
-    artifact = output or Path(Path(model.rpartition(":")[2] if ":" in model else model).stem + ".tw")
-    for path in filter(None, (artifact, json, report)):
-        _require_writable(path)
+    artifact = _writable(model, output, json, report)
     with _progress(console) as stage:
         with stage("starting"):
             from .budget import budget_from
@@ -120,14 +118,12 @@ def optimize(
         optimized = optimize_model(read, passes, stage, tune, target, budget, remove_padding, activations)
         with stage(f"writing {artifact}, with code for {levels}" if stored and not target else f"writing {artifact}"):
             optimized.save(artifact, stored, compress)
-    _write_receipt(optimized.receipt, json, report)
-    optimized.receipt.render(console)
-    where, trust = (f" on a machine with {target}", ", trust_code=True") if target else ("", "")
-    size = artifact.stat().st_size / 1e6
-    console.print(f"\nwrote [bold]{artifact}[/bold] ({size:.1f} MB); run it{where} with tilewright.load({str(artifact)!r}{trust})")
+    _tell(console, optimized, artifact, json, report)
 
 
-def _write_receipt(receipt: Receipt, json: Path | None, report: Path | None) -> None:
+def _tell(console: Console, made: Optimized, artifact: Path, json: Path | None, report: Path | None) -> None:
+    """The receipt, and where the artifact is."""
+    receipt = made.receipt
     if json:
         from .artifact import replacing
 
@@ -137,6 +133,51 @@ def _write_receipt(receipt: Receipt, json: Path | None, report: Path | None) -> 
         from .report.page import write
 
         write(receipt, report)
+    receipt.render(console)
+    where, trust = (f" on a machine with {receipt.target}", ", trust_code=True") if receipt.target else ("", "")
+    size = artifact.stat().st_size / 1e6
+    console.print(f"\nwrote [bold]{artifact}[/bold] ({size:.1f} MB); run it{where} with tilewright.load({str(artifact)!r}{trust})")
+
+
+@app.command()
+def simplify(
+    model: ModelArgument,
+    max_error: Annotated[float, typer.Option("--max-error", min=0, help="how far results may be off")],
+    inputs: InputsOption = [],  # noqa: B006 (typer reads the default)
+    output: OutputOption = None,
+    rewrites: Annotated[str, typer.Option(help="what may be done: any of merge-tokens,remove-blocks,share-blocks")] = "merge-tokens",
+    protected: Annotated[int, typer.Option(min=0, help="so many first tokens are never merged: 1 for a class token")] = 0,
+    objective: Annotated[str, typer.Option(help="what to make least within the error: latency or memory")] = "latency",
+    metric: MetricOption = "relative",
+    calibration: CalibrationOption = [],  # noqa: B006 (typer reads the default)
+    levels: LevelsOption = "v2,v3,v4",
+    compress: CompressOption = False,
+    trust_pickle: TrustOption = False,
+    json: JsonOption = None,
+    report: ReportOption = None,
+) -> None:
+    """Merge tokens of an encoder that are alike, and leave out or share its blocks, as far as an error allows: write an artifact.
+
+    What is slower than the exact model, or over the error, is not done: then it is the exact model.
+    """
+    console = Console(file=sys.stdout)
+    artifact = _writable(model, output, json, report)
+    with _progress(console) as stage:
+        with stage("starting"):
+            from .budget import calibration_from
+            from .inputs import parse_inputs
+            from .loading import load_model
+            from .native_code import levels_from
+            from .simplify import Allowance, simplify_model
+
+            stored, names = levels_from(levels), [name.strip() for name in rewrites.split(",")]
+            allowed = Allowance(max_error, names, protected, metric, objective, calibration_from(calibration))
+        with stage(f"reading {model}"):
+            read = load_model(model, parse_inputs(inputs), trust_pickle)
+        made = simplify_model(read, allowed, stage)
+        with stage(f"writing {artifact}, with code for {levels}" if stored else f"writing {artifact}"):
+            made.save(artifact, stored, compress)
+    _tell(console, made, artifact, json, report)
 
 
 @app.command()
@@ -225,8 +266,7 @@ def bisect(
     Exits with status 1 if there is one.
     """
     console = Console(file=sys.stdout)
-    name = Path(model.rpartition(":")[2] if ":" in model else model).stem
-    reproducer = output or Path(f"bisect_{name}.py")
+    reproducer = output or Path(f"bisect_{_name(model)}.py")
     _require_writable(reproducer)
     with _progress(console) as stage:
         with stage("starting"):
@@ -265,8 +305,7 @@ def split(
 ) -> None:
     """Cut a model into stages that run one after the other, on machines of their own: write an artifact for each."""
     console = Console(file=sys.stdout)
-    artifact = output or Path(Path(model.rpartition(":")[2] if ":" in model else model).stem + ".tw")
-    _require_writable(artifact)
+    artifact = _writable(model, output)
     with _progress(console) as stage:
         with stage("starting"):
             from .goal import goal_from
@@ -297,6 +336,20 @@ def _check_target(target: str | None) -> None:
 
     if target is not None:
         require_target(target)
+
+
+def _name(model: str) -> str:
+    """What files made of a model are called."""
+    return Path(model.rpartition(":")[2] if ":" in model else model).stem
+
+
+def _writable(model: str, output: Path | None, *others: Path | None) -> Path:
+    """Where the artifact of a model goes. Raises CannotWrite where it, or one of the other files, could not be written."""
+    artifact = output or Path(f"{_name(model)}.tw")
+    for path in (artifact, *others):
+        if path is not None:
+            _require_writable(path)
+    return artifact
 
 
 def _require_writable(path: Path) -> None:

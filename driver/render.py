@@ -162,8 +162,9 @@ def _spent(spent: Spent, details: bool) -> Iterator[RenderableType]:
         limit = spent.limits.get(name)
         _row(table, name, show(before), show(now), "" if limit is None else show(limit), f"{now / before:.0%}" if before else "")
     yield table
-    yield Text()
-    yield _formats(spent, details)
+    if spent.layers:
+        yield Text()
+        yield _formats(spent, details)
     if spent.candidates and details:
         yield Text("formats of layers: " + ", ".join(f"{count} {how}" for how, count in spent.candidates.items()))
     for a in spent.attempts if details else ():

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tilewright
 import torch
+from offline import run, sentence
 from rich.console import Console
 from tilewright.driver import measure, simplify
 from tilewright.driver.errors import BadOption
@@ -88,6 +92,7 @@ def test_more_error_more_tokens(digits) -> None:
 def test_nothing_is_allowed_nothing_is_done(digits) -> None:
     made = _simplified(digits, 0.0, rewrites=("merge-tokens", "remove-blocks", "share-blocks"))
     assert set(_lengths(made)) == {16} and made.receipt.spent.error < 1e-5 and made.receipt.error.ok
+    assert made.receipt.trials[-1].note.startswith("not done: of those that save time the best errs ")
 
 
 def test_blocks_are_removed(digits) -> None:
@@ -152,9 +157,96 @@ def test_receipts_are_kept_and_shown(digits) -> None:
     assert "error (relative)" in console.export_text()
 
 
+def test_kernels_over_the_error_are_not_returned(digits, monkeypatch) -> None:
+    """Whatever the interpreter said."""
+    real = simplify.compile_graph
+
+    def off(*args):
+        made = real(*args)
+        return replace(made, program=SimpleNamespace(run=lambda inputs: [x + 1 for x in made.program.run(inputs)]))
+
+    monkeypatch.setattr(simplify, "compile_graph", off)
+    made = _simplified(digits, 0.1)
+    assert set(_lengths(made)) == {16} and made.receipt.spent.error < 1e-5
+    assert made.receipt.trials[-1].note.startswith("not done: its kernels err")
+
+
+def test_why_nothing_is_done_is_on_the_receipt() -> None:
+    made = tilewright.simplify(nn.Linear(4, 4), (torch.randn(2, 4),), max_error=1e9, rewrites=("remove-blocks",), objective="memory")
+    (trial,) = made.receipt.trials
+    assert not trial.kept and trial.note == "not done: there is nothing that it could be done to"
+
+
+def test_a_refusal_is_on_the_receipt_of_the_exact_model() -> None:
+    class Causal(nn.Module):
+        def forward(self, x):
+            h = x.unflatten(-1, (2, 8)).transpose(1, 2)
+            return x + nn.functional.scaled_dot_product_attention(h, h, h, is_causal=True).transpose(1, 2).flatten(2)
+
+    made = tilewright.simplify(Causal(), (torch.randn(2, 16, 16),), max_error=0.5)
+    assert any(r.rule == "merge-tokens" for r in made.receipt.refused)
+
+
+NETS = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x):
+        for block, scale in zip(self.blocks, (0.01, 1.0)):
+            x = x + scale * block(x)
+        return x
+
+def net():
+    torch.manual_seed(0)
+    return Net(), (torch.randn(8, 16),)
+"""
+
+
+@pytest.fixture
+def nets(tmp_path, monkeypatch):
+    (tmp_path / "nets.py").write_text(NETS)
+    np.savez(tmp_path / "a.npz", x=np.ones((8, 16), np.float32))
+    np.savez(tmp_path / "short.npz", x=np.ones((8, 15), np.float32))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_by_the_command(nets, capsys) -> None:
+    options = ("--rewrites", "merge-tokens, remove-blocks", "--objective", "memory", "--calibration", "a.npz", "--json", "r.json")
+    assert run("nets:net", "--max-error", 0.05, *options, "--levels", "none", command="simplify") == 0
+    said = capsys.readouterr().out
+    assert "blocks.0 removed" in said and "wrote net.tw" in said and "held-out inputs" in said
+    receipt = Receipt.from_json((nets / "r.json").read_text())
+    assert 0 < receipt.spent.error <= 0.05 and receipt.spent.bytes < 0.6 * receipt.spent.exact_bytes
+    assert receipt.before is not None and len(receipt.before.rows) > len(receipt.after.rows)
+    assert run("net.tw", "--model", "nets:net", command="verify") == 0
+    assert tilewright.load("net.tw")(torch.ones(8, 16)).shape == (8, 16)
+
+
+@pytest.mark.parametrize("options,words", [
+    ([], "Missing option '--max-error'"), (["--max-error", "-1"], "'--max-error'"), (["--max-error", "nan"], "max"),
+    (["--max-error", "1", "--rewrites", "fewer-layers"], "there is no 'fewer-layers'"),
+    (["--max-error", "1", "--objective", "error"], "there are latency, memory"),
+    (["--max-error", "1", "--metric", "luck"], "there is no error metric 'luck'"),
+    (["--max-error", "1", "--protected", "-1"], "'--protected'"),
+    (["--max-error", "1", "--calibration", "none.npz"], "cannot use --calibration none.npz: there is no such file"),
+    (["--max-error", "1", "--calibration", "short.npz"], "cannot use --calibration input 1: argument 'x' must be"),
+    (["--max-error", "1", "-o", "."], "it is a directory"), (["--max-error", "1", "--levels", "v9"], "v9"),
+])  # fmt: skip
+def test_bad_options_of_the_command(nets, capsys, options, words) -> None:
+    assert run("nets:net", *options, command="simplify") == 2
+    assert words in sentence(capsys) and not list(nets.glob("*.tw"))
+
+
 @pytest.mark.parametrize("option,value,words", [
     ("rewrites", ("fewer-layers",), "there is no 'fewer-layers'; there are merge-tokens, remove-blocks, share-blocks"),
     ("objective", "beauty", "there is no 'beauty'; there are latency, memory"), ("max_error", -1.0, "from 0 on"),
+    ("protected", -1, "from 0 on"),
 ])  # fmt: skip
 def test_what_cannot_be_meant(option, value, words) -> None:
     with pytest.raises(BadOption, match=words):
