@@ -67,10 +67,14 @@ class Example:
         dims = {s: torch.export.Dim(s) if named else torch.export.Dim.DYNAMIC for spec in self.dynamic.values() for s in spec.values()}
         signature = inspect.signature(module.forward)
         bound = signature.bind(*self.args, **self.kwargs).arguments
+        rest = next((k for k, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD and k in bound), "")
+        given = (*bound, *bound.get(rest, ()))
+        unknown = [name for name in self.dynamic if name not in given]
+        if unknown:
+            raise BadInputs(spec=unknown[0], reason=f"the example has no such input; it has {', '.join(given) or 'none'}")
         shapes = {k: self._varying(k, v, dims) for k, v in bound.items()}
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in bound:
-                shapes[name] = {k: self._varying(k, v, dims) for k, v in bound[name].items()}
+        if rest:
+            shapes[rest] = {k: self._varying(k, v, dims) for k, v in bound[rest].items()}
         return shapes
 
     def _varying(self, name: str, value: Any, dims: dict[str, Any]) -> Any:

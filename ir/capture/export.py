@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +88,9 @@ def from_exported(program: ExportedProgram, name: str = "model", sizes: Mapping[
 
     sizes: input name -> {dimension: name of its size}: dimensions of one name are equal, though the model may take others.
     """
-    program = program.run_decompositions(dict(decompositions()))
+    with warnings.catch_warnings():  # torch copies what it itself says is no longer to be copied
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        program = program.run_decompositions(dict(decompositions()))
     _make_equal(program, sizes)
     signature = program.graph_signature
     written = _written(signature)

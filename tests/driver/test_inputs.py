@@ -73,6 +73,17 @@ def test_names_are_checked():
         Example((X,), {}, {"y": {0: "b"}}).bound_to(Mlp())
 
 
+def test_names_of_sizes_are_checked_where_a_model_takes_any_name():
+    class Any(torch.nn.Module):
+        def forward(self, x, mask=None, **others):
+            return x if mask is None else x * mask
+
+    assert Example((X,), {"scale": X}, {"scale": {0: "b"}}).dynamic_shapes(Any())["others"]["scale"].keys() == {0}
+    for name in ("ids", "mask"):
+        with pytest.raises(BadInputs, match="it has x"):
+            Example((X,), {}, {name: {0: "b"}}).dynamic_shapes(Any())
+
+
 def test_positions_are_filled_without_gaps():
     example = Example((), {"c": 3, "a": 1})
     assert example.positional(("a", "b", "c")) == Example((1,), {"c": 3})
