@@ -27,6 +27,8 @@ LEAST_TOKENS = 1024
 STEP = 256
 """Tokens that the first part is a multiple of."""
 
+ONE_ROW = "a batch of one has no parts"
+
 LEAST_GAIN = 0.02
 """Of the time: less is within the error of any prediction."""
 
@@ -125,19 +127,22 @@ def in_parts(layers: Sequence[Layer], parts: Sequence[int], cluster: Cluster) ->
 def halves(layers: Sequence[Layer], tokens: int, cluster: Cluster, batch: int = 1) -> Decision:
     """In how many tokens first, and the others behind them; or in one. batch: as many of each row are first."""
     step = math.lcm(STEP, batch)
-    return _in_two(layers, tokens, cluster, [(first, tokens - first) for first in range(step, tokens, step)])
+    splits = [(first, tokens - first) for first in range(step, tokens, step)]
+    return _in_two(layers, tokens, cluster, splits, f"{tokens} tokens are no more than the {step} that parts are multiples of")
 
 
 def batch_parts(layers: Sequence[Layer], batch: int, length: int, cluster: Cluster) -> Decision:
     """The same for the rows of a batch, which do not attend to each other: as many first as behind them."""
-    alone = [replace(x, flops=x.flops + x.pair_flops * batch * length / 2, pair_flops=0.0) for x in layers]
+    apart = [replace(x, flops=x.flops + x.pair_flops * batch * length / 2, pair_flops=0.0) for x in layers]
     first = batch - batch // 2
-    return _in_two(alone, batch * length, cluster, [(first * length, (batch - first) * length)] if batch > 1 else [])
+    splits = [(first * length, (batch - first) * length)] if batch > 1 else []
+    return _in_two(apart, batch * length, cluster, splits, ONE_ROW)
 
 
-def _in_two(layers: Sequence[Layer], tokens: int, cluster: Cluster, splits: Sequence[tuple[int, int]]) -> Decision:
+def _in_two(layers: Sequence[Layer], tokens: int, cluster: Cluster, splits: Sequence[tuple[int, int]], none: str) -> Decision:
+    """none: why there are no splits."""
     whole = total(in_parts(layers, [tokens], cluster))
-    why = alone(layers, tokens, cluster)
+    why = alone(layers, tokens, cluster) or ("" if splits else none)
     if why:
         return Decision((tokens,), whole, whole, why)
     waves = -(-tokens // cluster.wave)
@@ -182,9 +187,14 @@ def _flops(node: Node, graph: Graph) -> float:
     return float(hint(node.op.cost(tuple(i.type for i in node.inputs), node.type, node.attrs).flops, graph.symbols))
 
 
+def first_sum(graph: Graph) -> Node | None:
+    """What the processes sum first."""
+    return next((n for n in order(graph) if _begins_sum(n)), None)
+
+
 def tokens_summed(graph: Graph) -> tuple[int, int] | None:
-    """Batch and length of what the processes sum first, [batch, length, size] or [batch, size]; (0, 0) of no sum, None where it varies."""
-    first = next((n for n in order(graph) if _begins_sum(n)), None)
+    """Batch and length of what the processes sum first, [batch, length, size] or [batch, size]; (0, 0) of no sum, None of another shape."""
+    first = first_sum(graph)
     if first is None:
         return 0, 0
     batch, length = (*first.shape[:-1], 1, 1)[:2]
@@ -198,7 +208,8 @@ def in_two(graph: Graph, cluster: Cluster, notes: Notes) -> list[tuple[SplitBatc
     """
     sizes = tokens_summed(graph)
     if sizes is None:
-        notes.decline(SplitBatch.name, graph.name, Reason.VARYING_SIZE)
+        first = first_sum(graph)
+        notes.decline(SplitBatch.name, graph.name, Reason.SHAPE_MISMATCH, first, f"{first and first.type} is summed")
         return []
     (batch, length), tokens = sizes, math.prod(sizes)
     layers = layers_of(graph, max(tokens, 1))
@@ -236,6 +247,6 @@ def micro_batches(seconds: Sequence[float], sending: Sequence[float], batch: int
     timed: Mapping[int, float] = {n: total(in_pipeline(seconds, sending, n, overhead)) for n in range(2, batch + 1)}
     best = min(timed, key=lambda n: (timed[n], n), default=1)
     if best == 1 or timed[best] > whole * (1 - LEAST_GAIN):
-        why = "a batch of one has no parts" if best == 1 else f"{best} parts would take {timed[best] / whole:.2f} of the time"
+        why = ONE_ROW if best == 1 else f"{best} parts would take {timed[best] / whole:.2f} of the time"
         return Decision((batch,), whole, whole, why)
     return Decision(tuple(batch // best + (i < batch % best) for i in range(best)), timed[best], whole)
