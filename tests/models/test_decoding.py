@@ -7,7 +7,6 @@ import functools
 import pytest
 import torch
 from tilewright.driver.stepping import Stepper, stepper
-from tilewright.ir.graph import Graph
 from tilewright.ir.interpret import interpret
 from tilewright.ir.verify import verify
 from tilewright.passes.reuse_kv import CannotDerive, Derived, ReuseKV
@@ -26,9 +25,8 @@ def tokens(batch: int = BATCH) -> torch.Tensor:
 
 
 @functools.cache
-def prepared(name: str) -> Graph:
-    model, _ = ZOO[name]()
-    return stepper(model, tokens(2)).graph
+def steps_of(name: str) -> Stepper:
+    return stepper(ZOO[name]()[0], tokens(1))
 
 
 def zeros(made: Derived) -> list[torch.Tensor]:
@@ -38,7 +36,7 @@ def zeros(made: Derived) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", DECODERS)
 def test_every_position_of_every_row(name):
     """In float64, with steps of one token, rows apart from each other; of five, whose last is cut off; and of the whole text."""
-    whole, text = prepared(name), tokens()
+    whole, text = steps_of(name).graph, tokens()
     (expected,) = interpret(whole, [text], torch.float64)
     for size, starts in ((1, (0, 2, 1)), (5, (0, 0, 0)), (LENGTH, (0, 0, 0))):
         made = ReuseKV(size).derive(whole)
@@ -71,7 +69,7 @@ def check_compiled(steps: Stepper, eager: torch.Tensor, exact: torch.Tensor, inp
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "bloom", "mixtral"])
 def test_compiled(name):
     model, _ = ZOO[name]()
-    steps = stepper(model, tokens(1))
+    steps = steps_of(name)
     with torch.no_grad():
         eager = model(tokens(), use_cache=False).logits
     (exact,) = interpret(steps.graph, [tokens()], torch.float64)
