@@ -133,7 +133,9 @@ class ChunkStore:
         text = torch.cat([*texts, asked])
         if len(text) > self.stepper.max_length:
             raise OutOfPlace(count=len(text), position=0, most=self.stepper.max_length)
-        state = self.stepper.state(1)
+        ratio, state = self.ratio if ratio is None else ratio, self.stepper.state(1)
+        if ratio != 1:
+            state.expect(len(text) - len(asked))
         filled = self.fill(texts, state, ratio)
         left = text[None, filled.known :]
         ends = torch.tensor([[filled.known], [left.shape[1] - 1], [len(text)]])
@@ -160,7 +162,8 @@ class ChunkStore:
         return Filled(len(context), count, chosen)
 
     def mark(self, chunks: Sequence[Tokens]) -> str:
-        """Tells what texts hold that begin with these chunks from what others hold; empty where that is what the model computes."""
+        """Tells what texts hold that begin with these chunks from what others hold; empty where there is nothing to fill: where all is what
+        the model computes."""
         if self.ratio == 1 or not any(len(c) for c in chunks):
             return ""
         about = [self.ratio, self.rank, *(_ids(c).tolist() for c in chunks)]

@@ -195,10 +195,12 @@ class Generator:
     def _recall(self, batch: _Batch, i: int) -> None:
         """Fills the state of a row with what is kept: of the text, or where its documents reach further, of those."""
         row, computed = batch.rows[i], 0
-        known = self._prefix(batch, i)
-        if self.documents is not None and known < sum(map(len, row.documents)):
+        row.mark = "" if self.documents is None else self.documents.mark(row.documents)
+        known, context = self._prefix(batch, i), sum(map(len, row.documents))
+        if self.documents is not None and row.mark and known < context:
+            batch.expect(context)
             filled = self.documents.fill(row.documents, batch.alone(i))
-            known, computed = max(known, filled.known), filled.computed
+            known, computed = filled.known, filled.computed
         row.done = known
         batch.counted.reused += known - computed
         batch.counted.computed += computed
@@ -209,8 +211,7 @@ class Generator:
             return 0
         owner = self._owner(batch, i)
         with self.prefixes.longest(owner, batch.rows[i].text[:-1]) as prefix:
-            if len(batch.rows) == 1 and isinstance(batch.state, Fillable):
-                batch.state.expect(prefix.length)
+            batch.expect(prefix.length)
             for start, count, tensors in prefix.pieces:
                 for part, dim, kept in zip(batch.parts(i, start, start + count), owner.dims, tensors):
                     part.copy_(kept.narrow(dim, 0, count))
@@ -225,8 +226,7 @@ class Generator:
 
     def _owner(self, batch: _Batch, i: int) -> Owner:
         """Texts that begin with documents are apart from others of the same tokens: what was reused of those is not quite the model's."""
-        mark = "" if self.documents is None else self.documents.mark(batch.rows[i].documents)
-        return Owner(f"{self._name} {mark}".rstrip(), tuple(d - 1 for d in batch.state.dims))
+        return Owner(f"{self._name} {batch.rows[i].mark}".rstrip(), tuple(d - 1 for d in batch.state.dims))
 
     @cached_property
     def _name(self) -> str:
@@ -234,10 +234,11 @@ class Generator:
 
 
 class _Row:
-    """One text: documents, prompt, and what follows. `done`: how many of its tokens the state holds. left: tokens that may still come."""
+    """One text: documents, prompt, and what follows. mark: of its documents, as `ChunkStore.mark` says. `done`: how many of its tokens the
+    state holds. left: tokens that may still come."""
 
     def __init__(self, asked: Request, index: int) -> None:
-        self.documents = asked.documents[index]
+        self.documents, self.mark = asked.documents[index], ""
         self.text = [*chain(*self.documents), *asked.prompts[index]]
         self.sampler = Sampler(asked.sampling, asked.seeds[index])
         self.lookup = None if asked.lookup is None else Lookup(asked.lookup, self.text)
@@ -277,6 +278,11 @@ class _Batch:
     def parts(self, row: int, start: int, stop: int) -> list[torch.Tensor]:
         """What the state holds of a row between two positions."""
         return [t[row].narrow(d - 1, start, stop - start) for t, d in zip(self.state.tensors, self.state.dims)]
+
+    def expect(self, count: int) -> None:
+        """So many tokens of the text are about to be written, if there is one alone."""
+        if len(self.rows) == 1 and isinstance(self.state, Fillable):
+            self.state.expect(count)
 
     def alone(self, row: int) -> Any:
         """The state of one row, in the same memory."""
