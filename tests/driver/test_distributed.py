@@ -19,6 +19,7 @@ from distributed_worker import Mlp
 from support import NATIVE
 from tilewright.driver.distributed.placements import CannotShard, Plan, whole
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 pytestmark = [NATIVE, pytest.mark.slow, pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")]
@@ -162,6 +163,14 @@ def test_plans_that_are_none(pattern: str) -> None:
         "up.1.weight": 0,
         "down.1.weight": 1,
     }
+
+
+def test_a_plan_holds_for_what_a_weight_became() -> None:
+    plan = Plan(Mlp(), {"up.0": ColwiseParallel()})
+    plan.require({"up.0.weight.int8": Shard(0), "up.0.weight.int8.scale": Shard(0)}, [])
+    plan.require({"up.0.weight[0:16]": Shard(0)}, [])
+    with pytest.raises(CannotShard, match="no linear goes with it"):
+        plan.require({"up.0.weight": Replicate(), "up.0.weights": Shard(0)}, [])
 
 
 def test_modules_that_fully_shard_has_are_refused() -> None:
