@@ -97,8 +97,10 @@ def seconds_of(model: Callable[..., torch.Tensor], noise: torch.Tensor) -> float
 
 def main() -> None:
     torch.manual_seed(0)
+    console = Console()
     images = torch.tensor(load_digits().images, dtype=torch.float32) / 8 - 1
     patches = images.unfold(1, 2, 2).unfold(2, 2, 2).reshape(len(images), 16, 4)
+    console.print(f"training a diffusion transformer on {len(images)} digits")
     model = train(Denoiser(), patches, 1500)
     noise = torch.randn(IMAGES, 16, 4)
     expected = sampled(model, noise)
@@ -106,6 +108,7 @@ def main() -> None:
     whole = seconds_of(tilewright.optimize(model, (noise, torch.ones(IMAGES)), tuning_seconds=0), noise)
     table.add_row("the model as a whole", "", "100%", "")
     for threshold in THRESHOLDS:
+        console.print(f"  images with threshold {threshold:g}", highlight=False)
         cached = tilewright.reuse_blocks(model, (noise, torch.ones(IMAGES)), threshold=threshold)
         difference = (sampled(cached, noise) - expected).norm() / expected.norm()
         share = cached.reused / (cached.reused + cached.computed)
@@ -116,7 +119,7 @@ def main() -> None:
             return cached(x, level)
 
         table.add_row(f"{threshold:g}", f"{share:.0%}", f"{seconds_of(forgetful, noise) / whole:.0%}", f"{difference:.1e}")
-    Console().print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":
