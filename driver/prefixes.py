@@ -223,6 +223,7 @@ class PrefixStore:
         with self._lock:
             for run in last.upwards:
                 run.users -= 1
+            self._roots = {owner: root for owner, root in self._roots.items() if root.children}  # owners may be many, and come once
 
     def _room(self, wanted: int) -> int:
         """Bytes that are free, at most so many, after what nobody uses made room."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -76,6 +77,14 @@ def test_a_talk_about_documents_goes_on_where_it_was() -> None:
     again = generator.generate(follow_up, documents=DOCUMENTS, max_new_tokens=6)
     assert (generator.last.reused, generator.last.computed) == (21 + len(first) - 1, 3)
     assert torch.equal(again, reading(0.3).generate(follow_up, documents=DOCUMENTS, max_new_tokens=6))
+
+
+def test_documents_that_are_asked_for_once_leave_nothing_behind() -> None:
+    store = PrefixStore(30_000)  # the state of about one text
+    generator = reading(0.3, prefixes=store)
+    for documents in itertools.permutations(DOCUMENTS):
+        generator.generate(QUESTIONS[0], documents=documents, max_new_tokens=2)
+    assert store.counts.evicted >= 4 and len(store._roots) <= 2
 
 
 def test_what_was_reused_of_documents_is_never_taken_for_what_the_model_computes() -> None:
