@@ -16,10 +16,10 @@ LENGTH, VOCAB, WIDTH = 24, 50, 64
 class Tiny(nn.Module):
     """Learned positions, two layers of attention with four heads."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int = LENGTH) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.tokens, self.positions = nn.Embedding(VOCAB, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.tokens, self.positions = nn.Embedding(VOCAB, WIDTH), nn.Embedding(length, WIDTH)
         self.layers = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
         self.head = nn.Linear(WIDTH, VOCAB)
 
@@ -134,6 +134,19 @@ def test_what_is_not_finite_stays_with_its_text():
             logits = steps.step(text[:, at : at + count], start + at, state)
             torch.testing.assert_close(logits, expected[:, at : at + count], rtol=1e-4, atol=1e-5)
         assert steps.step(torch.ones(3, 3, dtype=torch.int64), start + 7, state).isnan().all()
+
+
+@pytest.mark.parametrize("kv", ["same", "int8"])
+def test_what_lies_behind_a_position_is_not_read(kv):
+    """So the time of a step does not depend on how long texts may be."""
+    long = Tiny(256).eval().requires_grad_(False)
+    steps, text = stepper(long, TEXT[:, :1].expand(3, 256), kv=kv), TEXT[:, :6]
+    clean, nonsense = steps.state(3), steps.state(3)
+    for tensor in nonsense.tensors:
+        tensor.fill_(float("nan") if tensor.is_floating_point() else 127)
+    for at, count in ((0, 4), (4, 1), (5, 1)):
+        logits = [steps.step(text[:, at : at + count], torch.full((3,), at), state) for state in (clean, nonsense)]
+        assert torch.equal(*logits) and bool(logits[0].isfinite().all())
 
 
 def test_asked_wrongly():
