@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from .errors import BadInputs, BadOption, ModelFails, first_line
 from .inputs import Example, copied
 from .loading import Model, captured_of
 from .measure import apart, convention_for, flat_example
-from .padding import Way
+from .padding import Way, WithoutPadding
 from .reproduce import FLOOR, interpreted, observed
 from .shrink import departing
 
@@ -88,10 +87,14 @@ def verify(
         found = artifact.convention.pack(ours)
     except RuntimeError as error:  # an assertion of the model, or an op that these inputs are not for
         raise ModelFails(path=path, inputs=example.described(), reason=first_line(error)) from error
-    lines = _own_graph(artifact, inputs, ours) + _without_padding(artifact, inputs)
+    lines = _own_graph(artifact, inputs, ours)
+    rows = _rows(artifact, inputs)
+    if rows is not None:
+        lines += _own_graph(rows.program, rows.inputs, rows.outputs, "its graph without padding")
     culprit = "" if all(line.ok for line in lines) else departing(artifact.graph, inputs)
     if model is not None:
         lines += _original(model, found, metric, allowed)
+        lines += _at_tokens(model, artifact, rows, metric, allowed) if rows is not None else []
     return Verification(tuple(lines), metric.name, culprit)
 
 
@@ -122,18 +125,28 @@ def _placed(node: Node, value: Any) -> Any:
     return value.to(node.tensor.device) if isinstance(node.type, TensorType) and isinstance(value, torch.Tensor) else value
 
 
-def _without_padding(artifact: Optimized, inputs: Sequence[Any]) -> list[Line]:
-    """The program that leaves padding out, if the artifact has one and the example is for it, against its own graph."""
+@dataclass(frozen=True)
+class _Rows:
+    """The program that leaves padding out, as a model of its own, and a call of it."""
+
+    program: Optimized
+    unpadded: WithoutPadding
+    inputs: list[Any]
+    outputs: Sequence[Any]
+
+
+def _rows(artifact: Optimized, inputs: Sequence[Any]) -> _Rows | None:
+    """What is run without padding, if the artifact has such a program and the example is for it."""
     if artifact.unpadded is None:
-        return []
-    plan, program = artifact.unpadded.plan, artifact.unpadded.program
-    mask = inputs[plan.mask]
-    way, layout = replace(artifact.unpadded, pays_below=math.inf).choose(mask)
+        return None
+    unpadded = artifact.unpadded.whenever_possible()
+    graph, mask = unpadded.plan.graph, inputs[unpadded.plan.mask]
+    way, layout = unpadded.choose(mask)
     if way is not Way.PACKED:
-        return []
+        return None
     given = [*inputs, *(torch.from_numpy(x).to(mask.device) for x in layout)]
-    rows = replace(artifact, graph=plan.graph, program=program, unpadded=None)
-    return _own_graph(rows, given, observed(plan.graph, program.run, given), "its graph without padding")
+    program = replace(artifact, graph=graph, program=unpadded.program, unpadded=None)
+    return _Rows(program, unpadded, given, observed(graph, unpadded.program.run, given))
 
 
 def _own_graph(artifact: Optimized, inputs: Sequence[Any], ours: Sequence[Any], against: str = "its graph") -> list[Line]:
@@ -164,6 +177,18 @@ def _original(model: Model, found: Any, metric: Metric, allowed: float) -> list[
             option="model", reason=f"it has {len(reference)} outputs, and the artifact {len(named)}: they are not the same model"
         )
     return _lines("the model", named, dict(zip(named, eager)), dict(zip(named, reference)), metric, allowed)
+
+
+def _at_tokens(model: Model, artifact: Optimized, rows: _Rows, metric: Metric, allowed: float) -> list[Line]:
+    """What is run without padding against the model, where there is none."""
+    captured = captured_of(model)
+    inputs = flat_example(model, captured, artifact.convention)
+
+    def there(outputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+        return _leaves(artifact.convention.pack(rows.unpadded.at_tokens(rows.inputs, outputs)))
+
+    eager, reference = (there(interpreted(captured.graph, inputs, dtype)) for dtype in (None, torch.float64))
+    return _lines("the model, at tokens", there(rows.outputs), eager, reference, metric, allowed)
 
 
 def _leaves(tree: Any) -> dict[str, torch.Tensor]:

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import tilewright
 import torch
+from offline import run, save_program
 from support import NATIVE
 from test_padding import DYNAMIC, SMALL, ids_like, mask_of
 from tilewright.driver import measure, packed, packing, places, within
 from tilewright.driver.budget import Budget
 from tilewright.driver.inputs import Example
+from tilewright.driver.loading import export_module
 from tilewright.driver.memory import constant_bytes
 from tilewright.driver.padding import Way
 from tilewright.driver.verify import verify
@@ -114,8 +116,21 @@ def test_an_artifact_keeps_both(encoder, tmp_path):
     loaded, ids = tilewright.load(tmp_path / "m.tw"), ids_like(EXAMPLE)
     assert torch.equal(loaded(ids, EXAMPLE), made(ids, EXAMPLE)) and loaded.unpadded.statistic() == {Way.PACKED.value: 1}
     assert constant_bytes(loaded.unpadded.plan.graph, beside=loaded.graph) == 0
-    found = verify(tmp_path / "m.tw", Example((ids, EXAMPLE)))
-    assert {line.against for line in found.lines} == {"its graph", "its graph without padding"}
+    example = Example((ids, EXAMPLE), {}, DYNAMIC)
+    found = verify(tmp_path / "m.tw", example, export_module("encoder", Encoder().eval(), example))
+    own, own_rows, whole, rows = found.lines
+    assert (own.against, own_rows.against) == ("its graph", "its graph without padding")
+    assert (whole.against, rows.against) == ("the model", "the model, at tokens") and rows.ok and rows.allowed == whole.allowed == 2e-2
+    assert rows.ours != whole.ours and rows.ours > 10 * rows.eager
+
+
+def test_what_cannot_be_packed_has_its_budget(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    program, options = save_program(tmp_path / "m.pt2", model, (torch.randn(4, 64),)), ("--remove-padding", "--tune", 0, "--max-error", 0.1)
+    assert run(program, "-o", tmp_path / "m.tw", *options, "--formats", "int8", "--objective", "memory", "--levels", "none") == 0
+    made = tilewright.load(tmp_path / "m.tw")
+    assert made.unpadded is None and {line.format for line in made.receipt.spent.layers} == {"int8"}
+    assert [r.value for r in made.receipt.refused if r.rule == "remove-padding"] == ["there is no attention"]
 
 
 def _wrong(made, by: float, at_padding: bool = False):
