@@ -49,6 +49,22 @@ def test_rows_of_any_lengths_are_each_the_models_own(model: Attends, chunk: int,
         assert new_tokens(generator, prompts, max_new_tokens=15) == [greedy(model, p, 15) for p in prompts]
 
 
+def test_rows_are_filled_up_with_tokens_that_they_hold(model: Attends) -> None:
+    """Another token might be one of which the model makes numbers that are not finite."""
+    fed: list[torch.Tensor] = []
+
+    class Watched(Rerun):
+        def step(self, tokens: torch.Tensor, position: torch.Tensor, state: KeptTokens) -> torch.Tensor:
+            fed.append(tokens)
+            return super().step(tokens, position, state)
+
+    prompts = [[1, 2, 3, 4, 5, 1, 2], [6], [7, 8]]
+    generator = Generator(Watched(model, model.max_length, VOCAB), chunk=4, speculation=PromptLookup(4, 2))
+    made = new_tokens(generator, prompts, max_new_tokens=6)
+    for row, text in enumerate(map(list.__add__, prompts, made)):
+        assert {int(t) for tokens in fed for t in tokens[row]} <= set(text)
+
+
 @pytest.mark.parametrize("speculation", [None, PromptLookup(6, 1)])
 def test_a_text_may_reach_the_last_place(model: Attends, speculation: PromptLookup | None) -> None:
     """Where rows are near the end, wide steps begin earlier; the stepper of the test refuses those that reach beyond."""
