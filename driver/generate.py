@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -136,6 +135,7 @@ class Generator:
         self.prefixes, self.chunk = prefixes, min(chunk, self.stepper.max_length)
         self.documents = None if documents is None else _chunk_store(self.stepper, documents)
         self.statistics, self.last = Statistics(), Statistics()
+        self._name = "" if prefixes is None else _identity(self.stepper)
         self._limits = Limits(self.stepper.max_length, self.stepper.vocab, speculation, documents is not None, _defaults(model))
 
     def generate(self, input_ids: Tokens, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
@@ -227,10 +227,6 @@ class Generator:
     def _owner(self, batch: _Batch, i: int) -> Owner:
         """Texts that begin with documents are apart from others of the same tokens: what was reused of those is not quite the model's."""
         return Owner(f"{self._name} {batch.rows[i].mark}".rstrip(), tuple(d - 1 for d in batch.state.dims))
-
-    @cached_property
-    def _name(self) -> str:
-        return _identity(self.stepper)
 
 
 class _Row:
