@@ -94,6 +94,11 @@ def takes_computed(node: Node, operand: Node) -> bool:
 
 def is_low_bit(operand: Node) -> bool:
     """Whether an operand is computed, by pointwise ops and views, mostly from integers or 8-bit floats that take less memory than it."""
+    return _low_bit_dtype(operand) is not None
+
+
+def _low_bit_dtype(operand: Node) -> torch.dtype | None:
+    """What an operand of few bits is stored as."""
     stack, seen, leaves = [operand], set[Node](), dict[Node, int]()
     while stack:
         node = stack.pop()
@@ -106,8 +111,8 @@ def is_low_bit(operand: Node) -> bool:
             leaves[node] = _bytes(node)
     largest = max(leaves, key=leaves.__getitem__, default=operand)
     if largest is operand or sum(leaves.values()) >= _bytes(operand):
-        return False
-    return largest.dtype in FLOAT8 or category(largest.dtype) == 1
+        return None
+    return largest.dtype if largest.dtype in FLOAT8 or category(largest.dtype) == 1 else None
 
 
 def _is_pointwise(node: Node) -> bool:
@@ -126,6 +131,11 @@ def _on_cpu(node: Node) -> bool:
     return is_packed(stored) or is_in_words(weight) or has_few_rows(node) or has_many_rows(node)
 
 
+def _is_cache(operand: Node) -> bool:
+    """Whether keys or values are computed from integers; other numbers of 8 bits have no form in C++."""
+    return _low_bit_dtype(operand) not in (None, *FLOAT8)
+
+
 def _on_gpu(node: Node) -> bool:
     return node.op.name == "int_linear" or node.op.name != "conv" and node.dtype in GPU_DTYPES
 
@@ -134,7 +144,7 @@ NATIVE: dict[str, Callable[[Node], bool]] = {"cpu": _on_cpu, "cuda": _on_gpu}
 """Device type -> which contractions can be kernels of ours there."""
 
 COMPUTED: dict[str, Callable[[Node, Node], bool]] = {
-    "cpu": lambda node, operand: is_low_bit(operand) if node.op.name == "attention" else is_in_words(operand),
+    "cpu": lambda node, operand: _is_cache(operand) if node.op.name == "attention" else is_in_words(operand),
     "cuda": lambda node, operand: node.op.name != "conv" and is_low_bit(operand),
 }
 """Device type -> which operands of them (contraction, operand) are computed in the kernel. Others are read: it would compute them once for

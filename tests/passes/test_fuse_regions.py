@@ -8,9 +8,11 @@ from fusion_checks import bodies, fused, kernels, reasons, same
 from tilewright.codegen.lower import lower
 from tilewright.ir import ops
 from tilewright.ir.graph import Stage, make_graph, order
+from tilewright.ir.text import parse
 from tilewright.ir.types import TensorType
 from tilewright.ir.verify import verify
 from tilewright.passes.base import Notes, Reason
+from tilewright.passes.contractions import takes_computed
 from tilewright.passes.fuse_regions import FuseRegions
 
 # -- what becomes one kernel
@@ -199,6 +201,19 @@ def test_keys_and_values_of_few_bits_become_numbers_where_they_are_met():
           return a
         }""")
     assert kernels(after) == ["dequantize+unpack+attention"]
+
+
+@pytest.mark.parametrize(("dtype", "takes"), [("i8", True), ("u8", True), ("f8e4m3", False), ("f32", False)])
+def test_keys_that_an_attention_on_a_cpu_computes(dtype, takes):
+    keys = "mul(k, s)" if dtype == "f32" else "dequantize(k, s, dtype=f32)"
+    graph = parse(f"""
+        graph g(q: f32[2, 8, 16], k: {dtype}[2, 8, 16], s: f32[2, 8, 1]) stage canonical {{
+          keys = {keys}
+          a = attention(q, keys, keys, scale=0.5)
+          return a
+        }}""")
+    (attention,) = graph.outputs
+    assert takes_computed(attention, attention.inputs[1]) == takes
 
 
 def test_keys_that_are_computed_from_numbers_are_a_kernel_before_the_attention():
