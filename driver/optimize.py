@@ -18,7 +18,7 @@ from .calling import CallingConvention
 from .compile import Options, compile_graph
 from .errors import BadOption
 from .inputs import Example
-from .loading import Model, captured_of, export_module
+from .loading import Model, captured_of, evaluating, export_module
 from .measure import apart, convention_for, error_check, flat_example, timed, with_speed
 from .outline import machine_of, outline
 from .packing import with_packing
@@ -34,6 +34,7 @@ TUNING_SECONDS = Options().tuning_seconds
 Stages = Callable[[str], AbstractContextManager[Any]]
 
 
+@evaluating
 def optimize(
     model: torch.nn.Module,
     args: Sequence[Any] = (),
@@ -56,6 +57,7 @@ def optimize(
     budget: limits, within which weights may be kept in fewer bits (`driver.budget`, `driver.within`).
     remove_padding: tokens that an attention mask says are padding are not computed, where that gains (`driver.padding`).
     activations: what intermediate values may take at a time, bytes, "2MB" or "30%": images are computed in patches (`driver.activations`).
+    What of these does not go together is in APART.
     Raises CannotOptimize where the model cannot be exported or captured, or nothing keeps the budget.
     """
     if target is not None:
@@ -102,6 +104,7 @@ def optimize_model(
     if remove_padding:
         with stage("leaving padding out"):
             optimized = with_packing(model, captured, optimized, options.tunes or budget is not None)
+            optimized = with_speed(optimized, timed(apart(model, captured), ours=optimized), "ours")  # of the program that runs the example
     if budget is not None:
         place = Here(model, captured, optimized, finishing, remove_padding)
         optimized = optimize_within(model, captured, convention, budget, place, stage)
