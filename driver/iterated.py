@@ -28,20 +28,21 @@ from .calling import CallingConvention
 from .compile import Options, compile_graph
 from .errors import BadOption, CannotOptimize
 from .inputs import Example
-from .loading import captured_of, export_module
+from .loading import captured_of, evaluating, export_module
 from .measure import convention_for
 from .pipeline import FINISHING, PREPARING
 
 
+@evaluating
 def reuse_blocks(
     model: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, threshold: float
 ) -> Iterated:
     """A module for inference, compiled for calls like the example, that reuses branches. threshold: a relative change, from 0 on.
 
-    Raises CannotOptimize for a model that cannot be captured, updates its buffers, or draws random numbers; BadOption.
+    Raises CannotOptimize for a model that cannot be captured, has no such branch, updates its buffers, or draws random numbers; BadOption.
     """
-    if not threshold >= 0:
-        raise BadOption(option="threshold", reason=f"it is a relative change from 0 on, not {threshold}")
+    if not (isinstance(threshold, (int, float)) and threshold >= 0):
+        raise BadOption(option="threshold", reason=f"it is a relative change, a number from 0 on, not {threshold!r}")
     loaded = export_module(type(model).__name__, model, Example(tuple(args), dict(kwargs or {}), {}))
     captured = captured_of(loaded)
     why = _unfit(captured.graph)
@@ -49,7 +50,10 @@ def reuse_blocks(
         raise CannotOptimize(path=loaded.name, reason=why)
     with torch.no_grad():
         graph = run_passes(captured.graph, PREPARING, Notes())
-    parts = [_Part(p, compile_graph(p.graph, Options(), Notes(), FINISHING).program) for p in _pieces(graph, threshold)]
+    found = _pieces(graph, threshold)
+    if threshold > 0 and not any(p.unit for p in found):
+        raise CannotOptimize(path=loaded.name, reason="it has no branch to reuse: no attention or MLP is added to what it reads")
+    parts = [_Part(p, compile_graph(p.graph, Options(), Notes(), FINISHING).program) for p in found]
     return Iterated(graph, convention_for(loaded, captured), parts, threshold)
 
 

@@ -6,6 +6,7 @@ Files are untrusted: a `.pt2` archive is read with torch's restricted unpickler,
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 import io
@@ -14,20 +15,23 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from ..ir.capture import CapturedModule, from_exported
 from ..ir.errors import CaptureError
 from .containers import stand_in_for_unknown
-from .errors import BadInputs, CannotOptimize, ModelFails, ModelNotFound, NoInputs, NotAModel, PickleRefused, first_line
+from .errors import BadInputs, BadOption, CannotOptimize, ModelFails, ModelNotFound, NoInputs, NotAModel, PickleRefused, first_line
 from .inputs import Example, copied
 from .trust import unsafe_in_program
+
+P = ParamSpec("P")
+Made = TypeVar("Made")
 
 MOST_UNPACKED = 256 << 20
 """Bytes that unpacking an archive may add to its own."""
@@ -288,8 +292,30 @@ def _given(inputs: Any) -> Example | None:
     return Example(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
 
 
+def evaluating(door: Callable[P, Made]) -> Callable[P, Made]:
+    """A door whose first argument, a model, is in evaluation mode within, and afterwards as it was: it may be in the middle of training.
+
+    Raises BadOption where it is given something else.
+    """
+    name = next(iter(inspect.signature(door).parameters))
+
+    @functools.wraps(door)
+    def entered(*args: P.args, **kwargs: P.kwargs) -> Made:
+        model = args[0] if args else kwargs.get(name)
+        if not isinstance(model, torch.nn.Module):
+            raise BadOption(option=name, reason=f"it is {_kind(model)}, not a torch.nn.Module")
+        training = [m for m in model.modules() if m.training]
+        try:
+            return door(*args, **kwargs)
+        finally:
+            for module in training:
+                module.training = True
+
+    return entered
+
+
 def export_module(name: str, module: torch.nn.Module, example: Example) -> Model:
-    """A module in evaluation mode, exported on the example with its declared dynamic dimensions.
+    """A module, which goes over to evaluation mode, exported on the example with its declared dynamic dimensions.
 
     Raises BadInputs, ModelFails where it does not run on the example, or CannotOptimize where it cannot be exported.
     """

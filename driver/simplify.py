@@ -36,7 +36,7 @@ from .calibration import batches
 from .compile import Options, compile_graph
 from .errors import BadOption
 from .inputs import Example, copied
-from .loading import Model, captured_of, export_module
+from .loading import Model, captured_of, evaluating, export_module
 from .measure import apart, timed, with_speed
 from .optimize import Stages, optimize_model, outlined
 from .pipeline import FINISHING, PREPARING
@@ -77,6 +77,7 @@ class Allowance:
         metric(self.metric)
 
 
+@evaluating
 def simplify(
     model: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, max_error: float, **allowance: Any
 ) -> Optimized:

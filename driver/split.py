@@ -41,7 +41,7 @@ from .compile import Options, compile_graph
 from .errors import CannotOptimize
 from .goal import Goal
 from .inputs import Example
-from .loading import Model, captured_of, export_module
+from .loading import Model, captured_of, evaluating, export_module
 from .measure import apart, convention_for, error_check
 from .pipeline import DEFAULT_PASSES
 from .words import duration, scaled
@@ -121,6 +121,7 @@ def in_sequence(parts: Sequence[Callable[..., Any]], args: Sequence[Any], kwargs
     return values
 
 
+@evaluating
 def split(
     model: torch.nn.Module,
     args: Sequence[Any] = (),

@@ -34,7 +34,7 @@ from ..passes.reuse_kv import Derived, ReuseKV, tokens_of
 from .compile import Options, build_program, rewritten
 from .errors import BadInputs
 from .inputs import Example
-from .loading import captured_of, export_module
+from .loading import captured_of, evaluating, export_module
 from .pipeline import FINISHING, PREPARING
 from .receipt import Receipt, make_receipt
 from .states import State, zeros
@@ -172,6 +172,7 @@ def size_class(count: int, most: int) -> int:
     return min(-(-count // unit) * unit, most)
 
 
+@evaluating
 def stepper(
     model: torch.nn.Module | CapturedModule | Graph,
     tokens: torch.Tensor | None = None,

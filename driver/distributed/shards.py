@@ -33,7 +33,7 @@ from ..compile import Compiled, Options, compile_graph
 from ..errors import CannotOptimize
 from ..goal import ROUNDED_ERROR
 from ..inputs import Example
-from ..loading import captured_of, export_module
+from ..loading import captured_of, evaluating, export_module
 from ..measure import apart, convention_for, error_check
 from ..split import AFTER, BEFORE
 from .placements import Plan, placements_of, whole
@@ -48,6 +48,7 @@ class Sharded(Optimized):
     placements: Mapping[str, Placement] = field(default_factory=dict)
 
 
+@evaluating
 def shard(
     module: torch.nn.Module,
     args: Sequence[Any] = (),

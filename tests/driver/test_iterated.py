@@ -196,8 +196,8 @@ def test_refused(kind, words) -> None:
 
 
 def test_a_threshold_is_a_number_from_zero_on() -> None:
-    for wrong in (-0.1, float("nan")):
-        with pytest.raises(BadOption, match="relative change from 0 on"):
+    for wrong in (-0.1, float("nan"), "5%", None):
+        with pytest.raises(BadOption, match="relative change, a number from 0 on"):
             tilewright.reuse_blocks(nn.Linear(4, 4), (torch.randn(2, 4),), threshold=wrong)
 
 
@@ -205,3 +205,9 @@ def test_calls_are_checked(denoiser) -> None:
     _, x = denoiser
     with pytest.raises(TypeError, match="argument 'x' must be"):
         _reusing(denoiser, 0.1)(x[:1], torch.ones(2))
+
+
+def test_a_model_without_branches_is_refused() -> None:
+    with pytest.raises(CannotOptimize, match="no branch to reuse"):
+        tilewright.reuse_blocks(nn.Linear(4, 4), (torch.ones(2, 4),), threshold=0.1)
+    assert tilewright.reuse_blocks(nn.Linear(4, 4), (torch.ones(2, 4),), threshold=0)(torch.ones(2, 4)).shape == (2, 4)

@@ -15,7 +15,7 @@ import tilewright
 import torch
 from offline import Mlp, Nested, Running, Tokens, Whole, run, save_program, sentence
 from tilewright.driver import loading, measure
-from tilewright.driver.errors import CannotOptimize, ModelFails, NoInputs, NotAModel, PickleRefused
+from tilewright.driver.errors import BadOption, CannotOptimize, ModelFails, NoInputs, NotAModel, PickleRefused
 from tilewright.driver.inputs import Example, parse_inputs
 from tilewright.driver.loading import captured_of, export_module, load_model
 from tilewright.driver.optimize import optimize_model
@@ -387,3 +387,17 @@ def test_dimensions_of_one_name_have_one_size(names, count):
     example = Example((torch.ones(3), torch.ones(3)), {}, {"x": {0: names[0]}, "y": {0: names[1]}})
     captured = captured_of(export_module("apart", Apart(), example))
     assert len(captured.graph.symbols) == count
+
+
+def test_a_model_in_training_stays_so():
+    """Some of it may be frozen: each part goes back to its own mode."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(), torch.nn.BatchNorm1d(4).eval())
+    x = torch.ones(2, 4)
+    made = tilewright.optimize(model, (x,), tuning_seconds=0)
+    assert [m.training for m in model.modules()] == [True, True, True, False]
+    torch.testing.assert_close(made(x), model.eval()(x))
+
+
+def test_a_model_that_is_none():
+    with pytest.raises(BadOption, match=r"model: it is a str, not a torch\.nn\.Module"):
+        tilewright.optimize("gpt2", (torch.ones(2),))
