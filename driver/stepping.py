@@ -90,14 +90,19 @@ class Stepper:
         return tuple(self._program(batch, 0, start).program(list(inputs)))
 
     def step(self, tokens: torch.Tensor, position: torch.Tensor, state: State) -> torch.Tensor:
-        """Logits [b, n, vocab] of tokens [b, n] that stand at position [b] and after it; the state is updated in place."""
+        """Logits [b, n, vocab] of tokens i64[b, n] that stand at position i64[b] and after it; the state of b rows is updated in place.
+
+        Raises TypeError where these are others, and OutOfPlace.
+        """
+        _require(state, tokens=(tokens, 2), position=(position, 1))
         batch, count = tokens.shape
         tokens = self._whole(tokens, position, state)
         (logits,) = self.program(batch, tokens.shape[1]).program.run([tokens, position, *state.given, *state.tensors])
         return logits if tokens.shape[1] == count else logits[:, :count]
 
     def last(self, tokens: torch.Tensor, position: torch.Tensor, at: torch.Tensor, state: State) -> torch.Tensor:
-        """As `step`, but the logits [b, vocab] of the token `at` [b] of each row alone: all that reading a prompt needs."""
+        """As `step`, but the logits [b, vocab] of the token `at` i64[b] of each row alone: all that reading a prompt needs."""
+        _require(state, tokens=(tokens, 2), position=(position, 1), at=(at, 1))
         if tokens.shape[1] == 1:
             return self.step(tokens, position, state)[:, 0]
         tokens = self._whole(tokens, position, state)
@@ -157,6 +162,18 @@ class Stepper:
                 data.share(other)
 
 
+def _require(state: State, **given: tuple[torch.Tensor, int]) -> None:
+    """Programs take memory as it is: raises TypeError for what is not int64 of so many dimensions, with the rows of the state."""
+    batch = len(state.ends)
+    for name, (x, rank) in given.items():
+        wanted = f"int64[{batch}, n]" if rank == 2 else f"int64[{batch}]"
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"argument {name!r} must be a tensor {wanted}, not {type(x).__name__}")
+        if x.dtype != torch.int64 or x.dim() != rank or x.shape[0] != batch:
+            found = f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+            raise TypeError(f"argument {name!r} must be {wanted}, as the state has {batch} rows, not {found}")
+
+
 def with_batch(node: Node, batch: int) -> TensorType:
     """The type of an input for a batch of a size."""
     return node.tensor.with_shape(tuple(d if isinstance(d, int) else batch for d in node.shape))
@@ -172,7 +189,6 @@ def size_class(count: int, most: int) -> int:
     return min(-(-count // unit) * unit, most)
 
 
-@evaluating
 def stepper(
     model: torch.nn.Module | CapturedModule | Graph,
     tokens: torch.Tensor | None = None,
@@ -240,6 +256,7 @@ def _logits(model: torch.nn.Module, argument: str, others: Sequence[str], option
     return Logits()
 
 
+@evaluating
 def _captured(model: torch.nn.Module, tokens: torch.Tensor, inputs: Mapping[str, torch.Tensor], name: str) -> Graph:
     """The graph of a module for any batch: its logits, without a cache of its own."""
     parameters = inspect.signature(model.forward).parameters

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tilewright.driver.errors import BadInputs
@@ -172,6 +174,34 @@ def test_logits_of_last_tokens(steps):
         torch.testing.assert_close(logits, expected[torch.arange(3), at], rtol=1e-5, atol=1e-6)
         for mine, its in zip(ours.tensors, theirs.tensors):
             assert torch.equal(mine, its)
+
+
+ONE = torch.zeros(1, dtype=torch.int64)
+WRONG = {
+    "float tokens": (torch.zeros(2, 1), ONE.expand(2), "argument 'tokens' must be int64[2, n], as the state has 2 rows, not float32[2, 1]"),
+    "tokens of one row": (ONE[None], ONE.expand(2), "argument 'tokens' must be int64[2, n], as the state has 2 rows, not int64[1, 1]"),
+    "tokens without a batch": (
+        ONE.expand(2),
+        ONE.expand(2),
+        "argument 'tokens' must be int64[2, n], as the state has 2 rows, not int64[2]",
+    ),
+    "a number": (ONE.expand(2, 1), 0, "argument 'position' must be a tensor int64[2], not int"),
+    "a position for all": (ONE.expand(2, 1), ONE, "argument 'position' must be int64[2], as the state has 2 rows, not int64[1]"),
+    "narrow positions": (
+        ONE.expand(2, 1),
+        ONE.expand(2).int(),
+        "argument 'position' must be int64[2], as the state has 2 rows, not int32[2]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_steps_do_not_take(steps, case):
+    """A program would read past the end of it, or take its bits for integers."""
+    tokens, position, message = WRONG[case]
+    for run in (steps.step, lambda *given: steps.last(*given[:2], ONE.expand(2), given[2])):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            run(tokens, position, steps.state(2))
 
 
 def test_the_formats_that_a_budget_chose_are_those_of_the_steps():
