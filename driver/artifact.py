@@ -85,14 +85,14 @@ class Optimized:
     an artifact holds the weights themselves.
     """
 
-    graph: Graph
+    graph: Graph = field(repr=False)
     convention: CallingConvention
-    program: Listing
-    receipt: Receipt
-    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    code: Code[Any] | None = None
-    unpadded: WithoutPadding | None = None
-    plan: Plan | None = None
+    program: Listing = field(repr=False)
+    receipt: Receipt = field(repr=False)
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    code: Code[Any] | None = field(default=None, repr=False)
+    unpadded: WithoutPadding | None = field(default=None, repr=False)
+    plan: Plan | None = field(default=None, repr=False)
     _known: set[Any] = field(default_factory=set, repr=False, compare=False)  # kinds of inputs that have been checked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

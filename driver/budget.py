@@ -77,8 +77,8 @@ class Budget:
             raise BadOption(option="calibration", reason=f"it is a list of inputs, not {self.calibration!r}")
         if self.max_error is None and self.objective != "error":
             raise BadOption(option="max-error", reason=f"say how large it may be; least {self.objective} has no end without it")
-        if self.max_error is not None and not self.max_error >= 0:
-            raise BadOption(option="max-error", reason=f"it is a number from 0 on, not {self.max_error}")
+        if self.max_error is not None and not (isinstance(self.max_error, (int, float)) and self.max_error >= 0):
+            raise BadOption(option="max-error", reason=f"it is a number from 0 on, not {self.max_error!r}")
         if self.bits is not None and not (isinstance(self.bits, (int, float)) and self.bits > 0):
             raise BadOption(option="bits", reason=f"it is a number above 0, not {self.bits!r}")
         for name in ("memory", "latency", "bops"):
@@ -125,6 +125,8 @@ def quantity(name: str, value: str | float | None, whole: float) -> float | None
     if match is None or (unit not in ("", "%") and unit not in _UNITS[name]):
         raise BadOption(option=name, reason=f"{value!r} is no amount; write for example {_WRITTEN[name]}")
     number = float(match[1])
+    if not unit and name != "latency" and 0 < number < 1:
+        raise BadOption(option=name, reason=f"{value!r} would be less than one; a share of what it is now is written {number:.0%}")
     return number / 100 * whole if unit == "%" else number * _UNITS[name].get(unit, 1.0)
 
 

@@ -68,12 +68,14 @@ class Allowance:
     calibration: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.rewrites, str):
+            raise BadOption(option="rewrites", reason=f'it is a tuple of names, as ("{self.rewrites}",)')
         for name, value, known in (("objective", self.objective, COSTS), *(("rewrites", r, REWRITES) for r in self.rewrites)):
             if value not in known:
                 raise BadOption(option=name, reason=f"there is no {value!r}; there are {', '.join(known)}")
         for name, number in (("max_error", self.max_error), ("protected", self.protected)):
-            if not number >= 0:
-                raise BadOption(option=name, reason=f"it is a number from 0 on, not {number}")
+            if not (isinstance(number, (int, float)) and number >= 0):
+                raise BadOption(option=name, reason=f"it is a number from 0 on, not {number!r}")
         metric(self.metric)
 
 

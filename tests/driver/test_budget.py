@@ -303,6 +303,8 @@ def test_receipt_and_artifact(ids, tmp_path) -> None:
         ({"max_error": 0.1, "objective": "speed"}, "objective: it is latency, memory, error, not 'speed'"),
         ({"max_error": -1.0}, "max-error: it is a number from 0 on, not -1.0"),
         ({"max_error": math.nan}, "max-error: it is a number from 0 on"),
+        ({"max_error": "5%"}, "max-error: it is a number from 0 on, not '5%'"),
+        ({"max_error": 0.1, "memory": 0.35}, "memory: 0.35 would be less than one; a share of what it is now is written 35%"),
         ({"max_error": 0.1, "memory": "half"}, "memory: 'half' is no amount"),
         ({"max_error": 0.1, "latency": "5 parsecs"}, "latency: '5 parsecs' is no amount"),
         ({"max_error": 0.1, "memory": "5ms"}, "memory: '5ms' is no amount"),

@@ -244,6 +244,8 @@ def test_bad_options_of_the_command(nets, capsys, options, words) -> None:
 
 
 @pytest.mark.parametrize("option,value,words", [
+    ("max_error", "5%", "it is a number from 0 on, not '5%'"),
+    ("rewrites", "merge-tokens", "it is a tuple of names"),
     ("rewrites", ("fewer-layers",), "there is no 'fewer-layers'; there are merge-tokens, remove-blocks, share-blocks"),
     ("objective", "beauty", "there is no 'beauty'; there are latency, memory"), ("max_error", -1.0, "from 0 on"),
     ("protected", -1, "from 0 on"),
