@@ -70,13 +70,13 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """tokens [b, s] -> logits; with `caches`, of one token at `position` [1]."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, length: int = LENGTH) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCAB, WIDTH)
         self.layers = nn.ModuleList(Layer() for _ in range(layers))
         self.norm, self.head = nn.RMSNorm(WIDTH, 1e-6), nn.Linear(WIDTH, VOCAB, bias=False)
         self.head.weight = self.tokens.weight
-        angles = torch.arange(LENGTH)[:, None] * 10000.0 ** (-torch.arange(0, COLUMNS, 2) / COLUMNS)
+        angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, COLUMNS, 2) / COLUMNS)
         angles = torch.cat((angles, angles), -1)
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
@@ -101,7 +101,7 @@ def derived(model: Model, text: torch.Tensor, options: dict[str, Any]) -> Form:
     steps = stepper(model, text, **options)
     state = steps.state(1)
     steps.step(text[:, :-1], torch.zeros(1, dtype=torch.int64), state)
-    position = torch.tensor([LENGTH - 1])
+    position = torch.tensor([text.shape[1] - 1])
     size = sum(t.nbytes for t in state.tensors)
     return {"run": lambda: steps.step(text[:, -1:], position, state)[0, -1], "state_mb": size / 1e6, "steps": steps}
 
