@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,6 +23,7 @@ from ..passes.blend_kv import Blending, blending
 from ..passes.reuse_kv import CannotDerive
 from .budget import quantity
 from .errors import BadOption
+from .meant import COUNT, NUMBER, TEXTS, Meaning, check, one_text, require_known, token_ids
 from .stepping import OutOfPlace, State, Step, Stepper, size_class
 
 Tokens = Sequence[int] | torch.Tensor
@@ -30,10 +31,15 @@ RATIOS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 """Shares of the tokens that `ratio_within` tries."""
 
 
-def _share(ratio: float) -> float:
-    if not 0 <= ratio <= 1:
-        raise BadOption(option="ratio", reason=f"it is a share of the tokens, 0 to 1, not {ratio}")
-    return float(ratio)
+_MEANT = {
+    "ratio": Meaning(lambda r: NUMBER.fine(r) and 0 <= r <= 1, "a share of the tokens, 0 to 1"),
+    "max_error": Meaning(lambda e: NUMBER.fine(e) and e >= 0, "a number, such as 0.02: the norm of what is off by that of the logits"),
+    "rank": replace(COUNT, optional=True),
+    "stepper": Meaning(lambda s: isinstance(s, Stepper), "what tilewright.stepper(model, tokens) gives, or generator.stepper"),
+    "reuse": Meaning(lambda r: isinstance(r, ChunkReuse), "how chunks are read, such as tilewright.ChunkReuse(ratio=0.15)"),
+    "chunks": TEXTS,
+}
+"""What can be meant by what is given here."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,8 @@ class ChunkReuse:
 
     def __post_init__(self) -> None:
         """Raises BadOption for what cannot be meant."""
-        _share(self.ratio)
+        check(_MEANT, vars(self))
         quantity("memory", self.memory, math.inf)
-        if self.rank is not None and self.rank < 1:
-            raise BadOption(option="rank", reason=f"it is at least 1, not {self.rank}")
 
 
 @dataclass
@@ -114,6 +118,7 @@ class ChunkStore:
     """
 
     def __init__(self, stepper: Stepper, reuse: ChunkReuse = ChunkReuse()) -> None:
+        check(_MEANT, {"stepper": stepper, "reuse": reuse})
         if stepper.kv != "same":
             raise BadOption(option="kv", reason=f"chunks are blended into keys and values kept as computed, not as {stepper.kv}")
         self.stepper, self.ratio, self.rank = stepper, reuse.ratio, reuse.rank
@@ -127,13 +132,15 @@ class ChunkStore:
 
     def prefill(self, chunks: Sequence[Tokens], question: Tokens, ratio: float | None = None) -> Read:
         """Chunks one after the other and a question behind them, which is always computed. Raises OutOfPlace where they are too long."""
-        texts, asked = [_ids(c) for c in chunks], _ids(question)
+        ratio = self.ratio if ratio is None else ratio
+        check(_MEANT, {"chunks": chunks, "ratio": ratio})
+        texts, asked = [self._text("chunks", c) for c in chunks], self._text("question", question)
         if not len(asked):
             raise BadOption(option="question", reason="it has no tokens: nothing says what to compute")
         text = torch.cat([*texts, asked])
         if len(text) > self.stepper.max_length:
             raise OutOfPlace(count=len(text), position=0, most=self.stepper.max_length)
-        ratio, state = self.ratio if ratio is None else ratio, self.stepper.state(1)
+        state = self.stepper.state(1)
         if ratio != 1:
             state.expect(len(text) - len(asked))
         filled = self.fill(texts, state, ratio)
@@ -144,8 +151,9 @@ class ChunkStore:
 
     def fill(self, chunks: Sequence[Tokens], state: State, ratio: float | None = None) -> Filled:
         """Chunks one after the other, in an empty state of one text. With ratio 1 nothing is done: the text is to be read as any other."""
-        ratio = _share(self.ratio if ratio is None else ratio)
-        texts = [ids for c in chunks if len(ids := _ids(c))]
+        ratio = self.ratio if ratio is None else ratio
+        check(_MEANT, {"chunks": chunks, "ratio": ratio})
+        texts = [ids for c in chunks if len(ids := self._text("chunks", c))]
         context = torch.cat([*texts, torch.arange(0)])
         if ratio == 1 or not texts:
             return Filled(0, 0, torch.arange(len(context)))
@@ -166,17 +174,27 @@ class ChunkStore:
         the model computes."""
         if self.ratio == 1 or not any(len(c) for c in chunks):
             return ""
-        about = [self.ratio, self.rank, *(_ids(c).tolist() for c in chunks)]
+        about = [self.ratio, self.rank, *(self._text("chunks", c).tolist() for c in chunks)]
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
     def ratio_within(self, max_error: float, examples: Sequence[tuple[Sequence[Tokens], Tokens]]) -> float:
         """The least of RATIOS with which the logits of no example are off by more, relative to those of all tokens computed anew."""
+        check(_MEANT, {"max_error": max_error})
+        examples = list(examples)
+        if not examples or not all(isinstance(example, (list, tuple)) and len(example) == 2 for example in examples):
+            raise BadOption(option="examples", reason="give one or more to measure on, each of chunks and the question behind them")
         exact = [self.prefill(chunks, question, 1.0).logits for chunks, question in examples]
         for ratio in RATIOS[:-1]:
             found = (self.prefill(chunks, question, ratio).logits for chunks, question in examples)
             if all(float((a - b).norm()) <= max_error * float(b.norm()) for a, b in zip(found, exact)):
                 return ratio
         return RATIOS[-1]
+
+    def _text(self, option: str, tokens: Tokens) -> torch.Tensor:
+        """Raises BadOption for what is no text that the model knows."""
+        ids = one_text(option, token_ids(option, tokens))
+        require_known(option, ids, self.stepper.vocab)
+        return ids
 
     # -- what is computed
 
@@ -280,7 +298,3 @@ def _padded(x: torch.Tensor, d: int, size: int) -> torch.Tensor:
 
 def _nbytes(parts: Sequence[torch.Tensor | _Factors]) -> int:
     return sum(p.left.nbytes + p.right.nbytes if isinstance(p, _Factors) else p.nbytes for p in parts)
-
-
-def _ids(tokens: Tokens) -> torch.Tensor:
-    return torch.as_tensor(tokens, dtype=torch.int64).reshape(-1).cpu()

@@ -24,8 +24,9 @@ import torch
 
 from ..ir.analysis.hashing import structural_hash
 from ..passes.quantize import Plan
-from .errors import BadOption
+from .errors import BadOption, ModelFails
 from .generation_options import TRANSFORMERS_DEFAULTS, Limits, Request, Tokens, request
+from .meant import COUNT, Meaning, check
 from .prefixes import Owner, PrefixStore
 from .sampling import Sampler
 from .speculation import Lookup, PromptLookup, accepted
@@ -105,6 +106,26 @@ class Statistics:
         )
 
 
+def _is_reuse(value: Any) -> bool:
+    from .chunks import ChunkReuse  # it brings the compiler
+
+    return isinstance(value, ChunkReuse)
+
+
+_MEANT = {
+    "model": Meaning(
+        lambda m: isinstance(m, (torch.nn.Module, Stepper)), "a module, such as AutoModelForCausalLM.from_pretrained gives, or a Stepper"
+    ),
+    "max_length": replace(COUNT, optional=True),
+    "chunk": COUNT,
+    "plan": Meaning(lambda p: isinstance(p, (Plan, str)), 'a Plan or the name of a format, such as "int4-g64"', optional=True),
+    "prefixes": Meaning(lambda p: isinstance(p, PrefixStore), 'a store, such as tilewright.PrefixStore("512MB")', optional=True),
+    "documents": Meaning(_is_reuse, "how they are read, such as tilewright.ChunkReuse(ratio=0.15)", optional=True),
+    "speculation": Meaning(lambda s: isinstance(s, PromptLookup), "how to draft, such as tilewright.PromptLookup(drafts=7)", optional=True),
+}
+"""What a Generator is made of."""
+
+
 class Generator:
     """model: a module from token ids [batch, length] to logits, a causal language model of transformers, or a Stepper, which says the next
     two itself. max_length: tokens of a text, with its prompt. kv: the format of keys and values, one of `passes.kv_formats.KV_FORMATS`.
@@ -129,8 +150,8 @@ class Generator:
     ) -> None:
         """Raises CannotDerive where the model mixes tokens otherwise than by causal attention, CannotBlend where it cannot read documents,
         BadOption, and what exporting raises."""
-        if chunk < 1:
-            raise BadOption(option="chunk", reason=f"it is a count of tokens from 1 on, not {chunk}")
+        options = {"max_length": max_length, "plan": plan, "prefixes": prefixes, "documents": documents, "speculation": speculation}
+        check(_MEANT, {"model": model, "chunk": chunk, **options})
         self.stepper: Stepper = model if isinstance(model, Stepper) else _stepper(model, max_length, kv, plan)
         self.prefixes, self.chunk = prefixes, min(chunk, self.stepper.max_length)
         self.documents = None if documents is None else _chunk_store(self.stepper, documents)
@@ -360,7 +381,20 @@ def _stepper(model: torch.nn.Module, max_length: int | None, kv: str, plan: Plan
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise BadOption(option="model", reason=f"{type(model).__name__} has an encoder, whose text a Generator is not given; use stepper()")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return stepper(model, torch.zeros(1, max_length, dtype=torch.int64, device=device), kv=kv, plan=plan)
+    try:
+        return stepper(model, torch.zeros(1, max_length, dtype=torch.int64, device=device), kv=kv, plan=plan)
+    except ModelFails as error:
+        places = _places(model)
+        if places is None or max_length <= places:
+            raise
+        reason = f"{type(model).__name__} has {places} positions, and fails on a text of {max_length} tokens ({error.fields['reason']})"
+        raise BadOption(option="max_length", reason=f"{reason}; say {places} at most") from error
+
+
+def _places(model: Any) -> int | None:
+    """For how long texts a model of transformers was made. Where positions are no weights, longer ones may do."""
+    config = getattr(model, "config", None)
+    return next((n for name in ("max_position_embeddings", "n_positions") if isinstance(n := getattr(config, name, None), int)), None)
 
 
 def _chunk_store(stepper: Stepper, reuse: ChunkReuse) -> ChunkStore:

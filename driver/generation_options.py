@@ -5,14 +5,15 @@ An option that would change the text and is not done here is refused; one that s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
+from itertools import chain
 from typing import Any
 
 import torch
 
 from .errors import BadOption
+from .meant import COUNT, FLAG, NUMBER, TEXTS, WHOLE, Meaning, check, is_token, one_text, require_known, shown, token_ids
 from .sampling import Sampling, seeds_of
 from .speculation import PromptLookup
 
@@ -27,6 +28,16 @@ KNOWN = (
     "max_new_tokens", "max_length", *_SAMPLING, "seed", "eos_token_id", "pad_token_id", "num_return_sequences",
     "prompt_lookup_num_tokens", "max_matching_ngram_size", "streamer", "documents",
 )  # fmt: skip
+
+_MEANT = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "num_return_sequences"), COUNT),
+    **dict.fromkeys(("top_k", "seed", "pad_token_id", "prompt_lookup_num_tokens", "max_matching_ngram_size"), WHOLE),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), NUMBER),
+    "do_sample": FLAG,
+    "documents": TEXTS,
+    "streamer": Meaning(lambda s: hasattr(s, "put") and hasattr(s, "end"), "something with put and end, as streamers of transformers have"),
+}
+"""What of these can be meant; ranges are checked where they are used."""
 
 _HOW = (
     "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile", "low_memory",
@@ -91,9 +102,11 @@ def request(input_ids: Tokens, mask: torch.Tensor | None, options: Mapping[str, 
     _refuse({name: value for name, value in limits.defaults.items() if options.get(name) is None}, "generation_config.")
     options = {name: value for name, value in options.items() if value is not None}
     given = {**{name: value for name, value in limits.defaults.items() if value is not None}, **options}
+    given = {name: value.item() if getattr(value, "ndim", None) == 0 else value for name, value in given.items()}
+    check(_MEANT, given)
     if "max_length" in options and "max_new_tokens" not in options:
         given.pop("max_new_tokens", None)
-    stop = _ids(given.get("eos_token_id"))
+    stop = token_ids("eos_token_id", given.get("eos_token_id", ())).reshape(-1).tolist()
     pad = given.get("pad_token_id", stop[0] if stop else None)
     padded, kept = _laid_out(input_ids, mask, given.get("pad_token_id"), stop)
     documents = _documents(given.get("documents", ()), len(padded), limits)
@@ -102,7 +115,7 @@ def request(input_ids: Tokens, mask: torch.Tensor | None, options: Mapping[str, 
     padded, kept = (t.repeat_interleave(repeats, 0) for t in (padded, kept))
     prompts = [row[tokens].tolist() for row, tokens in zip(padded, kept)]
     _require_tokens(prompts)
-    _require_known("input_ids", prompts, limits.vocabulary)
+    require_known("input_ids", padded[kept], limits.vocabulary)
     sampling = Sampling(**{name: given[name] for name in _SAMPLING if name in given})
     lookup = limits.lookup
     if given.get("prompt_lookup_num_tokens"):
@@ -119,65 +132,65 @@ def _refuse(options: Mapping[str, Any], prefix: str) -> None:
     for name, value in options.items():
         if value is None or name in KNOWN or name in _HOW or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue
-        raise BadOption(option=prefix + name, reason=f"{value!r} is not done here; what can be said is {', '.join(KNOWN)}")
+        raise BadOption(option=prefix + name, reason=f"{shown(value)} is not done here; what can be said is {', '.join(KNOWN)}")
 
 
-def _ids(value: Any) -> list[int]:
-    """Of one id, several, or a tensor of them."""
-    if value is None:
-        return []
-    return torch.as_tensor(value).reshape(-1).tolist()
-
-
-def _laid_out(input_ids: Tokens, mask: torch.Tensor | None, pad: int | None, stop: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _laid_out(input_ids: Tokens, mask: Any, pad: int | None, stop: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts [batch, width], and which of their tokens count. Without a mask those that are padding do not, if padding can be told."""
-    if isinstance(input_ids, (list, tuple)):
-        rows = [torch.as_tensor(row).reshape(-1) for row in (input_ids if input_ids and not isinstance(input_ids[0], int) else [input_ids])]
-        lengths = torch.tensor([[len(row)] for row in rows])
-        width = int(lengths.max())
-        kept = torch.arange(width) >= width - lengths
-        fill = pad if pad is not None else stop[0] if stop else 0
-        padded = torch.full((len(rows), width), fill).masked_scatter(kept, torch.cat(rows).long())
-        return padded, kept
-    padded = torch.as_tensor(input_ids).detach().cpu()
-    padded = padded[None] if padded.dim() == 1 else padded
-    if padded.dim() != 2 or padded.is_floating_point():
-        raise BadOption(option="input_ids", reason=f"they are token ids [batch, length], not {padded.dtype} of shape {list(padded.shape)}")
+    listed = isinstance(input_ids, (list, tuple))
+    padded, kept = _aligned("input_ids", token_ids, input_ids, pad if pad is not None else stop[0] if stop else 0)
+    if padded.dim() != 2:
+        raise BadOption(option="input_ids", reason=f"they are token ids [batch, length], not {shown(input_ids)}")
     if mask is not None:
-        kept = mask.detach().cpu().bool().reshape(padded.shape)
-    else:
-        kept = padded != pad if pad is not None and pad not in stop else torch.ones_like(padded, dtype=torch.bool)
-    return padded.long(), kept
+        counted, there = _aligned("attention_mask", _flags, mask, 0)
+        if not torch.equal(there, kept):
+            reason = f"it has one number for each token; {shown(mask)} does not fit {shown(input_ids)}"
+            raise BadOption(option="attention_mask", reason=reason)
+        kept = kept & counted
+    elif not listed and pad is not None and pad not in stop:
+        kept = padded != pad
+    return padded, kept
+
+
+def _aligned(option: str, read: Callable[[str, Any], torch.Tensor], given: Any, fill: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as a tensor, lists of any lengths filled up in front, and what of it is there."""
+    if not isinstance(given, (list, tuple)):
+        values = read(option, given)
+        values = values[None] if values.dim() == 1 else values
+        return values, torch.ones_like(values, dtype=torch.bool)
+    rows = [one_text(option, read(option, row)) for row in (given if given and not is_token(given[0]) else [given])]
+    lengths = torch.tensor([[len(row)] for row in rows])
+    width = int(lengths.max())
+    there = torch.arange(width) >= width - lengths
+    return rows[0].new_full((len(rows), width), fill).masked_scatter(there, torch.cat(rows)), there
+
+
+def _flags(option: str, value: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value).detach().cpu().bool()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadOption(option=option, reason=f"it says of each token whether it counts, with 1 or 0, not {shown(value)}") from error
 
 
 def _documents(given: Any, rows: int, limits: Limits) -> list[Texts]:
     """Of each row: the same for all, or where lists of documents are given, its own. Documents without tokens are left out."""
-    if any(map(_is_token, given)):
-        raise BadOption(option="documents", reason="they are a list of texts, each of token ids; one text alone is in a list, too")
-    each = any(isinstance(text, (list, tuple)) and len(text) and not _is_token(text[0]) for text in given)
+    each = any(isinstance(text, (list, tuple)) and len(text) and not is_token(text[0]) for text in given)
     if each and len(given) != rows:
         raise BadOption(option="documents", reason=f"there are lists of them for {len(given)} prompts, and {rows} prompts")
-    found = [[ids for text in texts if (ids := _ids(text))] for texts in (given if each else [given])]
+    found = [
+        [ids for text in texts if len(ids := one_text("documents", token_ids("documents", text)))] for texts in (given if each else [given])
+    ]
     if any(found) and not limits.documents:
         raise BadOption(option="documents", reason="say how they are read: Generator(..., documents=tilewright.ChunkReuse(ratio=0.15))")
-    for texts in found:
-        _require_known("documents", texts, limits.vocabulary)
-    return found if each else found * rows
-
-
-def _is_token(value: Any) -> bool:
-    return isinstance(value, Integral) or getattr(value, "ndim", 1) == 0
+    for ids in chain(*found):
+        require_known("documents", ids, limits.vocabulary)
+    listed = [[ids.tolist() for ids in texts] for texts in found]
+    return listed if each else listed * rows
 
 
 def _require_tokens(prompts: Texts) -> None:
     if not prompts or not all(prompts):
         raise BadOption(option="input_ids", reason="a prompt without tokens has no next one; begin with one, such as the model's bos token")
-
-
-def _require_known(option: str, texts: Texts, vocabulary: int) -> None:
-    wrong = next((t for text in texts for t in (min(text), max(text)) if not (isinstance(t, int) and 0 <= t < vocabulary)), None)
-    if wrong is not None:
-        raise BadOption(option=option, reason=f"there is no token {wrong}; the model knows 0 to {vocabulary - 1}")
 
 
 def _length(given: Mapping[str, Any], width: int, longest: int, most: int) -> int:
@@ -186,9 +199,10 @@ def _length(given: Mapping[str, Any], width: int, longest: int, most: int) -> in
     length = given["max_length"] - width if "max_length" in given else min(NEW_TOKENS, most + 1 - longest)
     length = given.get("max_new_tokens", length)
     if length < 1:
-        raise BadOption(option="max_new_tokens", reason=f"there is no room for a new token after a prompt of {longest}")
+        counted, limit = (width, given["max_length"]) if "max_length" in given else (longest, most)
+        reason = f"there is no room for a new token after a prompt of {counted}: texts have at most {limit}"
+        raise BadOption(option="max_length", reason=reason)
     if longest + length > most + 1:
-        raise BadOption(
-            option="max_new_tokens", reason=f"{longest} tokens of a prompt and {length} new ones are more than the {most} it was made for"
-        )
+        reason = f"{longest} tokens of a prompt and {length} new ones are more than the {most} it was made for"
+        raise BadOption(option="max_new_tokens", reason=f"{reason}: Generator(model, max_length=...) says for how many")
     return length

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import BadOption
+from .meant import COUNT, check
 from .sampling import Sampler
 
 _LONGEST_REST = 32
@@ -31,9 +31,7 @@ class PromptLookup:
 
     def __post_init__(self) -> None:
         """Raises BadOption for what cannot be meant."""
-        for name in ("drafts", "ngram"):
-            if getattr(self, name) < 1:
-                raise BadOption(option=name, reason=f"it is a count from 1 on, not {getattr(self, name)}")
+        check({"drafts": COUNT, "ngram": COUNT}, vars(self))
 
 
 class Lookup:

@@ -189,7 +189,7 @@ def test_learned_positions_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [({"ratio": 1.5}, "ratio.*0 to 1, not 1.5"), ({"rank": 0}, "rank.*at least 1"), ({"memory": "x"}, "memory")]
+    ("options", "says"), [({"ratio": 1.5}, "ratio.*0 to 1, not 1.5"), ({"rank": 0}, "rank.*from 1 on"), ({"memory": "x"}, "memory")]
 )
 def test_options_that_mean_nothing(options, says) -> None:
     with pytest.raises(BadOption, match=says):

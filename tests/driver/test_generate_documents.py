@@ -118,7 +118,7 @@ def test_documents_are_for_all_prompts_or_for_each_and_of_any_kind() -> None:
         (torch.tensor([1, 2]), "a list of texts, each of token ids"),
         ([[[1]], [[2]]], "lists of them for 2 prompts, and 1 prompts"),
         ([[1, VOCAB]], f"documents: there is no token {VOCAB}"),
-        ([torch.tensor([0.5])], "documents: there is no token 0.5"),
+        ([torch.tensor([0.5])], r"documents: they are token ids, which are whole numbers, not torch.float32 of shape \[1\]"),
         ([[1] * LENGTH], f"{LENGTH + 5} tokens of a prompt|there is no room for a new token"),
     ],
 )
