@@ -23,7 +23,7 @@ from ..passes.blend_kv import Blending, blending
 from ..passes.reuse_kv import CannotDerive
 from .budget import quantity
 from .errors import BadOption
-from .meant import COUNT, NUMBER, TEXTS, Meaning, check, one_text, require_known, token_ids
+from .meant import COUNT, NUMBER, TEXTS, Meaning, check, text_of
 from .stepping import OutOfPlace, State, Step, Stepper, size_class
 
 Tokens = Sequence[int] | torch.Tensor
@@ -191,10 +191,7 @@ class ChunkStore:
         return RATIOS[-1]
 
     def _text(self, option: str, tokens: Tokens) -> torch.Tensor:
-        """Raises BadOption for what is no text that the model knows."""
-        ids = one_text(option, token_ids(option, tokens))
-        require_known(option, ids, self.stepper.vocab)
-        return ids
+        return text_of(option, tokens, self.stepper.vocab)
 
     # -- what is computed
 

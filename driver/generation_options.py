@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain
 from typing import Any
 
 import torch
 
 from .errors import BadOption
-from .meant import COUNT, FLAG, NUMBER, TEXTS, WHOLE, Meaning, check, is_token, one_text, require_known, shown, token_ids
+from .meant import COUNT, FLAG, NUMBER, TEXTS, WHOLE, Meaning, check, is_token, one_text, require_known, shown, text_of, token_ids
 from .sampling import Sampling, seeds_of
 from .speculation import PromptLookup
 
@@ -177,15 +176,11 @@ def _documents(given: Any, rows: int, limits: Limits) -> list[Texts]:
     each = any(isinstance(text, (list, tuple)) and len(text) and not is_token(text[0]) for text in given)
     if each and len(given) != rows:
         raise BadOption(option="documents", reason=f"there are lists of them for {len(given)} prompts, and {rows} prompts")
-    found = [
-        [ids for text in texts if len(ids := one_text("documents", token_ids("documents", text)))] for texts in (given if each else [given])
-    ]
+    lists = given if each else [given]
+    found = [[ids for text in texts if (ids := text_of("documents", text, limits.vocabulary).tolist())] for texts in lists]
     if any(found) and not limits.documents:
         raise BadOption(option="documents", reason="say how they are read: Generator(..., documents=tilewright.ChunkReuse(ratio=0.15))")
-    for ids in chain(*found):
-        require_known("documents", ids, limits.vocabulary)
-    listed = [[ids.tolist() for ids in texts] for texts in found]
-    return listed if each else listed * rows
+    return found if each else found * rows
 
 
 def _require_tokens(prompts: Texts) -> None:

@@ -31,7 +31,7 @@ def _whole(value: Any) -> bool:
 COUNT = Meaning(lambda value: _whole(value) and value >= 1, "a count from 1 on")
 WHOLE = Meaning(_whole, "a whole number")
 NUMBER = Meaning(lambda value: isinstance(value, Real) and not isinstance(value, bool), "a number")
-FLAG = Meaning(lambda value: isinstance(value, bool), "True or False")
+FLAG = Meaning(lambda value: isinstance(value, Integral) and value in (0, 1), "True or False")
 TEXTS = Meaning(
     lambda value: isinstance(value, Collection) and not isinstance(value, (str, Mapping)) and not any(map(is_token, value)),
     "a list of texts, each of token ids; one text alone is in a list, too",
@@ -79,6 +79,13 @@ def one_text(option: str, values: torch.Tensor) -> torch.Tensor:
     if values.dim() and values.numel() != values.shape[-1]:
         raise BadOption(option=option, reason=f"a text is a list of token ids, not {shown(values)}")
     return values.reshape(-1)
+
+
+def text_of(option: str, value: Any, vocabulary: int) -> torch.Tensor:
+    """The tokens i64[n] of one text, all of which the model knows. Raises BadOption."""
+    ids = one_text(option, token_ids(option, value))
+    require_known(option, ids, vocabulary)
+    return ids
 
 
 def require_known(option: str, ids: torch.Tensor, vocabulary: int) -> None:
