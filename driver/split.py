@@ -30,7 +30,6 @@ from ..passes.split_layers import Part, rounded, rounded_nbytes
 from ..passes.split_layers import split as split_graph
 from ..search.database import Database
 from ..search.device import this_device
-from ..search.examples import example_inputs
 from ..search.segment_loads import by_rates, load_of, measured, timed
 from ..search.simulate import Decision, micro_batches
 from ..search.stages import Machine, Staged, stages
@@ -160,7 +159,7 @@ def split_model(model: Model, goal: Goal, step: Steps = lambda name: nullcontext
         error = _checked(model, captured, convention, made, goal)
     made = tuple(replace(m, receipt=replace(m.receipt, error=error)) for m in made)
     with step("measuring the stages"):
-        seconds = tuple(timed(m.program.run, example_inputs(m.graph)).seconds for m in made)
+        seconds = tuple(timed(m.graph, m.program.run).seconds for m in made)
     crossing = [part.graph.outputs for part in parts[:-1]]
     words = tuple(", ".join(str(n.type) for n in nodes) for nodes in crossing)
     nbytes = tuple(sum(_bytes(n, p.graph) for n in p.graph.outputs) for p in parts[:-1])
