@@ -164,13 +164,13 @@ def test_the_names_of_the_files() -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "nets.py").write_text(
+    (tmp_path / "four_linears.py").write_text(
         "import torch\ndef net():\n    torch.manual_seed(0)\n"
         "    return torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4))), (torch.ones(2, 8),)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    command = ["split", "nets:net", "--no-measure", "-o", "net.tw"]
+    command = ["split", "four_linears:net", "--no-measure", "-o", "net.tw"]
     for more, status, said in (
         ([], 0, "wrote net.1.tw, net.2.tw"),
         (["--memory", "10"], 2, "the memory of stage 1 (10 bytes) is too little"),
