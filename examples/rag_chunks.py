@@ -12,7 +12,7 @@ import tilewright
 import torch
 import torch.nn.functional as F
 from rich.table import Table
-from small_gpt import HEADS, LENGTH, WIDTH, SmallGpt, trained
+from small_gpt import HEADS, LAYERS, LENGTH, WIDTH, SmallGpt, trained
 from tilewright.driver.generate import Statistics
 
 PIECES, PIECE, QUESTION, TEXTS, NEW = 8, 56, 24, 12, 8
@@ -59,7 +59,8 @@ def main() -> None:
     whole = [row[0] for row in answers]
     exact = [store.prefill(*text, ratio=1.0).logits for text in texts]
     title = f"{TEXTS} texts of 4 pieces of {PIECE} bytes"
-    table = Table("computed anew", "tokens", "off by", "same bytes", "time to the first", title=title)
+    why = f"Which tokens to compute anew, one of {LAYERS} layers tells; of a deeper model that is less: benchmarks/chunks.py."
+    table = Table("computed anew", "tokens", "off by", "same bytes", "time to the first", title=title, caption=why)
     for ratio, found in zip(RATIOS, zip(*answers)):
         logits = [store.prefill(*text, ratio=ratio).logits for text in texts]
         off = median(float((a - b).norm() / b.norm()) for a, b in zip(logits, exact))
