@@ -139,8 +139,8 @@ ZOO: dict[str, Entry] = {
 
 @functools.cache
 def captured(name: str, make: Entry) -> tuple[Graph, dict[str, torch.Tensor]]:
-    """The graph of a model as it is captured for two rows, and its inputs; capturing takes long, and several files look at one graph."""
+    """The graph of a model as it is captured for three rows, and its inputs; capturing takes long, and several files look at one graph."""
     model, inputs = make()
-    given = inputs(2, 12)
+    given = inputs(3, 12)
     graph = captured_of(export_module(name, model, Example((), given))).graph
     return graph, {k: v for k, v in given.items() if torch.is_tensor(v)}
