@@ -180,14 +180,16 @@ def test_attentions_that_stay_library_calls(dtype, columns, keys, reason):
     assert kernels(after) == [] and ("attention", reason) in reasons(notes)
 
 
-def test_queries_that_are_computed_are_a_kernel_before_the_attention():
+@pytest.mark.parametrize("computed", ["q", "k"])
+def test_queries_and_keys_that_are_computed_from_numbers_are_a_kernel_before_the_attention(computed):
     notes = Notes()
-    after = fused("""
-        graph g(q: f32[2, 8, 16], k: f32[2, 8, 16]) stage canonical {
-          e = exp(q)
-          a = attention(e, k, k, scale=0.5)
+    queries, keys = ("e", "k") if computed == "q" else ("q", "e")
+    after = fused(f"""
+        graph g(q: f32[2, 8, 16], k: f32[2, 8, 16]) stage canonical {{
+          e = exp({computed})
+          a = attention({queries}, {keys}, k, scale=0.5)
           return a
-        }""", notes)  # fmt: skip
+        }}""", notes)  # fmt: skip
     assert kernels(after) == ["exp", "attention"] and ("exp into attention", Reason.PROLOGUE) in reasons(notes)
 
 
@@ -214,17 +216,6 @@ def test_keys_that_an_attention_on_a_cpu_computes(dtype, takes):
         }}""")
     (attention,) = graph.outputs
     assert takes_computed(attention, attention.inputs[1]) == takes
-
-
-def test_keys_that_are_computed_from_numbers_are_a_kernel_before_the_attention():
-    notes = Notes()
-    after = fused("""
-        graph g(q: f32[2, 8, 16], k: f32[2, 8, 16]) stage canonical {
-          e = exp(k)
-          a = attention(q, e, k, scale=0.5)
-          return a
-        }""", notes)  # fmt: skip
-    assert kernels(after) == ["exp", "attention"] and ("exp into attention", Reason.PROLOGUE) in reasons(notes)
 
 
 def test_fills_that_are_values_are_kernels():
